@@ -1,0 +1,92 @@
+"""Text to tokens and back: reading files, Tiny Shakespeare, vocabularies.
+
+A token is a Unicode code point of the text, numbered by its place in the vocabulary.
+"""
+
+import hashlib
+import http.client
+import os
+import sys
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+Array = np.ndarray
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def load_text(data: str | None) -> str:
+    """The text behind --data. Raises ValueError."""
+    if data is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(text.strip() for _, text in sorted(topics.items())) + "\n"
+    path = shakespeare() if data == "shakespeare" else Path(data)
+    try:
+        text = path.read_bytes().decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    return text.removeprefix("\ufeff")  # a byte order mark is no part of the text
+
+
+def shakespeare() -> Path:
+    """Tiny Shakespeare, from the cache or the network. Raises ValueError."""
+    base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform)
+    cache = Path(base or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grassmann"
+    path = cache / "shakespeare.txt"
+    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
+        return path
+    print(f"downloading {SHAKESPEARE_URL}")
+    advice = "download it in a browser and give it with --data FILE, or leave --data out for the text that Python ships"
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
+            text = response.read(10**7)
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(f"Tiny Shakespeare could not be downloaded ({error}); {advice}") from None
+    if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
+        raise ValueError(f"the {len(text)} bytes that came are not Tiny Shakespeare (wrong SHA-256); {advice}")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_bytes(text)
+        unfinished.replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def code_points(text: str) -> Array:
+    """The Unicode code points of a text, lone surrogates included, as uint32."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def vocabulary(text: str) -> list[int]:
+    """The code points that occur in a text, in order; token k stands for the k-th of them."""
+    seen = np.zeros(0x110000, bool)
+    for k in range(0, len(text), 1 << 20):
+        seen[code_points(text[k : k + (1 << 20)])] = True
+    return np.flatnonzero(seen).tolist()
+
+
+def encode(text: str, vocab: list[int]) -> Array:
+    """Text -> tokens (int32). Raises ValueError that names the characters which are not in the vocabulary."""
+    known, tokens = np.array(vocab, np.uint32), np.empty(len(text), np.int32)
+    for k in range(0, len(text), 1 << 20):
+        points = code_points(text[k : k + (1 << 20)])
+        ids = np.searchsorted(known, points).clip(0, len(known) - 1)
+        if (known[ids] != points).any():
+            missing = sorted({chr(c) for c in points[known[ids] != points]})
+            raise ValueError(f"not in the vocabulary: {' '.join(map(ascii, missing[:10]))}")
+        tokens[k : k + len(ids)] = ids
+    return tokens
+
+
+def decode(tokens: Iterable[int], vocab: list[int]) -> str:
+    """Tokens -> text."""
+    return "".join(chr(vocab[token]) for token in tokens)
