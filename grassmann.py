@@ -31,7 +31,7 @@ import operator
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -161,6 +161,20 @@ def sub(params: Params, prefix: str) -> Params:
     return {name[len(prefix) :]: value for name, value in params.items() if name.startswith(prefix)}
 
 
+def prefixed(prefix: str, grads: Params) -> Params:
+    """The inverse of `sub`: every name with `prefix` in front."""
+    return {prefix + name: value for name, value in grads.items()}
+
+
+SHARD_TOKENS = 1024  # as many at a time in a thread: more, and the activations leave the caches
+pool = lru_cache(ThreadPoolExecutor)  # one per number of threads, kept
+
+
+def in_threads(function: Callable, items: list, threads: int) -> Iterator:
+    """map(function, items), on so many threads."""
+    return (pool(threads).map if threads > 1 else map)(function, items)
+
+
 # ---- small ops ----------------------------------------------------------------------------------------
 
 
@@ -180,16 +194,13 @@ def linear_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
 
 
 def layernorm_forward(x: Array, w: Array, b: Array, eps: float = 1e-5) -> tuple[Array, tuple]:
-    """x̂ = (x - mean) / sqrt(var + eps) over the last axis, y = w ⊙ x̂ + b; x (..., d), w and b (d).
-
-    The deviations are first divided by their largest size (if above 1), so that no square overflows.
-    """
-    x = x - x.mean(-1, keepdims=True)
-    size = np.abs(x).max(-1, keepdims=True).clip(1, None)
-    x /= size
-    inv_std = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + eps / size / size)
+    """x̂ = (x - mean) / sqrt(var + eps) over the last axis, y = w ⊙ x̂ + b; x (..., d), w and b (d)."""
+    d = len(w)
+    x = x - x.sum(-1, keepdims=True) / d
+    var = np.square(x, dtype=np.float64).sum(-1, keepdims=True) / d  # float64: no square of a float32 overflows
+    inv_std = (1 / np.sqrt(var + eps)).astype(x.dtype)
     x_hat = x * inv_std
-    return x_hat * w + b, (x_hat, inv_std / size, w)
+    return x_hat * w + b, (x_hat, inv_std, w)
 
 
 def layernorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
@@ -199,8 +210,8 @@ def layernorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
         dx = (dx̂ - mean(dx̂) - x̂ mean(dx̂ ⊙ x̂)) / σ,   dw = Σ dy ⊙ x̂,   db = Σ dy.
     """
     x_hat, inv_std, w = cache
-    dx_hat = dy * w
-    mean, along = dx_hat.mean(-1, keepdims=True), (dx_hat * x_hat).mean(-1, keepdims=True)
+    dx_hat, d = dy * w, len(w)
+    mean, along = dx_hat.sum(-1, keepdims=True) / d, (dx_hat * x_hat).sum(-1, keepdims=True) / d
     dx = inv_std * (dx_hat - mean - x_hat * along)
     rows = tuple(range(dy.ndim - 1))
     return dx, (dy * x_hat).sum(rows), dy.sum(rows)
@@ -661,8 +672,9 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
     """Mean cross-entropy in nats of predicting y from x, both (B, L), and its gradients (a new dict).
 
     `seed` (a whole number or a tuple of them) drives dropout; None switches it off. The rows of the batch
-    are dealt out to `threads` threads (NumPy releases the interpreter lock) and their gradients added
-    in a fixed order, so a run repeats bit for bit with the same number of threads.
+    are dealt out to `threads` threads (NumPy releases the interpreter lock), not many at a time, so that
+    their activations fit into the caches; the gradients of these shards are added in a fixed order, so a
+    run repeats bit for bit with the same number of threads.
     """
 
     def shard(rows: Array) -> tuple[float, Params]:
@@ -673,25 +685,14 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
         return loss * share, model_backward(cross_entropy_backward(share, c_loss), cache)
 
     x, y = np.asarray(x), np.asarray(y)
-    (loss, grads), *others = in_threads(shard, np.array_split(np.arange(len(x)), min(threads, len(x))), threads)
-    for other_loss, other in others:
-        loss += other_loss
-        for name in grads:
-            grads[name] += other[name]
+    n_shards = threads * math.ceil(x.size / (threads * SHARD_TOKENS))
+    results = in_threads(shard, np.array_split(np.arange(len(x)), min(n_shards, len(x))), threads)
+    loss, grads = next(results)
+    for shard_loss, shard_grads in results:
+        loss += shard_loss
+        for name, g in shard_grads.items():
+            grads[name] += g
     return loss, grads
-
-
-pool = lru_cache(ThreadPoolExecutor)  # one pool per number of threads, kept: its threads stay on their cores
-
-
-def in_threads(function, items: list, threads: int) -> list:
-    """[function(item) for item in items], on so many threads."""
-    return list((pool(threads).map if threads > 1 else map)(function, items))
-
-
-def prefixed(prefix: str, grads: Params) -> Params:
-    """The inverse of `sub`: every name with `prefix` in front."""
-    return {prefix + name: value for name, value in grads.items()}
 
 
 # ---- optimiser ----------------------------------------------------------------------------------------
@@ -704,7 +705,7 @@ def adamw_init(params: Params) -> dict[str, Params]:
 
 def adamw_step(
     params: Params, grads: Params, state: dict[str, Params], step: int, lr: float,
-    betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.1, eps: float = 1e-8,
+    betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.1, eps: float = 1e-8, threads: int = 1,
 ) -> None:  # fmt: skip
     """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101), in place; `step` counts from 0.
 
@@ -715,13 +716,17 @@ def adamw_step(
     """
     beta_1, beta_2 = betas
     fix_1, fix_2 = 1 - beta_1 ** (step + 1), 1 - beta_2 ** (step + 1)
-    for name, theta in params.items():
-        g, m, v = grads[name], state["adam_m"][name], state["adam_v"][name]
-        m += (1 - beta_1) * (g - m)
-        v += (1 - beta_2) * (g * g - v)
-        if theta.ndim > 1:
-            theta *= 1 - lr * weight_decay
-        theta -= (lr / fix_1) * m / (np.sqrt(v / fix_2) + eps)
+
+    def update(names: list[str]) -> None:
+        for name in names:
+            theta, g, m, v = params[name], grads[name], state["adam_m"][name], state["adam_v"][name]
+            m += (1 - beta_1) * (g - m)
+            v += (1 - beta_2) * (g * g - v)
+            if theta.ndim > 1:
+                theta *= 1 - lr * weight_decay
+            theta -= (lr / fix_1) * m / (np.sqrt(v / fix_2) + eps)
+
+    list(in_threads(update, [list(params)[k::threads] for k in range(threads)], threads))
 
 
 def clip_grads(grads: Params, max_norm: float) -> float:
@@ -756,7 +761,7 @@ def validation_loss(params: Params, config: Config, tokens: Array, threads: int 
     targets, context = len(tokens) - 1, config.context
     whole = targets // context * context
     x, y = tokens[:whole].reshape(-1, context), tokens[1 : whole + 1].reshape(-1, context)
-    per_chunk = max(1, 2048 // context)
+    per_chunk = max(1, SHARD_TOKENS // context)
     chunks = [(x[k : k + per_chunk], y[k : k + per_chunk]) for k in range(0, len(x), per_chunk)]
     if whole < targets:
         chunks.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
@@ -847,10 +852,14 @@ def save_checkpoint(path, params: Params, config: Config, **extra) -> None:
 
     In `extra`, a dict of arrays named like the parameters (adam_m, adam_v) becomes arrays `KEY/NAME`; the
     rest must be JSON (vocab, step, seed, …). The file is written beside its place, flushed to the disk and
-    renamed: whatever happens, `path` is the old file or the new one, whole. Raises OSError.
+    renamed: whatever happens, `path` is the old file or the new one, whole. Raises OSError, and ValueError
+    if an array has values that are not finite: no good checkpoint is ever replaced by a bad one.
     """
     groups = {"param": params} | {key: value for key, value in extra.items() if _is_arrays(value)}
     arrays = {f"{key}/{name}": np.ascontiguousarray(a) for key, group in groups.items() for name, a in group.items()}
+    for name, a in arrays.items():
+        if not np.isfinite(a).all():
+            raise ValueError(f"{name} has values that are not finite; nothing was saved")
     rest = {key: value for key, value in extra.items() if key not in groups}
     meta = {"format": FORMAT, "config": asdict(config), "extra": rest}
     meta["sha256"] = _digest(arrays, meta)

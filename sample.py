@@ -6,6 +6,7 @@ Characters appear as they are drawn. train_char.py, which trains the model, ends
 import cpu  # noqa: F401, I001  (before NumPy)
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=plain, allow_abbrev=False)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def number(kind: type, least: float, most: float, *, above: bool = False):
@@ -89,7 +90,12 @@ def main() -> None:
     args = parser.parse_args()
     try:
         model = backend(args.gpu)
-        params, config, extra = model.load_checkpoint(args.checkpoint)
+        try:
+            params, config, extra = model.load_checkpoint(args.checkpoint)
+        except FileNotFoundError:
+            raise ValueError(f"{args.checkpoint} does not exist; train_char.py writes it") from None
+        except OSError as error:
+            raise ValueError(f"{args.checkpoint}: {error.strerror}") from None
         if "vocab" not in extra:
             raise ValueError(f"{args.checkpoint} has no vocabulary, it was not written by train_char.py")
         for k in range(args.samples):
@@ -97,12 +103,14 @@ def main() -> None:
                 print("-" * 40)
             how = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed + k}
             write_sample(model, params, config, extra, args.prompt, args.length, **how)
-    except FileNotFoundError:
-        parser.error(f"{args.checkpoint} does not exist; train_char.py writes it")
-    except OSError as error:
-        parser.error(f"{args.checkpoint}: {error.strerror}")
     except ValueError as error:
         parser.error(str(error))
+    except BrokenPipeError:  # whoever read the text has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        parser.error(f"standard output: {error.strerror}")
+    except MemoryError:
+        parser.error("not enough memory for this model")
     except KeyboardInterrupt:
         sys.exit(130)
 

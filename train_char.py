@@ -171,14 +171,14 @@ def make_run(args: argparse.Namespace) -> Run:
     vocab = vocabulary(text)
     if settings["offsets"] is None:
         settings["offsets"] = default_offsets(settings["n_layer"], settings["context"], settings["taps"])
+    n_val = len(text) // 10
+    if len(text) - n_val <= settings["context"] or n_val < 2:
+        least = max(20, settings["context"] * 10 // 9 + 2)
+        raise ValueError(f"the text has {len(text)} characters, a context of {settings['context']} needs {least}")
     names = [f.name for f in fields(Config) if f.name in settings]
     config = Config(vocab_size=len(vocab), **{name: settings[name] for name in names})
     if args.resume and config != saved_config:
         raise ValueError(f"{last} cannot be resumed: its settings and its configuration differ")
-    n_val = len(text) // 10
-    if len(text) - n_val <= config.context or n_val < 2:
-        least = max(20, config.context * 10 // 9 + 2)
-        raise ValueError(f"the text has {len(text)} characters, a context of {config.context} needs at least {least}")
     check_memory(config, settings["batch_size"], args.threads)
     tokens = encode(text, vocab)
     if not args.resume:
@@ -232,11 +232,14 @@ def save_last(run: Run) -> None:
 def checked_losses(run: Run) -> list[float]:
     """The training losses since the last line of the log, as numbers. Raises ValueError if one is not finite."""
     losses = [float(loss) for loss in run.recent]
-    for k, loss in enumerate(losses):
+    for step, loss in enumerate(losses, run.step - len(losses) + 1):
         if not math.isfinite(loss):
-            step, last = run.step - len(losses) + k + 1, run.out / "last.npz"
-            raise ValueError(f"the loss became {loss} at step {step}: lower --lr; {last} is the last good checkpoint")
+            raise ValueError(diverged(run, "loss", loss, step))
     return losses
+
+
+def diverged(run: Run, what: str, value: float, step: int) -> str:
+    return f"the {what} became {value} at step {step}: lower --lr; {run.out / 'last.npz'} is the last good checkpoint"
 
 
 def open_log(run: Run):
@@ -263,7 +266,7 @@ def train(run: Run, signals: list[int]) -> float | None:
             loss, grads = model.loss_and_grads(run.params, run.config, x, y, (s["seed"], run.step), run.threads)
             if s["grad_clip"]:
                 model.clip_grads(grads, s["grad_clip"])
-            model.adamw_step(run.params, grads, run.optimizer, run.step, lr, weight_decay=s["weight_decay"])
+            model.adamw_step(run.params, grads, run.optimizer, run.step, lr, weight_decay=s["weight_decay"], threads=run.threads)
             run.step += 1
             run.recent.append(loss)
             run.seconds = before + time.perf_counter() - started
@@ -275,6 +278,8 @@ def train(run: Run, signals: list[int]) -> float | None:
             train_loss = math.fsum(losses) / len(losses)
             if validate:
                 val_loss = model.validation_loss(run.params, run.config, run.val_tokens, run.threads)
+                if not math.isfinite(val_loss):
+                    raise ValueError(diverged(run, "validation loss", val_loss, run.step))
                 shown["val"] = f"{val_loss:.4f}"
                 losses = f"train {train_loss:.4f}   val {val_loss:.4f} nats/char"
                 bar.write(f"step {run.step:6d}   {losses}   {run.seconds:6.1f} s")
@@ -310,7 +315,7 @@ def plot(run: Run) -> None:
     for column, style in curves.items():
         points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
         axes.plot([step for step, _ in points], [loss for _, loss in points], **style)
-    axes.set(xlabel="step", ylabel="loss (nats per character)", title=f"{run.config.mixer}, {run.out}")
+    axes.set(xlabel="step", ylabel="loss (nats per character)")
     if run.best:
         axes.axhline(run.best[1], color="gray", lw=0.8, ls=":")
         axes.annotate(f"best {run.best[1]:.3f}", run.best, xytext=(0, 6), textcoords="offset points", ha="right")
@@ -374,7 +379,9 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}")
+        parser.error(f"{error.filename or args.out}: {error.strerror}")
+    except MemoryError:
+        parser.error("not enough memory; a smaller --batch-size, --context, --d-model or --n-layer needs less")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,23 @@
+"""Put the project on the path, and say at the end how good the gradients were."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cpu  # noqa: F401, I001  (before NumPy)
+
+import finite_differences
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if finite_differences.errors:
+        error, where = max(finite_differences.errors)
+        terminalreporter.write_line(f"worst gradient error {error:.1e} ({where})")
