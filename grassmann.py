@@ -304,7 +304,7 @@ def plucker_forward(u: Array, v: Array) -> tuple[Array, tuple]:
     i, j = pairs(r)
     u, v = (np.ascontiguousarray(a.reshape(-1, r).T) for a in (u, v))
     p = u[i] * v[j] - u[j] * v[i]
-    return p.T.reshape(*shape, -1), (u, v, shape)
+    return p.T.reshape(*shape, len(p)), (u, v, shape)
 
 
 def plucker_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
@@ -319,7 +319,7 @@ def plucker_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
     A[i, j] = dp.reshape(-1, len(i)).T
     A[j, i] = -A[i, j]
     du, dv = np.einsum("ijt,jt->it", A, v), -np.einsum("ijt,jt->it", A, u)
-    return tuple(np.ascontiguousarray(a.T).reshape(*shape, -1) for a in (du, dv))
+    return tuple(np.ascontiguousarray(a.T).reshape(*shape, len(u)) for a in (du, dv))
 
 
 def plucker(u: Array, v: Array) -> Array:

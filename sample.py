@@ -73,6 +73,11 @@ def plain_output() -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
+def leave_quietly() -> None:
+    """Whoever read our output has had enough (`| head`): write the rest nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     plain_output()
     parser = Parser(__doc__)
@@ -105,8 +110,8 @@ def main() -> None:
             write_sample(model, params, config, extra, args.prompt, args.length, **how)
     except ValueError as error:
         parser.error(str(error))
-    except BrokenPipeError:  # whoever read the text has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        leave_quietly()
     except OSError as error:
         parser.error(f"standard output: {error.strerror}")
     except MemoryError:

@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from grassmann import Config, param_shapes
-from sample import Parser, add_gpu_option, backend, number, plain_output, write_sample
+from sample import Parser, add_gpu_option, backend, leave_quietly, number, plain_output, write_sample
 from text import encode, load_text, vocabulary
 
 LOG_EVERY = 10  # steps per line of log.csv; its training loss is their mean
@@ -139,55 +139,57 @@ class Run:
 
 
 def make_run(args: argparse.Namespace) -> Run:
-    """A new run, or with --resume the one in last.npz. Raises ValueError, ValueError and OSError."""
-    model, out, last = backend(args.gpu), args.out, args.out / "last.npz"
+    """A new run, or with --resume the one in last.npz. Raises ValueError and OSError."""
+    model, last = backend(args.gpu), args.out / "last.npz"
     given = {name: value for name, value in vars(args).items() if name in MODEL_DEFAULTS | PACE_DEFAULTS}
     if given.get("data") not in (None, "shakespeare"):
         given["data"] = os.path.abspath(given["data"])
-    saved, progress = {}, {}
-    if args.resume:
-        if not last.exists():
-            raise ValueError(f"nothing to resume: {last} does not exist")
-        params, saved_config, extra = model.load_checkpoint(last)
-        try:
-            saved, progress = extra["settings"], {name: extra[name] for name in ("step", "seconds", "recent", "best")}
-            optimizer = {name: extra[name] for name in ("adam_m", "adam_v")}
-        except KeyError as error:
-            raise ValueError(f"{last} cannot be resumed: it has no {error}") from None
-        for name in MODEL_DEFAULTS.keys() & given.keys():
-            if json.dumps(given[name]) != json.dumps(saved[name]):
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"--resume cannot change {flag}: {last} has {saved[name]}, not {given[name]}")
-    settings = MODEL_DEFAULTS | PACE_DEFAULTS | saved | given
+    saved = resume_point(model, last, given) if args.resume else None
+    settings = MODEL_DEFAULTS | PACE_DEFAULTS | (saved["settings"] if saved else {}) | given
     if settings["min_lr"] is not None and settings["min_lr"] > settings["lr"]:
         raise ValueError(f"--min-lr ({settings['min_lr']}) must not exceed --lr ({settings['lr']})")
-    if progress.get("step", 0) >= settings["iters"]:
-        raise ValueError(f"{last} is at step {progress['step']}; to go on, give more --iters than {settings['iters']}")
-
-    text = load_text(settings["data"])
-    text_sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    if args.resume and text_sha256 != extra.get("text_sha256"):
-        raise ValueError(f"--resume cannot change the text, and {settings['data'] or 'pydoc_data.topics'} has changed")
-    vocab = vocabulary(text)
     if settings["offsets"] is None:
         settings["offsets"] = default_offsets(settings["n_layer"], settings["context"], settings["taps"])
+
+    text = load_text(settings["data"])
     n_val = len(text) // 10
     if len(text) - n_val <= settings["context"] or n_val < 2:
         least = max(20, settings["context"] * 10 // 9 + 2)
         raise ValueError(f"the text has {len(text)} characters, a context of {settings['context']} needs {least}")
-    names = [f.name for f in fields(Config) if f.name in settings]
-    config = Config(vocab_size=len(vocab), **{name: settings[name] for name in names})
-    if args.resume and config != saved_config:
-        raise ValueError(f"{last} cannot be resumed: its settings and its configuration differ")
+    text_sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    vocab = vocabulary(text)
+    config = Config(len(vocab), **{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
     check_memory(config, settings["batch_size"], args.threads)
-    tokens = encode(text, vocab)
-    if not args.resume:
+    if not saved:
         params = model.init_params(config, settings["seed"])
-        optimizer = model.adamw_init(params)
+        saved = {"params": params, **model.adamw_init(params)}
+    elif (text_sha256, config) != (saved["text_sha256"], saved["config"]):
+        raise ValueError(f"--resume cannot change the text, and {settings['data'] or 'pydoc_data.topics'} has changed")
+    tokens = encode(text, vocab)
     return Run(
-        model, out, args.threads, settings, text_sha256, vocab, int(np.bincount(tokens).argmax()),
-        tokens[:-n_val], tokens[-n_val:], config, params, optimizer, **progress,
+        model, args.out, args.threads, settings, text_sha256, vocab, int(np.bincount(tokens).argmax()),
+        tokens[:-n_val], tokens[-n_val:], config, saved["params"], {m: saved[m] for m in ("adam_m", "adam_v")},
+        **{name: saved[name] for name in ("step", "seconds", "recent", "best") if name in saved},
     )  # fmt: skip
+
+
+def resume_point(model: ModuleType, last: Path, given: dict) -> dict:
+    """What last.npz holds, if `given` asks for nothing else. Raises ValueError and OSError."""
+    if not last.exists():
+        raise ValueError(f"nothing to resume: {last} does not exist")
+    params, config, saved = model.load_checkpoint(last)
+    missing = {"adam_m", "adam_v", "settings", "text_sha256", "step", "seconds", "recent", "best"} - saved.keys()
+    if missing:
+        raise ValueError(f"{last} cannot be resumed: it lacks {', '.join(sorted(missing))}")
+    settings = saved["settings"]
+    for name in MODEL_DEFAULTS.keys() & given.keys():
+        if json.dumps(given[name]) != json.dumps(settings.get(name)):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--resume cannot change {flag}: {last} has {settings.get(name)}, not {given[name]}")
+    iters = given.get("iters", settings.get("iters", 0))
+    if saved["step"] >= iters:
+        raise ValueError(f"{last} is at step {saved['step']} of {iters}; to go on, give a larger --iters")
+    return saved | {"params": params, "config": config}
 
 
 def check_memory(config: Config, batch_size: int, threads: int) -> None:
@@ -266,7 +268,8 @@ def train(run: Run, signals: list[int]) -> float | None:
             loss, grads = model.loss_and_grads(run.params, run.config, x, y, (s["seed"], run.step), run.threads)
             if s["grad_clip"]:
                 model.clip_grads(grads, s["grad_clip"])
-            model.adamw_step(run.params, grads, run.optimizer, run.step, lr, weight_decay=s["weight_decay"], threads=run.threads)
+            how = {"weight_decay": s["weight_decay"], "threads": run.threads}
+            model.adamw_step(run.params, grads, run.optimizer, run.step, lr, **how)
             run.step += 1
             run.recent.append(loss)
             run.seconds = before + time.perf_counter() - started
@@ -281,8 +284,8 @@ def train(run: Run, signals: list[int]) -> float | None:
                 if not math.isfinite(val_loss):
                     raise ValueError(diverged(run, "validation loss", val_loss, run.step))
                 shown["val"] = f"{val_loss:.4f}"
-                losses = f"train {train_loss:.4f}   val {val_loss:.4f} nats/char"
-                bar.write(f"step {run.step:6d}   {losses}   {run.seconds:6.1f} s")
+                both = f"train {train_loss:.4f}   val {val_loss:.4f} nats/char"
+                bar.write(f"step {run.step:6d}   {both}   {run.seconds:6.1f} s")
             log.write(f"{run.step},{train_loss},{val_loss if validate else ''},{lr},{run.seconds:.2f}\n")
             run.recent = []
             speed = (run.step - start_step) * s["batch_size"] * s["context"] / (run.seconds - before)
@@ -378,6 +381,8 @@ def main() -> None:
         report(run, val_loss)
     except ValueError as error:
         parser.error(str(error))
+    except BrokenPipeError:
+        leave_quietly()
     except OSError as error:
         parser.error(f"{error.filename or args.out}: {error.strerror}")
     except MemoryError:
