@@ -77,9 +77,9 @@ class Config:
     n_head: int = 4
 
     def __post_init__(self):
-        if self.d_ff is None:
-            object.__setattr__(self, "d_ff", 4 * self.d_model)
         for name in ("vocab_size", "context", "n_layer", "d_model", "rank", "d_ff", "n_head"):
+            if name == "d_ff" and self.d_ff is None:
+                object.__setattr__(self, "d_ff", 4 * self.d_model)
             value, least = getattr(self, name), 2 if name == "rank" else 1
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
@@ -342,11 +342,13 @@ def unit_area_forward(u: Array, v: Array, parallel: float = 1e-5) -> tuple[Array
     a plane; equal letters without positions are such pairs.)
     """
     tiny = np.finfo(u.dtype).tiny
-    uu, vv, uv = dot(u, u).clip(tiny, None), dot(v, v).clip(tiny, None), dot(u, v)
+    uu, vv, uv = dot(u, u), dot(v, v), dot(u, v)
+    nonzero = (uu > tiny) & (vv > tiny)
+    uu, vv = np.where(nonzero, uu, 1), np.where(nonzero, vv, 1)
     v_perp, u_perp = v - (uv / uu) * u, u - (uv / vv) * v
     height_v, height_u = np.sqrt(dot(v_perp, v_perp)), np.sqrt(dot(u_perp, u_perp))
     area = np.sqrt(uu) * height_v
-    plane = (height_v > parallel * np.sqrt(vv)) & (height_u > parallel * np.sqrt(uu)) & (area > tiny)
+    plane = nonzero & (area > tiny) & (height_v > parallel * np.sqrt(vv)) & (height_u > parallel * np.sqrt(uu))
     inv_area, inv_hu, inv_hv = (plane / np.where(plane, a, 1) for a in (area, height_u, height_v))
     q = inv_area * v
     return q, (q, inv_area, u_perp * inv_hu * inv_hu, v_perp * inv_hv * inv_hv)
