@@ -166,7 +166,7 @@ def prefixed(prefix: str, grads: Params) -> Params:
     return {prefix + name: value for name, value in grads.items()}
 
 
-SHARD_TOKENS = 1024  # as many at a time in a thread: more, and the activations leave the caches
+SHARD_TOKENS = 4096  # at most so many at a time in a thread: bounds the memory for activations
 pool = lru_cache(ThreadPoolExecutor)  # one per number of threads, kept
 
 
@@ -674,9 +674,8 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
     """Mean cross-entropy in nats of predicting y from x, both (B, L), and its gradients (a new dict).
 
     `seed` (a whole number or a tuple of them) drives dropout; None switches it off. The rows of the batch
-    are dealt out to `threads` threads (NumPy releases the interpreter lock), not many at a time, so that
-    their activations fit into the caches; the gradients of these shards are added in a fixed order, so a
-    run repeats bit for bit with the same number of threads.
+    are dealt out to `threads` threads (NumPy releases the interpreter lock) in shards of bounded size, whose
+    gradients are added in a fixed order: a run repeats bit for bit with the same number of threads.
     """
 
     def shard(rows: Array) -> tuple[float, Params]:
@@ -763,7 +762,7 @@ def validation_loss(params: Params, config: Config, tokens: Array, threads: int 
     targets, context = len(tokens) - 1, config.context
     whole = targets // context * context
     x, y = tokens[:whole].reshape(-1, context), tokens[1 : whole + 1].reshape(-1, context)
-    per_chunk = max(1, SHARD_TOKENS // context)
+    per_chunk = max(1, 512 // context)  # few, so that they stay in the caches
     chunks = [(x[k : k + per_chunk], y[k : k + per_chunk]) for k in range(0, len(x), per_chunk)]
     if whole < targets:
         chunks.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))

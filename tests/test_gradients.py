@@ -211,6 +211,20 @@ def test_threads_change_nothing_but_rounding(B, mixer):
         assert relative_error(grads_1[name], grads_2[name]) < 1e-12, name
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 9, 20, 1000])
+def test_shards_change_nothing_but_rounding(tokens, threads, monkeypatch):
+    """However few texts are computed at a time."""
+    config = tiny_config()
+    params, (x, y) = ordinary_params(config), batch(config, 5, 9)
+    loss, grads = loss_and_grads(params, config, x, y)
+    monkeypatch.setattr(grassmann, "SHARD_TOKENS", tokens)
+    loss_2, grads_2 = loss_and_grads(params, config, x, y, threads=threads)
+    assert loss_2 == pytest.approx(loss, rel=1e-12)
+    for name in params:
+        assert relative_error(grads[name], grads_2[name]) < 1e-12, name
+
+
 def test_threads_draw_different_dropout():
     """The same text twice, on two threads: with the same masks the loss would be that of one text."""
     config = tiny_config(dropout=0.3)

@@ -13,6 +13,7 @@ from grassmann import (
     adamw_init,
     adamw_step,
     clip_grads,
+    dropout_forward,
     forward,
     generate,
     get_batch,
@@ -44,6 +45,96 @@ every_variant = variants(VARIANTS | ATTENTION)
 
 def random_text(config, length, seed=1):
     return np.random.default_rng(seed).integers(0, config.vocab_size, length)
+
+
+# ---- the model, written out token by token ------------------------------------------------------------
+
+
+def written_out(params, config, text):
+    """Logits (L, V) for one text, from the equations of the paper and of our variants, as plainly as they stand."""
+
+    def layernorm(x, name):
+        return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * params[name + ".w"] + params[name + ".b"]
+
+    def ffn(x, name):
+        a = x @ params[name + "W_1"] + params[name + "b_1"]
+        gelu = 0.5 * a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
+        return gelu @ params[name + "W_2"] + params[name + "b_2"]
+
+    def bivector(u, v):
+        p = np.array([u[i] * v[j] - u[j] * v[i] for i, j in itertools.combinations(range(config.rank), 2)])
+        area, base = np.linalg.norm(p), np.linalg.norm(u) * np.linalg.norm(v)
+        if not config.normalize:
+            return p
+        return p / area if area > 1e-5 * base else 0 * p
+
+    def grassmann_mix(hs, name, offsets):
+        W = {key: params[name + key] for key in ["W_red", "b_red", "W_plu", "b_plu", "W_gate", "b_gate"]}
+        z, mixed = [h @ W["W_red"] + W["b_red"] for h in hs], []
+        for t, h in enumerate(hs):
+            valid = [delta for delta in offsets if t >= delta]
+            if config.taps:
+                taps = dict(zip(offsets, params[name + "taps"], strict=True))
+                p = bivector(z[t], sum((taps[delta] * z[t - delta] for delta in valid), np.zeros(config.rank)))
+            else:
+                p = sum(bivector(z[t], z[t - delta]) for delta in valid) / max(1, len(valid))
+            g = p @ W["W_plu"] + W["b_plu"] if valid else W["b_plu"]
+            alpha = 1 / (1 + np.exp(-(np.concatenate([h, g]) @ W["W_gate"] + W["b_gate"])))
+            mixed.append(alpha * h + (1 - alpha) * g)
+        return mixed
+
+    def attention(hs, name):
+        size, mixed = config.d_model // config.n_head, []
+        q, k, v = np.split(np.array(hs) @ params[name + "W_qkv"] + params[name + "b_qkv"], 3, axis=1)
+        for t in range(len(hs)):
+            heads = []
+            for one in (slice(start, start + size) for start in range(0, config.d_model, size)):
+                weights = np.exp([q[t, one] @ k[past, one] / math.sqrt(size) for past in range(t + 1)])
+                heads.append(weights / weights.sum() @ v[: t + 1, one])
+            mixed.append(np.concatenate(heads) @ params[name + "W_out"] + params[name + "b_out"])
+        return mixed
+
+    def mix(hs, i):
+        name = f"blocks.{i}.mix."
+        return attention(hs, name) if config.mixer == "attention" else grassmann_mix(hs, name, config.offsets[i])
+
+    hs = [params["E"][token] + (params["P"][t] if config.positions else 0) for t, token in enumerate(text)]
+    for i in range(config.n_layer):
+        ln1, ln2, inner = f"blocks.{i}.ln1", f"blocks.{i}.ln2", f"blocks.{i}.ffn."
+        if config.block == "prenorm":
+            hs = [h + m for h, m in zip(hs, mix([layernorm(h, ln1) for h in hs], i), strict=True)]
+            hs = [h + ffn(layernorm(h, ln2), inner) for h in hs]
+        else:
+            residual = config.mixer == "attention"
+            hs = [layernorm(m + h * residual, ln1) for h, m in zip(hs, mix(hs, i), strict=True)]
+            hs = [layernorm(h + ffn(h, inner), ln2) for h in hs]
+    if config.block == "prenorm":
+        hs = [layernorm(h, "ln_f") for h in hs]
+    return np.array(hs) @ params["E"].T
+
+
+@every_variant
+@pytest.mark.parametrize("positions", [True, False], ids=["positions", "anywhere"])
+def test_forward_and_loss_are_the_equations(variant, positions):
+    config = tiny_config(**variant, positions=positions, offsets=((1, 2, 5), (3,)), n_head=2)
+    params, texts = ordinary_params(config), random_text(config, (2, 9))
+    texts[1, 2:5] = texts[1, 1]  # equal letters
+    logits = np.array([written_out(params, config, text) for text in texts])
+    np.testing.assert_allclose(forward(params, config, texts), logits, rtol=0, atol=1e-11)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    y = random_text(config, (2, 9), seed=2)
+    expected = -np.mean([math.log(p[row, t, y[row, t]]) for row, t in np.ndindex(2, 9)])
+    assert loss_and_grads(params, config, texts, y)[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_dropout_keeps_the_mean(rng):
+    """A fraction `rate` becomes 0, the rest is divided by 1 - rate."""
+    x = rng.standard_normal((100, 100))
+    out, _ = dropout_forward(x, 0.3, rng)
+    assert (out == 0).mean() == pytest.approx(0.3, abs=0.02)
+    np.testing.assert_allclose(out[out != 0], x[out != 0] / 0.7, rtol=1e-6)
+    for rate, generator in [(0.3, None), (0.0, rng)]:
+        np.testing.assert_array_equal(dropout_forward(x, rate, generator)[0], x)
 
 
 # ---- what may depend on what --------------------------------------------------------------------------
@@ -153,6 +244,17 @@ def test_the_state_does_not_grow():
         seen.append(sizes(state))
     assert seen[10:] == [seen[10]] * 190
     assert sum(seen[10]) < (6 + 4) * 4 * 8 + 20
+
+
+@pytest.mark.parametrize("mixer", ["grassmann", "attention"])
+def test_with_positions_the_state_grows_up_to_the_context_only(mixer):
+    config = tiny_config(mixer=mixer, positions=True)
+    params = ordinary_params(config)
+    state, seen = stream_init(params, config), []
+    for token in random_text(config, 200):
+        _, state = stream_step(params, config, state, token)
+        seen.append(sum(sizes(state)))
+    assert max(seen[20:]) <= max(seen[:20])
 
 
 def test_streams_do_not_share_their_state():
@@ -469,6 +571,18 @@ def test_a_second_save_replaces_the_first(tmp_path):
     assert extra == {"step": 2}
     np.testing.assert_array_equal(params["E"], ordinary_params(config, 2)["E"])
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_one_changed_number_is_noticed(tmp_path):
+    """The smallest damage that still leaves a readable file; more kinds of it are in the tests of the programs."""
+    config = tiny_config()
+    save_checkpoint(tmp_path / "a.npz", ordinary_params(config), config)
+    with np.load(tmp_path / "a.npz") as file:
+        arrays = dict(file)
+    arrays["param/E"][0, 0] += 1e-3
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match="checksum"):
+        load_checkpoint(tmp_path / "a.npz")
 
 
 def test_parameters_in_any_memory_order_are_saved_as_they_are(tmp_path):
