@@ -14,25 +14,27 @@ usually written, not compiled (pip install -r requirements-bench.txt); without i
 import cpu  # noqa: F401, I001  (before NumPy)
 
 import json
+import math
 import multiprocessing
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+from tqdm import tqdm
 
 import grassmann
 from grassmann import Config
 from sample import Parser, number, plain_output
 from text import encode, load_text, vocabulary
-from train_char import MODEL_DEFAULTS, PACE_DEFAULTS, available_cores, default_offsets
+from train_char import MODEL_DEFAULTS, PACE_DEFAULTS, available_cores, check_memory, default_offsets
 
 try:
     import torch
@@ -45,7 +47,6 @@ except ImportError:
 
 Array = np.ndarray
 NEEDS_TORCH = "needs torch"
-ONE_OFFSET, SIX_OFFSETS = ((1,), (2,), (4,), (8,)), (1, 2, 4, 8, 12, 16)  # per layer by turns; in every layer
 
 
 # ---- the two sides ------------------------------------------------------------------------------------
@@ -69,6 +70,10 @@ class Setup:
             s["offsets"] = default_offsets(s["n_layer"], s["context"], s["taps"])
         return Config(vocab_size=self.vocab_size, **{f.name: s[f.name] for f in fields(Config) if f.name in s})
 
+    def gpt_config(self, **changes) -> Config:
+        """nanoGPT's laptop recipe has the layers, width and context of our defaults."""
+        return self.config(mixer="attention", positions=True, **changes)
+
 
 class Ours:
     """A model of grassmann.py in training, as train_char.py does it."""
@@ -78,7 +83,6 @@ class Ours:
         self.batch_size = batch_size or setup.settings["batch_size"]
         self.params = grassmann.init_params(config, setup.settings["seed"])
         self.optimizer = grassmann.adamw_init(self.params)
-        self.n_params = sum(p.size for p in self.params.values())
         self.k = 0
 
     def step(self, lr: float = 1e-3) -> None:
@@ -97,12 +101,12 @@ class Theirs:
     """A PyTorch model in training: the same batches, clipping, optimiser and validation."""
 
     def __init__(self, setup: Setup, model: Module):
+        torch.set_num_threads(setup.threads)
         self.setup, self.model = setup, model
-        parameters, decay = list(model.parameters()), setup.settings["weight_decay"]
-        groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
-                  {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]  # fmt: skip
+        matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+        groups = [{"params": matrices, "weight_decay": setup.settings["weight_decay"]},
+                  {"params": vectors, "weight_decay": 0.0}]  # fmt: skip
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
-        self.n_params = sum(p.numel() for p in parameters)
         self.k = 0
 
     def step(self, lr: float = 1e-3) -> None:
@@ -183,8 +187,7 @@ class Block(Module):
     def __init__(self, d: int, d_ff: int, mix: Module, bias: bool, gelu: str):
         super().__init__()
         self.mix, self.ln1, self.ln2 = mix, nn.LayerNorm(d, bias=bias), nn.LayerNorm(d, bias=bias)
-        up, down = nn.Linear(d, d_ff, bias=bias), nn.Linear(d_ff, d, bias=bias)
-        self.ffn = nn.Sequential(up, nn.GELU(gelu), down)
+        self.ffn = nn.Sequential(nn.Linear(d, d_ff, bias=bias), nn.GELU(gelu), nn.Linear(d_ff, d, bias=bias))
 
     def forward(self, h, past: dict | None = None):
         h = h + self.mix(self.ln1(h), past)
@@ -194,19 +197,19 @@ class Block(Module):
 class Model(Module):
     """Learned positions, blocks, head tied to the embedding: around either mixer."""
 
-    def __init__(self, config: Config, mixers: list, bias: bool, gelu: str = "none"):
+    def __init__(self, config: Config, mixers: list[Module], bias: bool, gelu: str):
         super().__init__()
-        d = config.d_model
+        d, n_layer = config.d_model, config.n_layer
         self.E, self.P = nn.Embedding(config.vocab_size, d), nn.Embedding(config.context, d)
         self.blocks = nn.ModuleList(Block(d, config.d_ff, mix, bias, gelu) for mix in mixers)
         self.ln_f = nn.LayerNorm(d, bias=bias)
-        for name, p in self.named_parameters():
-            if p.dim() > 1:  # N(0, 0.02²), smaller where it writes into the residual stream, as in nanoGPT
-                nn.init.normal_(p, std=0.02 / (2 * len(mixers)) ** (0.5 if "mix.out" in name or "ffn.2" in name else 0))
+        for name, p in self.named_parameters():  # as in nanoGPT: smaller where it writes into the residual stream
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer if "mix.out" in name or "ffn.2" in name else 1))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, tokens, past: list | None = None, start: int = 0):
+    def forward(self, tokens, past: list[dict] | None = None, start: int = 0):
         h = self.E(tokens) + self.P.weight[start : start + tokens.shape[1]]
         for i, block in enumerate(self.blocks):
             h = block(h, past and past[i])
@@ -216,36 +219,34 @@ class Model(Module):
 def gpt(config: Config) -> Model:
     """nanoGPT's model: no biases, GELU in its exact form."""
     torch.manual_seed(0)
-    return Model(config, [Attention(config.d_model, config.n_head) for _ in range(config.n_layer)], bias=False)
+    return Model(config, [Attention(config.d_model, config.n_head) for _ in range(config.n_layer)], False, "none")
 
 
 def plain_grassmann(config: Config) -> Model:
-    """The Grassmann model of everyone's first hour: `config` in PyTorch operations, gradients by autograd."""
+    """The model of grassmann.py in a configuration without taps, normalised, with positions; gradients by autograd."""
     torch.manual_seed(0)
-    return Model(config, [GrassmannMix(config.d_model, config.rank, o) for o in config.offsets], bias=True, gelu="tanh")
+    return Model(config, [GrassmannMix(config.d_model, config.rank, o) for o in config.offsets], True, "tanh")
 
 
-def gpt_size(config: Config) -> int:
-    """Parameters of `gpt`: those of the attention model in grassmann.py without the biases."""
-    shapes = grassmann.param_shapes(config)
-    return sum(math.prod(shape) for name, shape in shapes.items() if not name.split(".")[-1].startswith("b"))
+def n_parameters(config: Config, bias: bool = True) -> int:
+    """Parameters of a model; of `gpt` with bias=False: mixer="attention" in grassmann.py without the biases."""
+    shapes = grassmann.param_shapes(config).items()
+    return sum(math.prod(shape) for name, shape in shapes if bias or not name.split(".")[-1].startswith("b"))
 
 
-def gpt_of_size(setup: Setup, n_params: int) -> Config:
-    """The GPT with about n_params parameters: as many columns per head as fit, the rest in the FFN's inner width."""
-    n_head, n_layer = setup.settings["n_head"], setup.settings["n_layer"]
-    d = n_head
-    while gpt_size(setup.config(mixer="attention", positions=True, d_model=d + n_head)) <= n_params:
+def gpt_of_size(setup: Setup, size: int) -> Config:
+    """The widest GPT (a multiple of its heads) of at most `size` parameters; what is missing widens its FFN."""
+    d = n_head = setup.settings["n_head"]
+    while n_parameters(setup.gpt_config(d_model=d + n_head), bias=False) <= size:
         d += n_head
-    missing = n_params - gpt_size(setup.config(mixer="attention", positions=True, d_model=d))
-    d_ff = 4 * d + 8 * round(missing / (2 * d * n_layer) / 8)
-    return setup.config(mixer="attention", positions=True, d_model=d, d_ff=d_ff)
+    missing = size - n_parameters(setup.gpt_config(d_model=d), bias=False)
+    return setup.gpt_config(d_model=d, d_ff=4 * d + 8 * round(missing / (16 * d * setup.settings["n_layer"])))
 
 
 # ---- the clock ----------------------------------------------------------------------------------------
 
 
-def alternate(contestants: dict[str, Callable | None], rounds: int, calls: int) -> dict[str, list[float]]:
+def alternate(contestants: dict, rounds: int, calls: int) -> dict:
     """Seconds per call of each contestant, one number a round; a contestant None (no PyTorch) gets none.
 
     In a round each has its turn: a call that is not timed, which fetches its data into the caches and lets
@@ -263,15 +264,15 @@ def alternate(contestants: dict[str, Callable | None], rounds: int, calls: int) 
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def middle(values, scale: float = 1.0) -> float | str:
+def middle(values: Iterable[float], scale: float = 1.0, missing: str = NEEDS_TORCH) -> float | str:
     """Their median times `scale`."""
     values = list(values)
-    return median(values) * scale if values else NEEDS_TORCH
+    return median(values) * scale if values else missing
 
 
-def quotient(theirs: list[float], ours: list[float]) -> float | str:
+def quotient(theirs: list[float], ours: list[float], missing: str = NEEDS_TORCH) -> float | str:
     """Median of the quotients within a round."""
-    return middle(b / a for a, b in zip(ours, theirs, strict=bool(theirs)))
+    return middle((a / b for a, b in zip(theirs, ours, strict=True)), 1, missing) if theirs and ours else missing
 
 
 # ---- sections: each returns the rows of its table -----------------------------------------------------
@@ -283,29 +284,23 @@ def step(setup: Setup) -> list[dict]:
     Our default model against the GPT of nanoGPT's laptop recipe, at equal width and at equal parameters. Then
     the paper's layer (offsets averaged, normalised, positions), ours against the same in plain PyTorch.
     """
-    n_layer, ours = setup.settings["n_layer"], setup.config()
-    one, six = (
-        setup.config(taps=False, normalize=True, positions=True, offsets=offsets)
-        for offsets in ([ONE_OFFSET[i % 4] for i in range(n_layer)], [SIX_OFFSETS] * n_layer)
-    )
-    size = sum(math.prod(shape) for shape in grassmann.param_shapes(ours).values())
-    matches = [
-        ("default", ours, [("GPT, equal width", gpt, setup.config(mixer="attention", positions=True)),
-                           ("GPT, equal parameters", gpt, gpt_of_size(setup, size))]),
-        ("one offset per layer", one, [("plain Grassmann", plain_grassmann, one)]),
-        ("six offsets per layer", six, [("plain Grassmann", plain_grassmann, six)]),
-    ]  # fmt: skip
+    default = setup.config()
+    equal = gpt_of_size(setup, n_parameters(default))
+    one = setup.config(taps=False, normalize=True, positions=True)  # and so one offset per layer: 1, 2, 4, 8
+    six = replace(one, offsets=[(1, 2, 4, 8, 12, 16)] * one.n_layer)
     rows = []
-    for what, config, others in matches:
-        ours = Ours(setup, config)
-        theirs = {name: Theirs(setup, make(config)) if torch else None for name, make, config in others}
-        contestants = {"ours": ours.step} | {name: model and model.step for name, model in theirs.items()}
-        times = alternate(contestants, *((3, 1) if setup.quick else (25, 4)))
-        for name, model in theirs.items():
+    for what, config, others in (
+        ("default", default, {"GPT, equal width": (gpt, setup.gpt_config()), "GPT, equal parameters": (gpt, equal)}),
+        ("one offset per layer", one, {"plain Grassmann": (plain_grassmann, one)}),
+        ("six offsets per layer", six, {"plain Grassmann": (plain_grassmann, six)}),
+    ):
+        theirs = {name: Theirs(setup, make(other)).step if torch else None for name, (make, other) in others.items()}
+        times = alternate({"ours": Ours(setup, config).step} | theirs, *((3, 1) if setup.quick else (25, 4)))
+        for name, (make, other) in others.items():
             rows.append({
-                "ours": what, "parameters": ours.n_params, "ms": middle(times["ours"], 1e3),
-                "PyTorch": name, "its parameters": model.n_params if model else NEEDS_TORCH,
-                "its ms": middle(times[name], 1e3), "x ours": quotient(times[name], times["ours"]),
+                "ours": what, "parameters": n_parameters(config), "ms": middle(times["ours"], 1e3), "PyTorch": name,
+                "its parameters": n_parameters(other, bias=make is not gpt), "its ms": middle(times[name], 1e3),
+                "x ours": quotient(times[name], times["ours"]),
             })  # fmt: skip
     return rows
 
@@ -331,165 +326,157 @@ class Run:
 
 
 def race(setup: Setup, iters: int = 2000) -> list[dict]:
-    """Validation loss (nats per character) and training time, against nanoGPT's laptop recipe
+    """Validation loss (nats per character) and seconds of training, against nanoGPT's laptop recipe
 
     2,000 steps of the GPT as published (learning rate 1e-3, falling to a tenth) and at its best learning rate
     (4e-3), and of our defaults, by turns of 50 steps; the same batches. Then two runs of ours whose number of
-    steps, and with it the schedule, is chosen beforehand from the times per step: for a fifth of the GPT's
+    steps, and with it the schedule, is chosen beforehand from the seconds per step: for a fifth of the GPT's
     time, and for all of it. Validation is the whole split, every target once, and not on the clock.
     """
     if setup.quick:
         return [{"run": "skipped by --quick: it takes minutes"}]
-    attention, lr = setup.config(mixer="attention", positions=True), setup.settings["lr"]
-    runs = {}
+
+    def ours(steps: int) -> Run:
+        return Run(Ours(setup, setup.config()), setup.settings["lr"], steps)
+
+    def finish(*runs: Run) -> None:
+        for _ in tqdm(range(0, max(run.iters for run in runs), 50), leave=False, disable=None):
+            for run in runs:
+                if run.model.k < run.iters:
+                    run.advance(50)
+
+    runs = {"ours, as many steps": ours(iters)}
     if torch:
-        runs["GPT, as published"] = published = Run(Theirs(setup, gpt(attention)), 1e-3, iters)
-        runs["GPT, at its best learning rate"] = Run(Theirs(setup, gpt(attention)), 4e-3, iters)
-    runs["ours, as many steps"] = ours = Run(Ours(setup, setup.config()), lr, iters)
-    for _ in range(0, iters, 50):
-        for run in runs.values():
-            run.advance(50)
-    for name, share in (("ours, in a fifth of the GPT's time", 0.2), ("ours, in the GPT's time", 1.0)):
-        if torch:
-            steps = max(1, round(share * published.seconds / ours.seconds * iters))
-            runs[name] = Run(Ours(setup, setup.config()), lr, steps)
-            for _ in range(0, steps, 50):
-                runs[name].advance(50)
+        for name, lr in (("GPT, as published", 1e-3), ("GPT, at its best learning rate", 4e-3)):
+            runs[name] = Run(Theirs(setup, gpt(setup.gpt_config())), lr, iters)
+    finish(*runs.values())
+    if torch:
+        goal = runs["GPT, as published"]
+        for name, share in (("ours, in a fifth of the GPT's time", 0.2), ("ours, in the GPT's time", 1.0)):
+            runs[name] = ours(max(1, round(iters * share * goal.seconds / runs["ours, as many steps"].seconds)))
+            finish(runs[name])
     return [{
-        "run": name, "parameters": run.model.n_params, "learning rate": run.lr, "steps": run.iters,
-        "seconds": run.seconds, "of the GPT's": run.seconds / published.seconds if torch else NEEDS_TORCH,
-        "loss": run.curve[-1][2], "minus the GPT's": run.curve[-1][2] - published.curve[-1][2] if torch else NEEDS_TORCH,
-        "curve": run.curve,
+        "run": name, "learning rate": run.lr, "steps": run.iters, "seconds": run.seconds,
+        "of the GPT's": run.seconds / goal.seconds if torch else NEEDS_TORCH, "loss": run.curve[-1][2],
+        "minus the GPT's": run.curve[-1][2] - goal.curve[-1][2] if torch else NEEDS_TORCH, "curve": run.curve,
     } for name, run in runs.items()]  # fmt: skip
 
 
 def products(config: Config, tokens: int) -> list[tuple[int, int, int]]:
-    """The (m, k, n) of every product of an (m, k) by a (k, n) matrix, where a forward pass over so many tokens
-    applies a parameter: once for each W, and E for the head."""
-    shapes = {name: shape for name, shape in grassmann.param_shapes(config).items() if ".W_" in name}
-    return [(tokens, *shape) for shape in shapes.values()] + [(tokens, config.d_model, config.vocab_size)]
+    """(m, k, n) of each product of m x k by k x n numbers in which a forward pass over m = `tokens` tokens
+    applies a weight matrix: every W, and E as the head."""
+    weights = [shape for name, shape in grassmann.param_shapes(config).items() if ".W_" in name]
+    return [(tokens, *shape) for shape in (*weights, (config.d_model, config.vocab_size))]
 
 
 def multiply_adds(config: Config, batch_size: int) -> int:
     """Multiply-adds in the matrix products of one training step.
 
-    Three times those of the forward pass: the product itself, the gradient of its input, that of its weights.
-    Attention also has scores and weighted sums, L x d each per token and layer. Not counted is what is no matrix
-    product: the wedge (2n multiplications a token), normalisation, activations, the optimiser.
+    Three times those of the forward pass: the product, the gradient of its input, the gradient of its weights.
+    Attention has scores and weighted sums besides, L·d each per token and layer. What is no matrix product is
+    not counted: the wedge (2n multiplications per token and layer), normalisation, activations, the optimiser.
     """
     tokens = batch_size * config.context
     tables = 2 * config.n_layer * config.context * config.d_model if config.mixer == "attention" else 0
-    return 3 * (sum(m * k * n for m, k, n in products(config, tokens)) + tokens * tables)
-
-
-def multiply(operands: list) -> None:
-    """The three products of each linear map: forward, gradient of the input, gradient of the weights."""
-    for x, W, dy in operands:
-        x @ W, dy @ W.T, x.T @ dy
+    return 3 * (sum(math.prod(shape) for shape in products(config, tokens)) + tokens * tables)
 
 
 def product_loop(shapes: list[tuple[int, int, int]], threads: int, side: str) -> Callable[[], None]:
-    """A function that does the products of these shapes, forward and backward, on so many threads.
+    """A function that computes products of these shapes, each with the two products of its gradients.
 
-    NumPy: each thread for itself, on its share of the rows, as in the training step. PyTorch: one after the
-    other, each on all threads.
+    NumPy: on so many threads at once, each for itself, as in the training step. PyTorch: each on all threads.
     """
     rng = np.random.default_rng(0)
 
-    def operands(m: int, k: int, n: int) -> list[Array]:
-        return [rng.standard_normal(shape).astype(np.float32) for shape in ((m, k), (k, n), (m, n))]
+    def operands() -> list[list[Array]]:
+        pairs = [((m, k), (k, n), (m, n)) for m, k, n in shapes]
+        return [[rng.standard_normal(shape, np.float32) for shape in three] for three in pairs]
+
+    def multiply(work: list) -> None:
+        for x, W, dy in work:
+            _ = x @ W, dy @ W.T, x.T @ dy
 
     if side == "PyTorch":
-        tensors = [[torch.from_numpy(a) for a in operands(*shape)] for shape in shapes]
+        tensors = [[torch.from_numpy(a) for a in three] for three in operands()]
         return lambda: multiply(tensors)
-    shares = [[operands(-(-m // threads), k, n) for m, k, n in shapes] for _ in range(threads)]
-    pool = ThreadPoolExecutor(threads)
-    return lambda: list(pool.map(multiply, shares))
+    pool, work = ThreadPoolExecutor(threads), [operands() for _ in range(threads)]
+    return lambda: list(pool.map(multiply, work))
 
 
 def efficiency(setup: Setup) -> list[dict]:
-    """Float32 matrix products per second (GFLOP/s, one multiply-add is 2), and how near a training step comes
+    """Rate of float32 matrix products (GFLOP/s, a multiply-add is 2), and the part of it that a step achieves
 
-    The rate is measured at the shapes of the step itself, and at large squares; "of the rate" is the time the
-    step's multiply-adds would take at the first of them, over the time that the step takes.
+    The rate is measured at the shapes of the step and at large squares. "of the rate" is the time that the
+    step's multiply-adds take at the first of these rates, over the time that the step takes.
     """
-    large, threads, batch_size = 1024 if setup.quick else 2048, setup.threads, setup.settings["batch_size"]
-    configs = {"NumPy": setup.config(), "PyTorch": setup.config(mixer="attention", positions=True)}
-    shapes = {side: products(config, batch_size * config.context) for side, config in configs.items()}
-    squares = {"NumPy": [(large * threads, large, large)], "PyTorch": [(large, large, large)]}
-    contestants = {}
-    for side, config in configs.items():
-        there = side == "NumPy" or torch
-        model = there and (Ours(setup, config) if side == "NumPy" else Theirs(setup, gpt(config)))
-        contestants[side, "step"] = model.step if there else None
-        contestants[side, "own"] = product_loop(shapes[side], threads, side) if there else None
-        contestants[side, "large"] = product_loop(squares[side], threads, side) if there else None
+    batch_size, large = setup.settings["batch_size"], 1024 if setup.quick else 2048
+    contestants, gigaflops, work = {}, {}, {}
+    for side, config in (("NumPy", setup.config()), ("PyTorch", setup.gpt_config())):
+        copies = setup.threads if side == "NumPy" else 1
+        own = products(config, batch_size * config.context // copies)
+        work[side], there = multiply_adds(config, batch_size), side == "NumPy" or torch
+        for what, shapes in (("own", own), ("large", [(large, large, large)])):
+            contestants[side, what] = product_loop(shapes, setup.threads, side) if there else None
+            gigaflops[side, what] = 6e-9 * copies * sum(math.prod(shape) for shape in shapes)
+        model = Ours(setup, config) if side == "NumPy" else Theirs(setup, gpt(config)) if torch else None
+        contestants[side, "step"] = model and model.step
     times = alternate(contestants, *((2, 1) if setup.quick else (15, 2)))
     rows = []
     for side, what in (("NumPy", "ours"), ("PyTorch", "GPT, equal width")):
-        work = multiply_adds(configs[side], batch_size)
-        own, big = (6e-9 * sum(m * k * n for m, k, n in a[side]) for a in (shapes, squares))
-        seconds, alone = times[side, "step"], times[side, "own"]
+        ideal = [2e-9 * work[side] / gigaflops[side, "own"] * seconds for seconds in times[side, "own"]]
         rows.append({
-            "what": what, "multiply-adds per step": work, "ms per step": middle(seconds, 1e3),
-            "GFLOP/s, own shapes": middle(own / t for t in alone),
-            "GFLOP/s, large": middle(big / t for t in times[side, "large"]),
-            "of the rate": middle(2e-9 * work / own * a / t for a, t in zip(alone, seconds, strict=True)),
+            "what": what, "multiply-adds per step": work[side], "ms per step": middle(times[side, "step"], 1e3),
+            "rate, own shapes": middle(gigaflops[side, "own"] / seconds for seconds in times[side, "own"]),
+            "rate, large": middle(gigaflops[side, "large"] / seconds for seconds in times[side, "large"]),
+            "of the rate": quotient(ideal, times[side, "step"]),
         })  # fmt: skip
     return rows
 
 
 @contextmanager
 def exclusive_times():
-    """Replace every op of grassmann.py by one that keeps time; gives a dict from name to [calls, seconds].
+    """Let every op of grassmann.py keep time; gives a dict from name to [calls, seconds].
 
     The seconds are exclusive: while an op has called another, only the other's clock runs.
     """
     rest = ("get_batch", "loss_and_grads", "clip_grads", "adamw_step")
-    names = [name for name in vars(grassmann) if name.endswith(("_forward", "_backward")) or name in rest]
-    originals, spent, inner = {name: getattr(grassmann, name) for name in names}, {}, [0.0]
+    ops = {k: f for k, f in vars(grassmann).items() if k.endswith(("_forward", "_backward")) or k in rest}
+    spent, inner = {name: [0, 0.0] for name in ops}, [0.0]  # inner: seconds within called ops, innermost last
 
-    def timed(name: str, function: Callable) -> Callable:
+    def timed(name: str, op: Callable) -> Callable:
         def call(*args, **kwargs):
             inner.append(0.0)
             start = time.perf_counter()
-            result = function(*args, **kwargs)
+            result = op(*args, **kwargs)
             seconds = time.perf_counter() - start
-            entry = spent.setdefault(name, [0, 0.0])
-            entry[0] += 1
-            entry[1] += seconds - inner.pop()
+            spent[name][0] += 1
+            spent[name][1] += seconds - inner.pop()
             inner[-1] += seconds
             return result
 
         return call
 
     try:
-        for name, function in originals.items():
-            setattr(grassmann, name, timed(name, function))
+        vars(grassmann).update({name: timed(name, op) for name, op in ops.items()})
         yield spent
     finally:
-        for name, function in originals.items():
-            setattr(grassmann, name, function)
+        vars(grassmann).update(ops)
 
 
 def ops(setup: Setup) -> list[dict]:
-    """Where the time of our step goes, on one thread: each op without the ops that it calls"""
+    """Where the time of our step goes, on one thread: milliseconds in each op without the ops that it calls"""
     model, steps = Ours(setup, setup.config(), threads=1), []
-    for _ in range(3 if setup.quick else 30):
+    for _ in range(4 if setup.quick else 31):
         with exclusive_times() as spent:
             model.step()
         steps.append(spent)
-    steps = steps[1:]  # the first one warms up
-    total = middle(sum(seconds for _, seconds in spent.values()) for spent in steps)
-    rows = []
-    for name, (calls, _) in steps[0].items():
-        seconds = middle(spent[name][1] for spent in steps)
-        rows.append({"op": name, "calls": calls, "ms": 1e3 * seconds, "share": seconds / total})
-    return sorted(rows, key=lambda row: -row["ms"])
+    ms = {name: middle((spent[name][1] for spent in steps[1:]), 1e3) for name in spent}  # the first one warms up
+    rows = [{"op": name, "calls": spent[name][0], "ms": ms[name], "share": ms[name] / sum(ms.values())} for name in ms]
+    return sorted((row for row in rows if row["calls"]), key=lambda row: -row["ms"])
 
 
 def our_writer(setup: Setup, text: Array) -> Callable[[], None]:
-    """Reads the text with stream_step; then each call draws one character and reads it."""
+    """Reads the text; each call draws one character and reads it."""
     config = setup.config()
     params, rng = grassmann.init_params(config), np.random.default_rng(0)
     state = grassmann.stream_init(params, config)
@@ -498,31 +485,32 @@ def our_writer(setup: Setup, text: Array) -> Callable[[], None]:
 
     def write() -> None:
         nonlocal logits, state
-        token = grassmann.sample(logits, 0.8, None, rng)
-        logits, state = grassmann.stream_step(params, config, state, token)
+        logits, state = grassmann.stream_step(params, config, state, grassmann.sample(logits, 0.8, None, rng))
 
     return write
 
 
 def gpt_writer(setup: Setup, text: Array, cache: bool) -> Callable[[], None]:
-    """The same with the GPT, which sees its context: each call reads all of it again; or, with a KV cache, only the
-    last character. The cache ends with the positions, at the context; it then starts over with the last half."""
-    config = setup.config(mixer="attention", positions=True)
+    """The same by the GPT: each call reads the whole context again; or, with a KV cache, only the last character.
+
+    The cache ends where the positions end, at the context; then it starts over with the last half of it.
+    """
+    config = setup.gpt_config()
     model, context = gpt(config), config.context
     tokens, past, read = torch.from_numpy(text).long()[None, -context:], None, context
 
+    @torch.inference_mode()
     def write() -> None:
         nonlocal tokens, past, read
-        with torch.inference_mode():
-            if not cache:
-                logits = model(tokens[:, -context:])
-            elif read == context:
-                past, read = [{} for _ in range(config.n_layer)], context // 2
-                logits = model(tokens[:, -read:], past)
-            else:
-                logits, read = model(tokens[:, -1:], past, read), read + 1
-            token = torch.multinomial(F.softmax(logits[:, -1] / 0.8, -1), 1)
-            tokens = torch.cat([tokens[:, -context:], token], 1)
+        if not cache:
+            logits = model(tokens)
+        elif read < context:
+            logits, read = model(tokens[:, -1:], past, read), read + 1
+        else:
+            past, read = [{} for _ in range(config.n_layer)], context // 2
+            logits = model(tokens[:, -read:], past)
+        token = torch.multinomial(F.softmax(logits[:, -1] / 0.8, -1), 1)
+        tokens = torch.cat([tokens, token], 1)[:, -context:]
 
     return write
 
@@ -530,8 +518,8 @@ def gpt_writer(setup: Setup, text: Array, cache: bool) -> Callable[[], None]:
 def generation(setup: Setup, positions: tuple[int, ...] = (100, 20_000)) -> list[dict]:
     """Characters written per second, one at a time, on one thread, sampling included
 
-    Ours streams, and has read as many characters as the position says. The GPT re-reads its context for each
-    character, or keeps keys and values until the context is full; nothing before the context matters to it.
+    Ours has streamed as many characters as the position says. The GPT re-reads its context for each character, or
+    keeps keys and values until the context is full; what came before the context does not matter to it.
     """
     rows, context = [], setup.settings["context"]
     if torch:
@@ -539,39 +527,165 @@ def generation(setup: Setup, positions: tuple[int, ...] = (100, 20_000)) -> list
     for position in positions[:1] if setup.quick else positions:
         text = np.resize(setup.train_tokens, position)
         contestants = {"ours": our_writer(setup, text)}
-        for name, cache in (("GPT, re-reading", False), ("GPT, KV cache", True)):
+        for name, cache in (("GPT re-reading", False), ("GPT with cache", True)):
             contestants[name] = gpt_writer(setup, text, cache) if torch else None
-        # as many calls as make whole cycles of the cache, context - context // 2 characters each
-        times = alternate(contestants, 2 if setup.quick else 20, 2 * (context - context // 2))
+        calls = 2 * (context - context // 2 + 1)  # from a full cache to a full cache, twice
+        times = alternate(contestants, 2 if setup.quick else 20, calls)
         row = {"position": position} | {name: middle(1 / t for t in seconds) for name, seconds in times.items()}
-        for name in list(times)[1:]:
-            row[f"ours / {name}"] = quotient(times[name], times["ours"])
-        rows.append(row)
+        rows.append(row | {f"ours / {name}": quotient(times[name], times["ours"]) for name in list(times)[1:]})
     return rows
 
 
-def length(setup: Setup, tokens: int = 32_768, table_up_to: int = 2048) -> list[dict]:
-    """Microseconds per token of a training step against the length of the text window, on at most 2 threads
+def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> list[dict]:
+    """Microseconds per token of a training step against the length of the windows, on at most 2 threads
 
-    Every step has the same number of tokens: 512 windows of 64, or 2 of 16,384. Beside our model the same with
-    attention (mixer="attention"), as far as its length x length tables go.
+    Every step has the same number of tokens, from 512 windows of 64 to 2 of 16,384. Beside our model the same
+    with attention (mixer="attention"), as far as its length x length tables go.
     """
-    if setup.quick:
-        tokens = 4096
-    lengths = [64 * 2**k for k in range(20) if 64 * 2**k <= tokens // 2]
-    contestants = {}
-    for L in lengths:
-        for mixer in ("grassmann", "attention"):
-            config = setup.config(context=L, mixer=mixer)
-            if L < len(setup.train_tokens) and (mixer == "grassmann" or table_fits(setup, config, tokens, table_up_to)):
-                contestants[L, mixer] = Ours(setup, config, tokens // L, min(2, setup.threads)).step
-    times = alternate(contestants, 1 if setup.quick else 3, 1)
+
+    def contestant(mixer: str, length: int) -> Callable | None:
+        config, windows = setup.config(mixer=mixer, context=length), tokens // length
+        try:
+            check_memory(config, windows, setup.threads)
+        except ValueError:
+            return None
+        if length >= len(setup.train_tokens) or (mixer == "attention" and length > longest_table):
+            return None
+        return Ours(setup, config, windows, min(2, setup.threads)).step
+
+    tokens = tokens // 8 if setup.quick else tokens
+    lengths = [64 * 2**k for k in range(20) if 128 * 2**k <= tokens]
+    mixers = ("grassmann", "attention")
+    contestants = {(L, mixer): contestant(mixer, L) for L in lengths for mixer in mixers}
+    times, none = alternate(contestants, 1 if setup.quick else 3, 1), "does not fit"
+    return [{
+        "length": L, "windows": tokens // L, **{mixer: middle(times[L, mixer], 1e6 / tokens, none) for mixer in mixers},
+        "x ours": quotient(times[L, "attention"], times[L, "grassmann"], none),
+    } for L in lengths]  # fmt: skip
+
+
+def offsets(setup: Setup) -> list[dict]:
+    """Milliseconds per training step against the number of offsets (taps) in every layer: 1, 2, … characters back"""
+    numbers = [m for m in (1, 2, 4, 8, 16) if m < setup.settings["context"]]
+    configs = {m: setup.config(offsets=[range(1, m + 1)] * setup.settings["n_layer"]) for m in numbers}
+    steps = {m: Ours(setup, config).step for m, config in configs.items()}
+    times = alternate(steps, *((3, 1) if setup.quick else (25, 4)))
+    return [{
+        "offsets": m, "parameters": n_parameters(configs[m]), "ms": middle(times[m], 1e3),
+        "x one offset": quotient(times[m], times[1]),
+    } for m in numbers]  # fmt: skip
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in MB."""
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if peak:  # Linux, where ru_maxrss of a new process starts from its parent's
+        return int(peak[1]) / 2**10
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def training_memory(setup: Setup, side: str) -> float:
+    """What 30 training steps and a validation add to the peak memory of this process."""
+    before = peak_memory()
+    model = Ours(setup, setup.config()) if side == "ours" else Theirs(setup, gpt(setup.gpt_config()))
+    for _ in range(30):
+        model.step()
+    model.validate()
+    return peak_memory() - before
+
+
+def memory(setup: Setup) -> list[dict]:
+    """Peak memory (MB) of training above what the imports take: 30 steps and a validation in a new process"""
+    if sys.platform == "win32":
+        return [{"what": "not measured on Windows"}]
     rows = []
-    for L in lengths:
-        ours, attention = times.get((L, "grassmann")), times.get((L, "attention"))
-        rows.append({
-            "length": L, "windows": tokens // L, "ours": middle(ours, 1e6 / tokens) if ours else "text too short",
-            "attention": middle(attention, 1e6 / tokens) if attention else "table too large",
-            "x ours": quotient(attention, ours) if ours and attention else "",
-        })  # fmt: skip
+    for side in ("ours", "GPT, equal width"):
+        peaks = []
+        for _ in range(3 if side == "ours" or torch else 0):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                peaks.append(process.submit(training_memory, setup, side).result())
+        rows.append({"what": side, "MB": middle(peaks)})
     return rows
+
+
+# ---- the table ----------------------------------------------------------------------------------------
+
+SECTIONS = {section.__name__: section for section in (step, race, efficiency, ops, generation, length, offsets, memory)}
+
+
+def header(setup: Setup, data: str | None) -> dict:
+    """What the numbers depend on."""
+    versions = {"Python": platform.python_version(), "NumPy": np.__version__, "PyTorch": "not installed"}
+    if torch:
+        versions["PyTorch"] = f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+    try:
+        from threadpoolctl import threadpool_info
+
+        for blas in (library for library in threadpool_info() if library["user_api"] == "blas"):
+            versions["BLAS"] = f"{blas['internal_api']} {blas['version']}, {blas.get('architecture')}"
+    except ImportError:
+        versions["BLAS"] = "threadpoolctl, which would name it, is not installed"
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    machine = {"processor": name[1] if name else platform.processor(), "cores": available_cores()}
+    text = f"{data or 'pydoc_data.topics'}, {len(setup.train_tokens) + len(setup.val_tokens):,} characters"
+    return versions | machine | {"threads": setup.threads, "text": text, "quick": setup.quick}
+
+
+def cell(value) -> str:
+    """Whole numbers in full, others with four digits."""
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,.{max(0, 4 - len(str(int(abs(value)))))}f}"
+
+
+def print_table(rows: list[dict]) -> None:
+    columns = [name for name, value in rows[0].items() if not isinstance(value, list)]  # curves are for the JSON file
+    lines = [columns] + [[cell(row[name]) for name in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        print(first.ljust(widths[0]), *(text.rjust(w) for text, w in zip(others, widths[1:], strict=True)), sep="  ")
+
+
+def make_setup(data: str | None, threads: int, quick: bool) -> Setup:
+    """The text, split as train_char.py does. Raises ValueError."""
+    text, settings = load_text(data), MODEL_DEFAULTS | PACE_DEFAULTS
+    if len(text) < 20 * settings["context"]:
+        raise ValueError(f"the text has {len(text)} characters, the benchmark needs {20 * settings['context']}")
+    vocab = vocabulary(text)
+    tokens, n_val = encode(text, vocab), len(text) // 10
+    return Setup(settings, len(vocab), tokens[:-n_val], tokens[-n_val:], threads, quick)
+
+
+def main() -> None:
+    plain_output()
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", help="a UTF-8 text file, or 'shakespeare' (default: the text of train_char.py)")
+    add("--threads", type=number(int, 1, 1024), default=available_cores(), help="for both sides (default: all cores)")
+    add("--quick", action="store_true", help="fewer repeats, and no race")
+    add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
+    add("--json", type=Path, default=Path("bench.json"), help="where the numbers go (default: bench.json)")
+    args = parser.parse_args()
+    try:
+        setup = make_setup(args.data, args.threads, args.quick)
+        results = {"header": header(setup, args.data), "sections": {}}
+        args.json.write_text(json.dumps(results), encoding="utf-8")  # before the work: is it writable?
+        for name, value in results["header"].items():
+            print(f"{name:10s} {value}")
+        for name in args.only:
+            print(f"\n{name}: {SECTIONS[name].__doc__.splitlines()[0]}\n", flush=True)
+            results["sections"][name] = SECTIONS[name](setup)
+            print_table(results["sections"][name])
+            args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()

@@ -803,7 +803,12 @@ def stream_step(params: Params, config: Config, state: dict, token: int) -> tupl
 
 
 def sample(logits: Array, temperature: float, top_k: int | None, rng: np.random.Generator) -> int:
-    """Draw from softmax(logits / temperature), among the top_k largest if given; temperature 0 takes the largest."""
+    """Draw from softmax(logits / temperature), among the top_k largest if given; temperature 0 takes the largest.
+
+    Raises ValueError if the logits are not finite, as those of a run that diverged.
+    """
+    if not np.isfinite(logits).all():
+        raise ValueError("the model's logits are not finite")
     logits = logits.astype(np.float64)
     if temperature == 0:
         return int(logits.argmax())

@@ -8,6 +8,7 @@ import cpu  # noqa: F401, I001  (before NumPy)
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import grassmann
@@ -68,7 +69,11 @@ def write_sample(model, params, config, extra: dict, prompt: str, length: int, *
 
 
 def plain_output() -> None:
-    """Let characters that the terminal cannot show appear escaped instead of ending the program."""
+    """No surprises: escape what the terminal cannot show, and let no NumPy warning of an overflow in between.
+
+    (Values that are not finite are noticed and reported where they matter.)
+    """
+    warnings.filterwarnings("ignore", category=RuntimeWarning)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
 

@@ -75,8 +75,8 @@ def vocabulary(text: str) -> list[int]:
 
 
 def encode(text: str, vocab: list[int]) -> Array:
-    """Text -> tokens (int32). Raises ValueError that names the characters which are not in the vocabulary."""
-    known, tokens = np.array(vocab, np.uint32), np.empty(len(text), np.int32)
+    """Text -> tokens, integers as small as they can be. Raises ValueError naming what is not in the vocabulary."""
+    known, tokens = np.array(vocab, np.uint32), np.empty(len(text), np.min_scalar_type(len(vocab)))
     for k in range(0, len(text), 1 << 20):
         points = code_points(text[k : k + (1 << 20)])
         ids = np.searchsorted(known, points).clip(0, len(known) - 1)

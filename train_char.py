@@ -20,7 +20,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
@@ -167,7 +166,7 @@ def make_run(args: argparse.Namespace) -> Run:
         raise ValueError(f"--resume cannot change the text, and {settings['data'] or 'pydoc_data.topics'} has changed")
     tokens = encode(text, vocab)
     return Run(
-        model, args.out, args.threads, settings, text_sha256, vocab, int(np.bincount(tokens).argmax()),
+        model, args.out, args.threads, settings, text_sha256, vocab, int(np.bincount(tokens[: 1 << 20]).argmax()),
         tokens[:-n_val], tokens[-n_val:], config, saved["params"], {m: saved[m] for m in ("adam_m", "adam_v")},
         **{name: saved[name] for name in ("step", "seconds", "recent", "best") if name in saved},
     )  # fmt: skip
@@ -220,10 +219,12 @@ def set_aside(out: Path) -> None:
 
 
 def save(run: Run, name: str, **state) -> None:
-    run.model.save_checkpoint(
-        run.out / name, run.params, run.config, vocab=run.vocab, most_common=run.most_common, step=run.step,
-        best=run.best, settings=run.settings, **state,
-    )  # fmt: skip
+    """Write a checkpoint. Raises OSError, and ValueError if the weights are not finite."""
+    state |= {"vocab": run.vocab, "most_common": run.most_common, "settings": run.settings}
+    try:
+        run.model.save_checkpoint(run.out / name, run.params, run.config, step=run.step, best=run.best, **state)
+    except ValueError as error:
+        raise ValueError(f"{error}; {diverged(run, 'run', 'unstable', run.step)}") from None
 
 
 def save_last(run: Run) -> None:
@@ -240,7 +241,7 @@ def checked_losses(run: Run) -> list[float]:
     return losses
 
 
-def diverged(run: Run, what: str, value: float, step: int) -> str:
+def diverged(run: Run, what: str, value: float | str, step: int) -> str:
     return f"the {what} became {value} at step {step}: lower --lr; {run.out / 'last.npz'} is the last good checkpoint"
 
 
@@ -358,7 +359,6 @@ def catch_signals() -> list[int]:
 
 def main() -> None:
     plain_output()
-    warnings.filterwarnings("ignore", category=RuntimeWarning)  # overflow: a loss that is not finite is reported below
     parser = build_parser()
     args = parser.parse_args()
     try:
@@ -387,6 +387,8 @@ def main() -> None:
         parser.error(f"{error.filename or args.out}: {error.strerror}")
     except MemoryError:
         parser.error("not enough memory; a smaller --batch-size, --context, --d-model or --n-layer needs less")
+    except KeyboardInterrupt:  # before the first step: nothing to save yet
+        sys.exit(130)
 
 
 if __name__ == "__main__":

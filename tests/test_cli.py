@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -130,29 +131,33 @@ def test_two_runs_are_equal_and_another_seed_is_not(text, trained, tmp_path):
         assert (contents(tmp_path / "last.npz") == contents(trained[0] / "last.npz")) == same
 
 
-def test_a_second_run_moves_the_first_one_aside(text, tmp_path):
+def test_a_second_run_moves_the_first_one_aside(text, trained, tmp_path):
     out, files = tmp_path / "out", ["best.npz", "last.npz", "log.csv", "loss.png"]
-    runs = []
-    for seed in range(3):
-        printed = succeeded(train("--iters", 2, "--seed", seed, data=text, out=out))
-        assert (f"{out / f'previous-{seed}'}" in printed) == (seed > 0)
-        runs.append({name: (out / name).read_bytes() for name in files})
-    for number, run in ((1, runs[0]), (2, runs[1])):
-        assert {file.name: file.read_bytes() for file in (out / f"previous-{number}").iterdir()} == run
-    assert sorted(file.name for file in out.iterdir()) == sorted([*files, "previous-1", "previous-2"])
+    shutil.copytree(trained[0], out)
+    for number in (1, 2):
+        before = {name: (out / name).read_bytes() for name in files}
+        assert str(out / f"previous-{number}") in succeeded(train("--iters", 2, data=text, out=out))
+        assert {file.name: file.read_bytes() for file in (out / f"previous-{number}").iterdir()} == before
+        assert sorted(f.name for f in out.iterdir() if f.is_file()) == files
+    assert (out / "previous-1" / "best.npz").read_bytes() == (trained[0] / "best.npz").read_bytes()
 
 
-def test_a_refused_run_leaves_the_earlier_one_alone(text, tmp_path):
-    succeeded(train("--iters", 2, data=text, out=tmp_path))
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    refused(train("--iters", 2, "--context", 10**5, data=text, out=tmp_path))
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+def test_a_refused_run_leaves_the_earlier_one_alone(text, trained):
+    out, _ = trained
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    refused(train("--iters", 2, "--context", 10**5, data=text, out=out))
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 def test_progress_bar_only_on_a_terminal(text, tmp_path):
     pty = pytest.importorskip("pty")
+    import fcntl
+    import termios
+
     ours, terminal = pty.openpty()
-    command = [sys.executable, ROOT / "train_char.py", *MODEL.split(), "--iters", "3", "--data", text, "--out", tmp_path]
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # lines and columns
+    command = [sys.executable, ROOT / "train_char.py", *MODEL.split(), "--iters", "3"]
+    command += ["--data", text, "--out", tmp_path]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=terminal)
     os.close(terminal)
     shown = b""
@@ -170,23 +175,20 @@ def test_progress_bar_only_on_a_terminal(text, tmp_path):
 # ---- options reach the model --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, value", [
-    ("context", 9), ("n_layer", 3), ("d_model", 12), ("rank", 4), ("offsets", "1,2;5"), ("block", "paper"), ("taps", False),
-    ("normalize", True), ("positions", True), ("mixer", "attention"), ("n_head", 2), ("dropout", 0.25),
+@pytest.mark.parametrize("flags, expected", [
+    ("--context 9 --n-layer 3 --d-model 12 --rank 4 --offsets 1,2;5;8 --normalize --positions --dropout 0.25",
+     {"context": 9, "n_layer": 3, "d_model": 12, "rank": 4, "offsets": ((1, 2), (5,), (8,)), "normalize": True,
+      "positions": True, "dropout": 0.25}),
+    ("--no-taps --block paper", {"taps": False, "block": "paper", "offsets": ((1,), (2,))}),
+    ("--mixer attention --n-head 2", {"mixer": "attention", "n_head": 2}),
 ])  # fmt: skip
-def test_every_model_option_reaches_the_configuration(text, tmp_path, name, value):
-    flag = "--" + name.replace("_", "-")
-    given = [flag, value] if not isinstance(value, bool) else [flag if value else flag.replace("--", "--no-")]
-    succeeded(train("--iters", 1, *given, data=text, out=tmp_path))
+def test_every_model_option_reaches_the_configuration(text, tmp_path, flags, expected):
+    succeeded(train("--iters", 1, *flags.split(), data=text, out=tmp_path))
     _, config, extra = load_checkpoint(tmp_path / "best.npz")
-    if name == "offsets":
-        value = ((1, 2), (5,))
-    expected = {"context": 8, "n_layer": 2, "d_model": 8, "rank": 3, "vocab_size": len(set(TEXT)), name: value}
-    if name != "offsets":
-        taps, layers = expected.get("taps", True), expected["n_layer"]
-        expected["offsets"] = ((1, 2, 3, 4),) * layers if taps else ((1,), (2,))
-    assert config == Config(**expected)
-    assert json.dumps(extra["settings"][name]) == json.dumps(value)
+    defaults = {"context": 8, "n_layer": 2, "d_model": 8, "rank": 3, "offsets": ((1, 2, 3, 4),) * 2}
+    assert config == Config(vocab_size=len(set(TEXT)), **defaults | expected)
+    for name, value in expected.items():
+        assert json.dumps(extra["settings"][name]) == json.dumps(value)
 
 
 def test_every_other_option_reaches_the_settings(text, tmp_path):
@@ -204,13 +206,10 @@ def test_every_other_option_reaches_the_settings(text, tmp_path):
 
 
 @pytest.mark.parametrize("flags, offsets", [
-    ("--n-layer 1", [(1, 2, 3, 4)]),
     ("--n-layer 3", [(1, 2, 3, 4)] * 3),
     ("--n-layer 6 --no-taps", [(1,), (2,), (4,), (8,), (1,), (2,)]),
     ("--n-layer 2 --context 2", [(1,), (1,)]),
-    ("--n-layer 2 --context 4", [(1, 2, 3), (1, 2, 3)]),
-    ("--n-layer 5 --no-taps --context 2", [(1,)] * 5),
-    ("--n-layer 5 --no-taps --context 5", [(1,), (2,), (4,), (1,), (1,)]),
+    ("--n-layer 3 --no-taps --context 2", [(1,)] * 3),
 ])  # fmt: skip
 def test_offsets_follow_from_the_other_options(text, tmp_path, flags, offsets):
     model = "--d-model 8 --rank 3 --batch-size 4 --threads 1 --context 12"
@@ -218,7 +217,7 @@ def test_offsets_follow_from_the_other_options(text, tmp_path, flags, offsets):
     assert load_checkpoint(tmp_path / "best.npz")[1].offsets == tuple(offsets)
 
 
-@pytest.mark.parametrize("context", [1, 2, 8, 9, 18, 100])
+@pytest.mark.parametrize("context", [2, 99])
 def test_a_text_of_the_least_length_trains(tmp_path, context):
     """The length that the refusal of a shorter text asks for is enough."""
     short, long, flags = tmp_path / "short", tmp_path / "long", ["--iters", 1, "--mixer", "attention", "--n-head", 2]
@@ -334,7 +333,7 @@ BAD_TEXTS = {
     "three bytes": (lambda path: path.write_text("abc"), "the text has 3 characters"),
     "byte order mark only": (lambda path: path.write_bytes(b"\xef\xbb\xbf"), "the text has 0 characters"),
     "binary": (lambda path: path.write_bytes(bytes(range(256)) * 10), "is not UTF-8 text (byte 128 is 0x80)"),
-    "cut inside a character": (lambda path: path.write_bytes(b"a" * 99 + b"\xc3"), "is not UTF-8 text (byte 99 is 0xc3)"),
+    "cut character": (lambda path: path.write_bytes(b"a" * 99 + b"\xc3"), "is not UTF-8 text (byte 99 is 0xc3)"),
     "UTF-16": (lambda path: path.write_text(TEXT, encoding="utf-16"), "is not UTF-8 text (byte 0 is "),
     "folder": (lambda path: path.mkdir(), "Is a directory"),
     "dangling link": (lambda path: path.symlink_to("nowhere"), "No such file"),
@@ -370,17 +369,19 @@ BAD_OPTIONS = [
     ("--rank 1", "--rank"), ("--rank 0", "--rank"), ("--rank -3", "--rank"), ("--n-layer 0", "--n-layer"),
     ("--d-model 0", "--d-model"), ("--context 0", "--context"), ("--batch-size 0", "--batch-size"),
     ("--n-head 0", "--n-head"), ("--mixer attention --n-head 3", "n_head (3) must divide d_model (8)"),
-    ("--d-model 1000000", "memory"), ("--batch-size 1000000 --d-model 64", "memory"), ("--rank 10000 --d-model 128", "memory"),
-    ("--n-layer 1000 --d-model 4096", "memory"), ("--mixer attention --d-model 1000000", "memory"),
-    ("--d-model 99999999999999999999", "--d-model"), ("--n-layer 1e3", "--n-layer"), ("--context 1000000", "characters"),
+    ("--d-model 1000000", "memory"), ("--batch-size 1000000 --d-model 256 --context 2000", "memory"),
+    ("--rank 10000 --d-model 128", "memory"), ("--n-layer 1000 --d-model 4096", "memory"),
+    ("--mixer attention --d-model 1000000", "memory"), ("--d-model 99999999999999999999", "--d-model"),
+    ("--n-layer 1e3", "--n-layer"), ("--context 1000000", "characters"),
     # numbers
     ("--lr 0", "--lr"), ("--lr -1", "--lr"), ("--lr 11", "--lr"), ("--lr nan", "--lr"), ("--lr inf", "--lr"),
     ("--lr fast", "--lr"), ("--lr 0.001 --min-lr 0.01", "--min-lr (0.01) must not exceed --lr (0.001)"),
     ("--min-lr -1", "--min-lr"), ("--min-lr nan", "--min-lr"), ("--min-lr 1", "--min-lr"),
     ("--dropout 1", "--dropout"), ("--dropout -0.1", "--dropout"), ("--dropout nan", "--dropout"),
-    ("--weight-decay -1", "--weight-decay"), ("--weight-decay inf", "--weight-decay"), ("--grad-clip -1", "--grad-clip"),
-    ("--grad-clip nan", "--grad-clip"), ("--iters 0", "--iters"), ("--iters -5", "--iters"), ("--iters 1.5", "--iters"),
-    ("--iters many", "--iters"), ("--warmup-iters -1", "--warmup-iters"), ("--eval-every 0", "--eval-every"),
+    ("--weight-decay -1", "--weight-decay"), ("--weight-decay inf", "--weight-decay"),
+    ("--grad-clip -1", "--grad-clip"), ("--grad-clip nan", "--grad-clip"), ("--iters 0", "--iters"),
+    ("--iters -5", "--iters"), ("--iters 1.5", "--iters"), ("--iters many", "--iters"),
+    ("--warmup-iters -1", "--warmup-iters"), ("--eval-every 0", "--eval-every"),
     ("--seed -1", "--seed"), ("--seed x", "--seed"), ("--seed 99999999999999999999", "--seed"),
     ("--threads 0", "--threads"), ("--threads 99999", "--threads"),
     # words
@@ -400,8 +401,8 @@ def test_bad_options(text, tmp_path, flags, message):
 BAD_SAMPLING = [
     ("--length -1", "--length"), ("--length x", "--length"), ("--temperature -1", "--temperature"),
     ("--temperature nan", "--temperature"), ("--temperature inf", "--temperature"), ("--top-k 0", "--top-k"),
-    ("--samples 0", "--samples"), ("--seed -1", "--seed"), ("--prompt", "--prompt"), ("--wild", "--wild"), ("--gpu", "gpu"),
-    ("--prompt Ω", "'\\u03a9'"), ("--prompt 12é🙂", "'\\xe9' '\\U0001f642'"),
+    ("--samples 0", "--samples"), ("--seed -1", "--seed"), ("--prompt", "--prompt"), ("--wild", "--wild"),
+    ("--gpu", "gpu"), ("--prompt Ω", "'\\u03a9'"), ("--prompt 12é🙂", "'\\xe9' '\\U0001f642'"),
 ]  # fmt: skip
 
 
@@ -471,9 +472,9 @@ def test_bad_checkpoints(trained, tmp_path, kind):
 
 CHANGED = [
     ("--context 7", "--context"), ("--n-layer 3", "--n-layer"), ("--d-model 16", "--d-model"), ("--rank 4", "--rank"),
-    ("--offsets 1;2", "--offsets"), ("--block paper", "--block"), ("--no-taps", "--taps"), ("--normalize", "--normalize"),
-    ("--positions", "--positions"), ("--mixer attention", "--mixer"), ("--n-head 2", "--n-head"),
-    ("--dropout 0.2", "--dropout"), ("--seed 1", "--seed"), ("--batch-size 5", "--batch-size"),
+    ("--offsets 1;2", "--offsets"), ("--block paper", "--block"), ("--no-taps", "--taps"),
+    ("--normalize", "--normalize"), ("--positions", "--positions"), ("--mixer attention", "--mixer"),
+    ("--n-head 2", "--n-head"), ("--dropout 0.2", "--dropout"), ("--seed 1", "--seed"), ("--batch-size 5", "--batch"),
     ("--weight-decay 0.3", "--weight-decay"), ("--grad-clip 0", "--grad-clip"), ("--data shakespeare", "--data"),
 ]  # fmt: skip
 
@@ -489,8 +490,8 @@ def test_resume_refuses_what_it_cannot_do(trained, text, tmp_path):
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     assert "nothing to resume" in refused(program("train_char.py", "--resume", "--out", tmp_path / "nowhere"))
     for iters in ([], ["--iters", 30], ["--iters", 29]):
-        assert "is at step 30; to go on, give more --iters than" in refused(
-            program("train_char.py", "--resume", "--out", out, *iters))  # fmt: skip
+        sentence = refused(program("train_char.py", "--resume", "--out", out, *iters))
+        assert "is at step 30" in sentence and "--iters" in sentence
     min_lr = program("train_char.py", "--resume", "--out", out, "--iters", 99, "--min-lr", 1)
     assert "--min-lr (1.0) must not exceed --lr (0.004)" in refused(min_lr)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
@@ -505,8 +506,6 @@ def test_resume_refuses_another_text(tmp_path):
     assert f"--resume cannot change the text, and {text} has changed" in refused(program(*resume))
     text.unlink()
     assert f"cannot read {text}" in refused(program(*resume))
-    text.write_text(TEXT)
-    succeeded(program(*resume))
 
 
 def test_resume_takes_the_same_options_again(trained, text, tmp_path):
@@ -547,14 +546,14 @@ def test_checkpoint_larger_than_files_may_be(text, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("name", ["train_char.py", "sample.py"])
 def test_output_into_a_full_disk(trained, text, tmp_path, name):
-    arguments = [trained[0] / "best.npz"] if name == "sample.py" else ["--data", text, "--out", tmp_path, "--iters", "2"]
+    command = [sys.executable, ROOT / name]
+    command += [trained[0] / "best.npz"] if name == "sample.py" else ["--data", text, "--out", tmp_path, "--iters", "2"]
     with open("/dev/full", "w") as full:
-        process = subprocess.run([sys.executable, ROOT / name, *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
-    sentence = refused(process)
+        sentence = refused(subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True))
     assert "No space left on device" in sentence and "best.npz" not in sentence
 
 
-@pytest.mark.parametrize("folder", ["with spaces", "$\\frac$", "Größe", "模型", "a,b;c=d", "-dash"])
+@pytest.mark.parametrize("folder", ["$\\frac$", "Größe 模型, a=b;c", "-dash"])
 def test_output_folders_with_odd_names(text, tmp_path, folder):
     printed = succeeded(train("--iters", 2, data=text, out=f"./{folder}", cwd=tmp_path))
     assert f"{folder}{os.sep}best.npz" in printed
@@ -579,7 +578,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(text, tmp_path, flags):
     assert re.search(r"at step \d+: lower --lr", sentence) and str(tmp_path / "last.npz") in sentence
     params, config, extra = load_checkpoint(tmp_path / "last.npz")
     assert extra["step"] < int(re.search(r"at step (\d+)", sentence)[1])
-    assert np.isfinite(validation_loss(params, config, encode(TEXT, extra["vocab"])[-(len(TEXT) // 10) :]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        loss = validation_loss(params, config, encode(TEXT, extra["vocab"])[-(len(TEXT) // 10) :])
+    assert np.isfinite(loss)
     for file in tmp_path.glob("best.npz"):
         assert np.isfinite(load_checkpoint(file)[2]["best"][1])
     assert "nan" not in (tmp_path / "log.csv").read_text(encoding="utf-8")
@@ -598,8 +599,8 @@ def test_too_little_memory(text, tmp_path):
     """What the process may use, not what the machine has: found out only when an allocation fails."""
     import resource
 
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))  # noqa: E731
-    assert "memory" in refused(train("--batch-size", 100_000, data=text, out=tmp_path, preexec_fn=limit))
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))  # noqa: E731
+    assert "memory" in refused(train("--d-model", 2000, data=text, out=tmp_path, preexec_fn=limit))
 
 
 # ---- functions, without a process ---------------------------------------------------------------------
@@ -616,8 +617,10 @@ def test_parse_offsets_refuses(text):
         train_char.parse_offsets(text)
 
 
-@pytest.mark.parametrize("above, accepted, rejected", [(False, ["0", "10", "2.5"], ["-1e-9", "10.1", "nan", "inf", "", "x"]),
-                                                       (True, ["1e-300", "10"], ["0", "-0.0"])])  # fmt: skip
+@pytest.mark.parametrize("above, accepted, rejected", [
+    (False, ["0", "10", "2.5"], ["-1e-9", "10.1", "nan", "inf", "", "x"]),
+    (True, ["1e-300", "10"], ["0", "-0.0"]),
+])  # fmt: skip
 def test_number(above, accepted, rejected):
     parse = sample.number(float, 0, 10, above=above)
     assert [parse(text) for text in accepted] == [float(text) for text in accepted]
