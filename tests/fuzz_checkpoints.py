@@ -151,7 +151,7 @@ def remove_member(rng, good):
 def rename_member(rng, good):
     members = unpack(good)
     old = rng.choice(list(members))
-    new = rng.choice([old[:-4], old + ".npy", "../" + old, old.upper(), "x", "param/", "meta.npy", "/" + old, "é" + old])
+    new = rng.choice([old[:-4], old + ".npy", "../" + old, old.upper(), "x", "param/", "meta.npy", "/" + old])
     return pack([(new if name == old else name, content) for name, content in members.items()])
 
 
@@ -309,9 +309,8 @@ def everything(path) -> tuple[dict, object]:
     return arrays, (config, extra)
 
 
-def verdict(path: Path, good: Path, sealed: bool = False) -> str:
+def verdict(path: Path, expected: tuple, sealed: bool = False) -> str:
     """ "refused", "unchanged", or what is wrong. A sealed file may have other contents, but not other arrays."""
-    expected, rest = everything(good)
     tracemalloc.start()
     try:
         with warnings.catch_warnings():
@@ -326,9 +325,9 @@ def verdict(path: Path, good: Path, sealed: bool = False) -> str:
         return f"raised {type(error).__name__}: {error}"
     finally:
         tracemalloc.stop()
-    if arrays != expected:
+    if arrays != expected[0]:
         return "loaded other arrays"
-    if found != rest and not sealed:
+    if found != expected[1] and not sealed:
         return "loaded other contents"
     try:
         "".join(map(chr, found[1].get("vocab", [])))
@@ -344,12 +343,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     tried, wrong = Counter(), []
     with tempfile.TemporaryDirectory() as folder:
-        good, path = Path(folder, "good.npz"), Path(folder, "damaged.npz")
-        good.write_bytes(good_checkpoint())
+        path = Path(folder, "damaged.npz")
+        path.write_bytes(good_checkpoint())
+        expected = everything(path)
         for k in range(args.count):
             damage = KINDS[k % len(KINDS)]
             path.write_bytes(damage(random.Random(f"{args.seed} {k}"), good_checkpoint()))
-            result = verdict(path, good, sealed=damage is change_meta_and_seal)
+            result = verdict(path, expected, sealed=damage is change_meta_and_seal)
             tried[damage, result] += 1
             if result not in ("refused", "unchanged"):
                 wrong.append(f"file {k}, {damage.__name__}: {result}")

@@ -1,0 +1,431 @@
+"""compare.py: the products in place of the wedge, models of equal size, runs that resume, tables, the far token."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from finite_differences import check_gradients, ordinary_params, tiny_config
+
+import compare
+import grassmann
+import train_char
+from compare import ASK, PRODUCTS, QUESTIONS, TASKS, Answer, Question, accuracy, count_params, matched, multiply_by
+
+OTHERS = [name for name in PRODUCTS if name != "wedge"]
+TINY = {"context": 8, "n_layer": 2, "d_model": 8, "rank": 5, "batch_size": 4, "n_head": 2, "iters": 3, "product": "wedge"}
+TEXT = "".join(f"{k} green bottles hanging on the wall, and if {k % 7} of them should fall\n" for k in range(40))
+ONE = Question(1, "One", "Does it run?", [compare.ATTENTION, compare.GRASSMANN])
+TWO = Question(5, "Two", "Does it run with another product?", [compare.ATTENTION, ("sum", {"product": "symmetric"})])
+LARGE = Question(1, "Large", "Is it left out?", [compare.ATTENTION], {"n_layer": 3}, large=True)
+
+
+# ---- products in place of the wedge -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("leading", [(7,), (2, 3)])
+@pytest.mark.parametrize("r", [5, 6])
+def test_gradients_of_the_products(rng, name, leading, r):
+    u, v = rng.standard_normal((2, *leading, r))
+    weights = rng.standard_normal((*leading, r * (r - 1) // 2))
+    forward, backward, _ = PRODUCTS[name]
+
+    def loss():
+        return float((forward(u, v)[0] * weights).sum())
+
+    du, dv = backward(weights, forward(u, v)[1])
+    check_gradients(name, loss, {"u": u, "v": v}, {"u": du, "v": dv})
+
+
+def test_the_products_are_what_they_are_called():
+    u, v = np.array([1.0, 2, 3, 4, 5]), np.array([10.0, 20, 30, 40, 60])
+    pairs = [(i, j) for i in range(5) for j in range(i + 1, 5)]
+    expected = {
+        "symmetric": [u[i] * v[j] + u[j] * v[i] for i, j in pairs],
+        "elementwise": [10, 40, 90, 160, 300, 0, 0, 0, 0, 0],
+        "concatenation": [1, 2, 3, 4, 5, 10, 20, 30, 40, 60],
+    }
+    for name in OTHERS:
+        np.testing.assert_array_equal(PRODUCTS[name][0](u, v)[0], expected[name])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_multiplies_by_the_product_in_all_threads(name):
+    """Loss and gradients are those of the product, the rows of W_plu beyond its coordinates get no gradient,
+    and count_params counts what does."""
+    config, (x, y) = tiny_config(rank=6), np.random.default_rng(1).integers(0, 11, (2, 6, 9))
+    params = ordinary_params(config)
+    wedge = grassmann.loss_and_grads(params, config, x, y)[0]
+    with multiply_by(name):
+        loss, grads = grassmann.loss_and_grads(params, config, x, y, threads=2)
+        np.testing.assert_allclose(loss, grassmann.loss_and_grads(params, config, x, y)[0], rtol=1e-12)
+        some = {key: params[key] for key in ("E", "blocks.0.mix.W_red", "blocks.1.mix.W_plu", "blocks.1.mix.taps")}
+        check_gradients(
+            f"model, {name}", lambda: grassmann.loss_and_grads(params, config, x, y, threads=2)[0],
+            some, {key: grads[key] for key in some}, entries=8,
+        )  # fmt: skip
+    assert abs(loss - wedge) > 1e-3
+    assert count_params(config, name) == sum(np.count_nonzero(g) for g in grads.values())
+
+
+def test_the_wedge_is_back_after_an_error():
+    before = grassmann.plucker_forward, grassmann.plucker_backward
+    with pytest.raises(ZeroDivisionError), multiply_by("elementwise"):
+        assert grassmann.plucker_forward is compare.elementwise_forward
+        assert grassmann.plucker_backward is compare.elementwise_backward
+        raise ZeroDivisionError
+    assert (grassmann.plucker_forward, grassmann.plucker_backward) == before
+    assert PRODUCTS["wedge"][:2] == before
+
+
+# ---- models of equal size -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab_size", [65, 103])
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.title)
+def test_all_models_of_a_question_have_the_same_size(question, vocab_size):
+    settings = compare.BASE | question.size
+    target = count_params(compare.model(settings, vocab_size))
+    assert question.large or 0.8e6 < target < 0.95e6
+    for label, overrides in question.rows:
+        study = SimpleNamespace(threads=1)
+        spec, config = compare.make_spec(study, settings, overrides, vocab_size, "text")
+        assert abs(count_params(config, spec["product"]) / target - 1) < 0.02, label
+        assert config.d_model % config.n_head == 0, label
+        assert replace(config, d_model=8, d_ff=8) == replace(
+            compare.model(settings | overrides, vocab_size), d_model=8, d_ff=8
+        ), f"{label}: something else than the width was changed"
+
+
+@pytest.mark.parametrize("label, overrides", compare.RECALL_ROWS)
+def test_all_models_of_question_6_have_the_same_size(label, overrides):
+    settings = compare.BASE | compare.RECALL_SIZE
+    spec, config = compare.make_spec(SimpleNamespace(threads=1), settings, overrides, compare.TOKENS, "recall")
+    assert abs(count_params(config) / count_params(compare.model(settings, compare.TOKENS)) - 1) < 0.02
+
+
+def test_the_first_grassmann_model_is_the_one_that_train_char_trains(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    args = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path)]
+    config = train_char.make_run(train_char.build_parser().parse_args(args)).config
+    settings = compare.BASE | QUESTIONS[0].size
+    assert compare.GRASSMANN in QUESTIONS[0].rows and compare.model(settings, config.vocab_size) == config
+    assert matched(config, count_params(config)) == config
+
+
+@pytest.mark.parametrize("mixer", ["grassmann", "attention"])
+def test_matched_finds_sizes_far_from_its_own(mixer):
+    config = tiny_config(mixer=mixer, positions=True)
+    for target in (5_000, 40_000, 1_000_000):
+        assert abs(count_params(matched(config, target)) / target - 1) < 0.02
+
+
+# ---- runs ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch, capsys):
+    """Run compare.py's main() on a small text, with tiny models and short questions; the labels of what it trained."""
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    monkeypatch.setattr(compare, "BASE", compare.BASE | TINY)
+    monkeypatch.setattr(compare, "QUESTIONS", [ONE, LARGE, TWO])
+    monkeypatch.setattr(compare, "RECALL_SIZE", {"context": 16, "batch_size": 2, "iters": 2})
+    monkeypatch.setattr(compare, "RECALL_ROWS", [compare.ATTENTION, compare.GRASSMANN])
+    monkeypatch.setattr(compare, "LEARNING_RATES", (1e-3, 4e-3))
+    trained, train = [], compare.train
+
+    def counted(label, *how):
+        trained.append(label)
+        return train(label, *how)
+
+    monkeypatch.setattr(compare, "train", counted)
+
+    def run(*options):
+        trained.clear()
+        fixed = ["--data", tmp_path / "text.txt", "--out", tmp_path / "out", "--threads", 1]
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, [*fixed, *options])])
+        compare.main()
+        return list(trained)
+
+    run.out, run.printed = tmp_path / "out", lambda: capsys.readouterr().out
+    return run
+
+
+def runs_of(out):
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("runs/*"))]
+
+
+def test_from_text_to_tables_and_figures(program):
+    program("--seeds", 2)
+    printed, saved = program.printed(), (program.out / "compare.md").read_text(encoding="utf-8")
+    assert saved in printed
+    assert [line for line in saved.splitlines() if line.startswith("#")] == [
+        "# Does geometry replace attention?", "## 1. One", "## 1. Large", "## 5. Two", "## 6. Where attention wins",
+    ]  # fmt: skip
+    for figure in ("compare.png", "compare_recall.png"):
+        assert (program.out / figure).read_bytes().startswith(b"\x89PNG")
+    runs = runs_of(program.out)
+    whole = [run for run in runs if run["label"] in ("Grassmann, seed 0", "Grassmann, seed 1")]
+    assert {run["spec"]["seed"] for run in whole} == {0, 1}
+    losses = [run["curve"][-1][2] for run in whole]
+    row = next(line for line in saved.splitlines() if line.startswith("| Grassmann |"))
+    assert f"| {sum(losses) / 2:.3f} ({min(losses):.3f} to {max(losses):.3f}) |" in row
+    assert f"| {whole[0]['parameters']:,} |" in row
+    large = saved[saved.index("## 1. Large") : saved.index("## 5.")]
+    assert " to " not in large.splitlines()[-2]  # one seed
+    assert saved.count("| recall |") == saved.count("| brackets |") == 2
+    assert not list(program.out.glob("**/*.tmp"))
+
+
+def test_resume_trains_what_is_missing_and_nothing_else(program):
+    everything = program("--only", 1, 5)
+    table = (program.out / "compare.md").read_text(encoding="utf-8")
+    assert len(everything) == len(runs_of(program.out)) == len(set(everything))
+    assert program("--only", 1, 5) == []
+    assert (program.out / "compare.md").read_text(encoding="utf-8") == table
+    missing = next(p for p in program.out.glob("runs/*") if '"label": "sum, seed 1"' in p.read_text(encoding="utf-8"))
+    before = missing.read_text(encoding="utf-8")
+    missing.unlink()
+    assert program("--only", 1, 5) == ["sum, seed 1"]
+    again, before = json.loads(missing.read_text(encoding="utf-8")), json.loads(before)
+    assert [loss for _, _, loss in again["curve"]] == [loss for _, _, loss in before["curve"]]
+
+
+def test_ctrl_c_loses_only_the_current_run(program, monkeypatch):
+    everything = len(program("--only", 1, 5))
+    for path in program.out.glob("runs/*"):
+        path.unlink()
+    real, calls = grassmann.loss_and_grads, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grassmann, "loss_and_grads", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            program("--only", 1, 5)
+    assert stop.value.code == 130
+    done = len(runs_of(program.out))
+    assert 0 < done < everything and not list(program.out.glob("**/*.tmp"))
+    assert len(program("--only", 1, 5)) == everything - done
+
+
+def test_a_damaged_file_is_named(program, capsys):
+    program("--only", 1, "--seeds", 1)
+    damaged = sorted(program.out.glob("runs/*"))[0]
+    damaged.write_text('{"label": ', encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        program("--only", 1, "--seeds", 1)
+    assert stop.value.code == 2 and str(damaged) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"iters": 4}, {"batch_size": 5}, {"weight_decay": 0.2}, {"grad_clip": 2.0}, {"dropout": 0.1}, {"normalize": True},
+     {"offsets": ((1,), (2,))}, {"context": 9}, {"warmup_iters": 0, "iters": 20}],
+)  # fmt: skip
+def test_changed_settings_reuse_nothing(program, monkeypatch, change):
+    monkeypatch.setattr(compare, "BASE", compare.BASE | {"iters": 20} if "warmup_iters" in change else compare.BASE)
+    before = program("--only", 5, "--seeds", 1)
+    monkeypatch.setattr(compare, "BASE", compare.BASE | change)
+    reused = len(runs_of(program.out)) + len(program("--only", 5, "--seeds", 1)) - len(runs_of(program.out))
+    short = [label for label in before if "lr" in label]  # a tenth of 3 steps is as long as a tenth of 4
+    assert reused == (0 if "iters" not in change or "warmup_iters" in change else len(short))
+
+
+def test_another_text_or_number_of_threads_reuses_nothing(program, tmp_path):
+    before = program("--only", 5, "--seeds", 1)
+    assert program("--only", 5, "--seeds", 1, "--threads", 2) == before
+    (tmp_path / "text.txt").write_text(TEXT.replace("green", "brown"), encoding="utf-8")
+    assert len(program("--only", 5, "--seeds", 1)) == len(before)
+
+
+def test_the_quick_set(program):
+    program("--quick")
+    saved = (program.out / "compare.md").read_text(encoding="utf-8")
+    assert "## 1. One" in saved and "## 5. Two" in saved and "Large" not in saved and "## 6" not in saved
+    assert {run["spec"]["seed"] for run in runs_of(program.out)} == {0}
+    searches = [run["spec"] for run in runs_of(program.out) if ", lr " in run["label"]]
+    assert {spec["product"] for spec in searches} == {"wedge"}  # a variant takes the plain model's learning rate
+
+
+def test_every_number_that_can_be_asked_for_has_questions():
+    assert {question.number for question in QUESTIONS} == {1, 2, 3, 4, 5}
+    args = SimpleNamespace(only=None, quick=True)
+    assert {question.number for question in compare.selected(args)} == {1, 3, 5}
+    assert all(question.rows[0] == compare.ATTENTION for question in QUESTIONS)
+
+
+def test_it_trains_as_train_char_does(program, tmp_path, monkeypatch):
+    """The same losses to the last bit: same start, batches, schedule, clipping, optimiser and validation."""
+    monkeypatch.setattr(compare, "BASE", compare.BASE | {"iters": 40, "warmup_iters": 4})
+    program("--only", 1, "--seeds", 1)
+    run = next(run for run in runs_of(program.out) if run["label"] == "Grassmann, seed 0")
+    options = {"iters": 40, "warmup-iters": 4, "eval-every": 40, "lr": run["spec"]["lr"], "threads": 1,
+               "out": tmp_path / "train_char", "data": tmp_path / "text.txt"}  # fmt: skip
+    options |= {name.replace("_", "-"): TINY[name] for name in ("context", "n_layer", "d_model", "rank", "batch_size")}
+    args = train_char.build_parser().parse_args([f"--{name}={value}" for name, value in options.items()])
+    args.out.mkdir()
+    assert train_char.train(train_char.make_run(args), []) == run["curve"][-1][2]
+
+
+def test_both_mixers_see_the_same_batches(program, monkeypatch):
+    seen, real = {"attention": [], "grassmann": []}, grassmann.loss_and_grads
+
+    def watched(params, config, x, y, seed, threads):
+        seen[config.mixer].append((seed, x.tolist(), y.tolist()))
+        return real(params, config, x, y, seed, threads)
+
+    monkeypatch.setattr(grassmann, "loss_and_grads", watched)
+    monkeypatch.setattr(compare, "best_lr", lambda *how: 1e-3)
+    program("--only", 1, "--seeds", 2)
+    assert seen["attention"][:6] == seen["grassmann"]
+    assert [seed for seed, _, _ in seen["grassmann"]] == [(s, step) for s in (0, 1) for step in range(3)]
+
+
+@pytest.mark.parametrize("optimum, best", [(2.2e-3, 2e-3), (3e-2, 3.2e-2), (3e-4, 2.5e-4)])
+def test_best_learning_rate(monkeypatch, optimum, best):
+    """The best of the grid; beyond its edges, the grid grows."""
+    tried = []
+
+    def run(study, label, settings, overrides):
+        tried.append(overrides["lr"])
+        loss = math.nan if overrides["lr"] > 0.05 else math.log(overrides["lr"] / optimum) ** 2
+        return {"curve": [[overrides["iters"], 1.0, loss]], "spec": overrides}
+
+    monkeypatch.setattr(compare, "text_run", run)
+    study = SimpleNamespace(quick=False, iters=500)
+    assert compare.best_lr(study, "model", compare.BASE, {}) == pytest.approx(best)
+    assert len(tried) == len(set(tried)) <= 7
+
+
+# ---- the table ----------------------------------------------------------------------------------------
+
+
+def run_with(curve, iters=100):
+    return {"curve": curve, "spec": {"iters": iters}, "parameters": 1234}
+
+
+def cells(answers):
+    heading, _, *rows = [line.strip("| ").split(" | ") for line in compare.table(answers).splitlines()]
+    return [dict(zip(heading, row, strict=False)) for row in rows]
+
+
+def test_what_the_table_says():
+    attention = Answer("attention", 1e-3, [run_with([[50, 5.0, 2.0], [100, 10.0, 1.5]])])
+    slow = Answer("slow", 4e-3, [run_with([[50, 8.0, 1.8], [100, 16.0, 1.4]]), run_with([[50, 8, 1.6], [100, 16.0, 1.2]])])
+    first, second = cells([attention, slow])
+    assert first["loss at equal time"] == "1.500" and first["ms per step"] == "100.0"
+    assert second["validation loss, nats"] == "1.300 (1.200 to 1.400)"
+    assert second["bits per character"] == "1.876" and second["perplexity per character"] == "3.669"
+    assert second["ms per step"] == "160.0" and second["parameters"] == "1,234" and second["learning rate"] == "0.004"
+    assert second["loss at equal time"] == "1.600"  # a quarter of the way from 1.7 to 1.3
+    assert second["gap to attention"] == "-18.1%"  # exp(1.3 - 1.5) - 1
+
+
+def test_a_run_that_diverged_is_neither_good_nor_fast():
+    attention = Answer("attention", 1e-3, [run_with([[50, 5.0, 2.0], [100, 10.0, 1.5]])])
+    diverged = Answer("diverged", 1e-1, [run_with([[3, 0.1, 0.9]])])
+    first, second = cells([attention, diverged])
+    assert first["loss at equal time"] == "1.500" and second["validation loss, nats"] == "inf"
+    assert cells([diverged, attention])[1]["gap to attention"] == "+nan%"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(program, monkeypatch):
+    real, steps = grassmann.loss_and_grads, []
+
+    def diverging(*args):
+        steps.append(1)
+        loss, grads = real(*args)
+        return loss * math.inf, grads
+
+    monkeypatch.setattr(grassmann, "loss_and_grads", diverging)
+    labels = program("--only", 1, "--seeds", 1)
+    assert len(steps) == len(labels) and all(compare.final(run) == math.inf for run in runs_of(program.out)
+                                             if run["spec"]["iters"] > 1)  # fmt: skip
+
+
+# ---- question 6 ---------------------------------------------------------------------------------------
+
+
+def test_recall_asks_for_the_only_key(rng):
+    x, y, distance = compare.recall(rng, 50, 64)
+    asks = distance > 0
+    np.testing.assert_array_equal(asks, x == ASK)  # the asking token itself says nothing
+    np.testing.assert_array_equal(y[~asks], x[~asks])
+    assert ((x < compare.ANSWERS).sum(1) == 1).all()
+    row, t = np.nonzero(asks)
+    np.testing.assert_array_equal(x[row, t - distance[row, t]], y[row, t])
+
+
+def test_brackets_asks_for_the_one_that_it_closes(rng):
+    """Between an opening bracket and the one that closes it, every bracket is closed within."""
+    x, y, distance = compare.brackets(rng, 20, 64)
+    asks = distance > 0
+    np.testing.assert_array_equal(asks, x == ASK)
+    np.testing.assert_array_equal(y[~asks], x[~asks])
+    for row, t in zip(*np.nonzero(asks), strict=True):
+        inside = x[row, t - distance[row, t] + 1 : t]
+        depth = np.cumsum(np.where(inside == ASK, -1, 1))
+        assert (depth >= 0).all() and (not len(inside) or depth[-1] == 0)
+        assert x[row, t - distance[row, t]] == y[row, t]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_another_far_token_is_another_answer_and_nothing_else_tells(task):
+    """Redraw all that lies after the far token: the answer stays. Change the far token: the answer follows."""
+    x, y, distance = TASKS[task](np.random.default_rng(0), 400, 64)
+    answers = y[distance > 20]
+    counts = np.bincount(answers, minlength=compare.ANSWERS) / len(answers)
+    assert np.abs(counts - 1 / compare.ANSWERS).max() < 0.06  # no answer can be guessed
+    near = np.roll(x, 1, 1)[distance > 20]
+    assert abs((near == answers).mean() - (near < compare.ANSWERS).mean() / compare.ANSWERS) < 0.05
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_distance_from_1_to_200_is_asked(task):
+    _, _, distance = TASKS[task](np.random.default_rng(0), 64, compare.RECALL_SIZE["context"])
+    for low, high in zip(compare.EDGES[:-1], compare.EDGES[1:], strict=True):
+        assert ((low <= distance) & (distance < high)).sum() >= 20
+    assert (compare.EDGES[0], compare.EDGES[-1] - 1) == (1, 200)
+
+
+@pytest.mark.parametrize("label, overrides", compare.RECALL_ROWS[:2])
+@pytest.mark.parametrize("task", TASKS)
+def test_an_untrained_model_guesses(task, label, overrides):
+    settings = compare.BASE | TINY | {"context": 32}
+    _, config = compare.make_spec(SimpleNamespace(threads=1), settings, overrides, compare.TOKENS, task)
+    sample = TASKS[task](np.random.default_rng(0), 600, 32)
+    values = np.array(accuracy(grassmann.init_params(config), config, *sample)[:4])
+    assert abs(values.mean() - 1 / compare.ANSWERS) < 0.05
+
+
+def test_accuracy_is_sorted_by_distance(monkeypatch, rng):
+    """A model that is right up to 16 tokens back, and never beyond."""
+    x, y, distance = compare.recall(rng, 40, 64)
+    says = np.where(distance <= 16, y, (y + 1) % compare.ANSWERS)
+    rows = iter(np.array_split(says, 5))
+    monkeypatch.setattr(grassmann, "forward", lambda params, config, chunk: np.eye(compare.TOKENS)[next(rows)])
+    assert accuracy({}, None, x, y, distance)[:6] == [1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("overrides", [{}, {"offsets": compare.FAR}])
+def test_how_far_a_grassmann_model_sees(overrides):
+    """The line in compare_recall.png: a token that far back changes the output, one more does not."""
+    settings = compare.BASE | compare.RECALL_SIZE | {"d_model": 8, "rank": 3} | overrides
+    config = compare.model(settings, compare.TOKENS)
+    params = ordinary_params(config)
+    reach = sum(max(layer) for layer in config.offsets)
+    x = np.random.default_rng(0).integers(0, compare.TOKENS - 1, (1, config.context))
+    before = grassmann.forward(params, config, x)[0, -1]
+    for distance, seen in ((reach, True), (reach + 1, False)):
+        changed = x.copy()
+        changed[0, -1 - distance] += 1
+        assert (grassmann.forward(params, config, changed)[0, -1] != before).any() == seen

@@ -1,0 +1,202 @@
+"""Solutions of the exercises in tutorial.md, in their order."""
+
+import numpy as np
+from finite_differences import check_gradients, ordinary_params, tiny_config
+
+import grassmann as G
+
+
+def check(label, forward, backward, inputs):
+    """The gradients of a weighted sum of forward's output against central differences."""
+    rng = np.random.default_rng(1)
+    out, cache = forward(*inputs.values())
+    weights = rng.standard_normal(out.shape)
+    grads = backward(weights, cache)
+    grads = dict(zip(inputs, grads if isinstance(grads, tuple) else (grads,), strict=True))
+    check_gradients(label, lambda: float((forward(*inputs.values())[0] * weights).sum()), inputs, grads)
+
+
+def test_1_exchanging_the_vectors_changes_every_sign(rng):
+    # p_ij(v, u) = v_i u_j - v_j u_i = -(u_i v_j - u_j v_i); with u = v a number equals its negative, so it is 0.
+    u, v = rng.standard_normal((2, 6))
+    assert np.array_equal(G.plucker(u, v), -G.plucker(v, u))
+    assert not G.plucker(u, u).any()
+
+
+def test_2_the_factor_is_the_determinant(rng):
+    # (u+v) ∧ (u-v) = u∧u - u∧v + v∧u - v∧v = -2 u∧v, and the determinant of (1 1; 1 -1) is -2.
+    u, v = rng.standard_normal((2, 6))
+    assert np.allclose(G.plucker(u + v, u - v), -2 * G.plucker(u, v))
+
+
+def test_3_the_length_in_three_dimensions(rng):
+    # Σ_{i<j} (u_i v_j - u_j v_i)² = Σ_{i≠j} u_i² v_j² - 2 Σ_{i<j} u_i v_j u_j v_i; add and subtract Σ_i u_i² v_i².
+    u, v = rng.standard_normal((2, 3))
+    assert np.isclose((G.plucker(u, v) ** 2).sum(), (u @ u) * (v @ v) - (u @ v) ** 2)
+
+
+def test_4_every_bivector_is_a_plane_only_up_to_three_dimensions():
+    def excess(r):
+        return r * (r - 1) // 2 - (2 * (r - 2) + 1)
+
+    assert [r for r in range(2, 40) if excess(r) == 0] == [2, 3]
+    assert excess(32) == 435
+
+
+def moved(offsets, context=80):
+    """How far ahead of a changed token logits still move."""
+    config = tiny_config(n_layer=len(offsets), offsets=offsets, context=context)
+    params, tokens = ordinary_params(config), np.zeros((1, 70), int)
+    changed = tokens.copy()
+    changed[0, 0] = 1
+    difference = np.abs(G.forward(params, config, tokens) - G.forward(params, config, changed)).max((0, 2))
+    return int(np.flatnonzero(difference)[-1])
+
+
+def test_5_the_receptive_field_is_the_sum_of_the_largest_offsets():
+    assert moved(((1, 2, 3, 4),) * 4) == 16
+    assert moved(((1, 2, 3, 4),) * 3 + ((1, 2, 3, 52),)) == 64  # the offsets carry no parameters of their own
+
+
+def test_6_the_backward_of_a_dot_product(rng):
+    # out = Σ_i a_i b_i, so da_i = dout b_i and db_i = dout a_i; dout (..., 1) is stretched over i.
+    inputs = {"a": rng.standard_normal((3, 4)), "b": rng.standard_normal((3, 4))}
+    check("exercise 6", lambda a, b: (G.dot(a, b), (a, b)), lambda d, c: (d * c[1], d * c[0]), inputs)
+
+
+def rmsnorm_forward(x, w, eps=1e-5):
+    x_hat = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    return w * x_hat, (x, x_hat, w, eps)
+
+
+def rmsnorm_backward(dy, cache):
+    """As LayerNorm without the way through the mean: dx = (dx̂ - x̂ mean(dx̂ ⊙ x̂)) / σ."""
+    x, x_hat, w, eps = cache
+    dx_hat, sigma = dy * w, np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    return (dx_hat - x_hat * (dx_hat * x_hat).mean(-1, keepdims=True)) / sigma, (dy * x_hat).sum(0)
+
+
+def test_7_rmsnorm(rng):
+    inputs = {"x": rng.standard_normal((3, 5)), "w": rng.standard_normal(5)}
+    check("exercise 7", rmsnorm_forward, rmsnorm_backward, inputs)
+
+
+def test_8_squared_relu(rng):
+    # max(x, 0)² has the slope 2 max(x, 0), which is 0 from both sides at 0: only the second derivative jumps.
+    check(
+        "exercise 8", lambda x: (np.maximum(x, 0) ** 2, x), lambda d, x: d * 2 * np.maximum(x, 0),
+        {"x": rng.standard_normal((4, 5))},
+    )  # fmt: skip
+    assert abs(((1e-5) ** 2 - 0) / 2e-5) < 1e-5  # the central difference at 0
+
+
+def test_9_an_average_cannot_tell_its_offsets_apart(rng):
+    z = rng.standard_normal((1, 5, 3))
+    swapped = z[:, [0, 1, 3, 2, 4]]  # exchange the tokens one and two back from the last
+    for taps, same in ((None, True), (np.array([[1.0, 2, 3], [4, 5, 6]]), False)):
+        s, _ = G.partner_forward(z, taps, (1, 2), False)
+        s_swapped, _ = G.partner_forward(swapped, taps, (1, 2), False)
+        assert np.allclose(s[0, -1], s_swapped[0, -1]) is same
+
+
+def test_10_the_memory_of_a_stream():
+    def state_bytes(steps, **variant):
+        config = G.Config(5, 64, 4, 128, 32, ((1, 2, 3, 4),) * 4, **variant)
+        params = G.init_params(config)
+        state = G.stream_init(params, config)
+        for _ in range(steps):
+            _, state = G.stream_step(params, config, state, 1)
+        return sum(a.nbytes for layer in state["past"] for a in layer.values())
+
+    assert state_bytes(10) == state_bytes(30) == 4 * 4 * 32 * 4  # layers, places, coordinates, bytes
+    assert state_bytes(30, mixer="attention") == 30 * 4096  # 2 · 128 numbers in each of 4 layers: 41 MB after 10,000
+
+
+def product_forward(u, v):
+    i, j = np.triu_indices(u.shape[-1], 1)
+    return u[..., i] * v[..., j], (u, v)
+
+
+def product_backward(dp, cache):
+    """u_i occurs in p_ij for every j > i with the factor v_j, v_j for every i < j with the factor u_i."""
+    u, v = cache
+    i, j = np.triu_indices(u.shape[-1], 1)
+    D = np.zeros((*u.shape, u.shape[-1]))
+    D[..., i, j] = dp
+    return np.einsum("...ij,...j->...i", D, v), np.einsum("...ij,...i->...j", D, u)
+
+
+def test_11_a_product_without_antisymmetry(rng):
+    u, v, w = rng.standard_normal((3, 2, 4))
+    check("exercise 11", product_forward, product_backward, {"u": u, "v": v})
+    p, swapped = product_forward(u, v)[0], product_forward(v, u)[0]
+    assert not np.allclose(p, -swapped)
+    assert np.allclose(product_forward(u, v + 2 * w)[0], p + 2 * product_forward(u, w)[0])
+
+
+def leaks(params, config):
+    """Does a later token change an earlier logit?"""
+    tokens = np.arange(8)[None] % config.vocab_size
+    later = tokens.copy()
+    later[0, 5:] = 0
+    return not np.allclose(G.forward(params, config, tokens)[:, :5], G.forward(params, config, later)[:, :5])
+
+
+def test_12_looking_ahead_is_noticed(monkeypatch):
+    config = tiny_config()
+    params = ordinary_params(config)
+    assert not leaks(params, config)
+    honest = G.partner_forward
+
+    def ahead(z, *rest):
+        s, cache = honest(z[:, ::-1], *rest)
+        return s[:, ::-1], cache
+
+    monkeypatch.setattr(G, "partner_forward", ahead)
+    assert leaks(params, config)
+
+
+def cosine_forward(u, v):
+    length_u, length_v = np.sqrt(G.dot(u, u)), np.sqrt(G.dot(v, v))
+    cosine = G.dot(u, v) / (length_u * length_v)
+    p, cache = G.plucker_forward(u, v)
+    return np.concatenate([p, cosine], -1), (u, v, length_u, length_v, cosine, cache)
+
+
+def cosine_backward(dout, cache):
+    """∂cos/∂u = (v/|v| - cos u/|u|) / |u|: the part of the unit vector v that u does not have yet; so for v."""
+    u, v, length_u, length_v, cosine, cache = cache
+    du, dv = G.plucker_backward(dout[..., :-1], cache)
+    d = dout[..., -1:]
+    du = du + d * (v / length_v - cosine * u / length_u) / length_u
+    dv = dv + d * (u / length_u - cosine * v / length_v) / length_v
+    return du, dv
+
+
+def test_13_the_cosine_as_one_more_feature(rng):
+    u, v = rng.standard_normal((2, 3, 5))
+    check("exercise 13", cosine_forward, cosine_backward, {"u": u, "v": v})
+
+
+def test_14_momentum_needs_a_larger_learning_rate():
+    text = np.random.default_rng(0).integers(0, 3, 3000).cumsum() % 11  # each step is 0, 1 or 2: entropy log 3
+    config = tiny_config(context=16)
+
+    def train(adamw):
+        params = G.init_params(config)
+        state, momentum = G.adamw_init(params), {name: np.zeros_like(p) for name, p in params.items()}
+        for step in range(200):
+            x, y = G.get_batch(text, 16, 16, seed=0, step=step)
+            loss, grads = G.loss_and_grads(params, config, x, y)
+            G.clip_grads(grads, 1.0)
+            if adamw:
+                G.adamw_step(params, grads, state, step, lr=1e-2)
+            else:
+                for name, p in params.items():
+                    momentum[name] = 0.9 * momentum[name] + grads[name]
+                    p -= 0.3 * momentum[name]
+        return float(loss)
+
+    with_adamw, with_momentum = train(True), train(False)
+    assert with_adamw < 1.25
+    assert with_momentum < 1.6, (with_adamw, with_momentum)
