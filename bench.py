@@ -16,6 +16,7 @@ import cpu  # noqa: F401, I001  (before NumPy)
 import json
 import math
 import multiprocessing
+import os
 import platform
 import re
 import sys
@@ -31,8 +32,8 @@ import numpy as np
 from tqdm import tqdm
 
 import grassmann
-from grassmann import Config
-from sample import Parser, number, plain_output
+from grassmann import Array, Config
+from sample import Parser, leave_quietly, number, plain_output
 from text import encode, load_text, vocabulary
 from train_char import MODEL_DEFAULTS, PACE_DEFAULTS, available_cores, check_memory, default_offsets
 
@@ -45,7 +46,6 @@ try:
 except ImportError:
     torch, Module = None, object
 
-Array = np.ndarray
 NEEDS_TORCH = "needs torch"
 
 
@@ -90,7 +90,8 @@ class Ours:
         x, y = grassmann.get_batch(self.setup.train_tokens, self.batch_size, self.config.context, seed, self.k)
         _, grads = grassmann.loss_and_grads(self.params, self.config, x, y, (seed, self.k), threads=self.threads)
         grassmann.clip_grads(grads, s["grad_clip"])
-        grassmann.adamw_step(self.params, grads, self.optimizer, self.k, lr, weight_decay=s["weight_decay"])
+        how = {"weight_decay": s["weight_decay"], "threads": self.threads}
+        grassmann.adamw_step(self.params, grads, self.optimizer, self.k, lr, **how)
         self.k += 1
 
     def validate(self) -> float:
@@ -121,8 +122,8 @@ class Theirs:
         self.k += 1
 
     def loss(self, x: Array, y: Array):
-        logits = self.model(torch.from_numpy(x).long())
-        return F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(y).long().flatten())
+        x, y = (torch.from_numpy(tokens.astype(np.int64)) for tokens in (x, y))
+        return F.cross_entropy(self.model(x).flatten(0, 1), y.flatten())
 
     def validate(self) -> float:
         """What `grassmann.validation_loss` does: consecutive windows of the context, every target once."""
@@ -497,7 +498,7 @@ def gpt_writer(setup: Setup, text: Array, cache: bool) -> Callable[[], None]:
     """
     config = setup.gpt_config()
     model, context = gpt(config), config.context
-    tokens, past, read = torch.from_numpy(text).long()[None, -context:], None, context
+    tokens, past, read = torch.from_numpy(text.astype(np.int64))[None, -context:], None, context
 
     @torch.inference_mode()
     def write() -> None:
@@ -597,14 +598,14 @@ def training_memory(setup: Setup, side: str) -> float:
     return peak_memory() - before
 
 
-def memory(setup: Setup) -> list[dict]:
+def memory(setup: Setup, repeats: int = 3) -> list[dict]:
     """Peak memory (MB) of training above what the imports take: 30 steps and a validation in a new process"""
     if sys.platform == "win32":
         return [{"what": "not measured on Windows"}]
     rows = []
     for side in ("ours", "GPT, equal width"):
         peaks = []
-        for _ in range(3 if side == "ours" or torch else 0):
+        for _ in range(repeats if side == "ours" or torch else 0):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 peaks.append(process.submit(training_memory, setup, side).result())
         rows.append({"what": side, "MB": middle(peaks)})
@@ -632,6 +633,8 @@ def header(setup: Setup, data: str | None) -> dict:
     name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     machine = {"processor": name[1] if name else platform.processor(), "cores": available_cores()}
     text = f"{data or 'pydoc_data.topics'}, {len(setup.train_tokens) + len(setup.val_tokens):,} characters"
+    if hasattr(os, "getloadavg"):
+        machine["load"] = f"{os.getloadavg()[0]:.1f} programs were running before; above 0.5 they disturb the numbers"
     return versions | machine | {"threads": setup.threads, "text": text, "quick": setup.quick}
 
 
@@ -683,8 +686,12 @@ def main() -> None:
             args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     except ValueError as error:
         parser.error(str(error))
+    except BrokenPipeError:
+        leave_quietly()
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:  # the sections so far are in the JSON file
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ the optimiser, the schedule, the number of tokens, and the validation (grassmann
 gets the learning rate that is best for it in short runs, without which no comparison is fair.
 
 Writes into --out: compare.md (the tables), compare.png (the curves), compare_recall.png (question 6), and one
-file per finished run in runs/. It resumes after an interruption and runs what is missing.
+file per finished run in runs/. It resumes after an interruption and runs what is missing; other settings or
+another text are other runs. (It can't know that grassmann.py itself has changed: then choose another --out.)
 """
 
 import cpu  # noqa: F401, I001  (before NumPy)
@@ -30,6 +31,7 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import grassmann
@@ -219,8 +221,8 @@ class Study:
 def train(label: str, spec: dict, config: Config, batch: Callable, evaluate: Callable) -> dict:
     """Train as train_char.py does: {"parameters", "tokens_per_step", "curve"}.
 
-    The curve has a [step, seconds, evaluate(params)] every spec["eval_every"] steps and
-    at the end; the seconds are those of training alone. A loss that is not finite ends the run.
+    The curve has a [step, seconds, evaluate(params)] every spec["eval_every"] steps and at the end; the
+    seconds are those of training alone. A loss that is not finite ends the run.
     """
     params = grassmann.init_params(config, spec["seed"])
     optimizer, curve, seconds = grassmann.adamw_init(params), [], 0.0
@@ -311,7 +313,6 @@ def best_lr(study: Study, label: str, settings: dict, overrides: dict) -> float:
 
 # ---- the answers --------------------------------------------------------------------------------------
 
-
 Answer = namedtuple("Answer", "label lr runs")  # one line of a table: a model, a run per seed
 
 
@@ -390,8 +391,6 @@ def report(study: Study, answers: list[tuple[Question, list[Answer]]], recalled:
 
 def plot(path: Path, answers: list[tuple[Question, list[Answer]]]) -> None:
     """compare.png: for every question the validation loss against tokens and against seconds, a line per run."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 3.6 * len(answers)), layout="constrained")
     for (question, rows), (left, right) in zip(answers, figure.subplots(len(answers), 2, squeeze=False), strict=True):
         for k, a in enumerate(rows):
@@ -401,9 +400,10 @@ def plot(path: Path, answers: list[tuple[Question, list[Answer]]]) -> None:
                 left.plot(np.array(steps) * run["tokens_per_step"] / 1e6, losses, **style)
                 right.plot(seconds, losses, **style)
         left.set(title=f"{question.number}. {question.title}", ylabel="validation loss, nats")
-        left.set(xlabel="million characters"), right.set(xlabel="seconds of training")
+        for axes, unit in ((left, "million characters"), (right, "seconds of training")):
+            axes.set(xlabel=unit)
+            axes.grid(alpha=0.3)
         right.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
-        left.grid(alpha=0.3), right.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
@@ -485,8 +485,6 @@ def answer_recall(study: Study) -> list[dict]:
 
 def plot_recall(path: Path, results: list[dict]) -> None:
     """compare_recall.png: accuracy against distance, and how far the Grassmann models can see at all."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     middles = [math.sqrt(low * (high - 1)) for low, high in itertools.pairwise(EDGES)]
     for task, axes in zip(TASKS, figure.subplots(1, len(TASKS), sharey=True), strict=True):
@@ -538,7 +536,7 @@ def make_study(args) -> Study:
 def selected(args) -> list[Question]:
     """The questions that the options ask for, question 6 apart."""
     numbers = args.only or (QUICK_QUESTIONS if args.quick else range(1, 7))
-    return [question for question in QUESTIONS if question.number in numbers and (question.quick or not args.quick)]
+    return [question for question in QUESTIONS if question.number in numbers and not (args.quick and question.large)]
 
 
 def compare(args) -> None:
@@ -549,6 +547,7 @@ def compare(args) -> None:
         (args.out / "compare.md").write_text(report(study, answers, recalled), encoding="utf-8")
 
     for question in selected(args):
+        print(f"{question.number}. {question.title}", flush=True)
         answers.append((question, answer(study, question)))
         write()
         plot(args.out / "compare.png", answers)

@@ -24,11 +24,11 @@ parameters decides the precision: float32 trains, float64 checks. NumPy's BLAS s
 """
 
 import hashlib
-import io
 import json
 import math
 import operator
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -851,6 +851,9 @@ def generate(
 # ---- checkpoints --------------------------------------------------------------------------------------
 
 FORMAT = 1  # version of the file; a loader refuses any other
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \(([\d, ]*)\), \} *\n", re.DOTALL
+)
 
 
 def save_checkpoint(path, params: Params, config: Config, **extra) -> None:
@@ -905,6 +908,8 @@ def _read_checkpoint(archive: zipfile.ZipFile) -> tuple[Params, Config, dict]:
     if meta["format"] != FORMAT:
         raise ValueError(f"format version {meta['format']!r}, this program reads {FORMAT}")
     checksum, config, extra = meta.pop("sha256"), Config(**meta["config"]), meta["extra"]
+    if not isinstance(extra, dict):
+        raise ValueError("its extra values are not named")
     if config.n_layer > len(names):
         raise ValueError("layers are missing")
     shapes, groups = param_shapes(config), {name.split("/")[0] for name in names if name != "meta"} | {"param"}
@@ -921,7 +926,7 @@ def _read_checkpoint(archive: zipfile.ZipFile) -> tuple[Params, Config, dict]:
         raise ValueError("its checksum does not match, the file is damaged")
     vocab = extra.get("vocab")
     if vocab is not None:
-        known = np.array(vocab, np.int64)
+        known = np.array([operator.index(point) for point in vocab], np.int64)
         if known.shape != (config.vocab_size,) or known[0] < 0 or known[-1] > 0x10FFFF or (np.diff(known) < 1).any():
             raise ValueError("its vocabulary is not one of vocab_size code points in ascending order")
     for key in groups:
@@ -932,20 +937,22 @@ def _read_checkpoint(archive: zipfile.ZipFile) -> tuple[Params, Config, dict]:
 def _read_array(archive: zipfile.ZipFile, name: str, dtypes: list, shape: tuple | None, most: int = 0) -> Array:
     """One array of the archive, refused unless its size, dtype and shape are the expected ones."""
     info = archive.getinfo(name + ".npy")
-    most = most or math.prod(shape) * 8
-    if info.file_size > most + 4096 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{name} has {info.file_size} bytes, at most {most} expected")
-    file = io.BytesIO(archive.read(info))
-    version = np.lib.format.read_magic(file)
-    if version != (1, 0):
-        raise ValueError(f"{name} has an array header of version {version}")
-    found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    data = file.read()
-    if fortran or dtype not in dtypes or (shape is not None and found != shape):
+    most = (most or math.prod(shape) * 8) + 4096  # with the header
+    if max(info.file_size, info.compress_size) > most:
+        raise ValueError(f"{name} is too large for its shape")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in a way that this program does not read")
+    with archive.open(info) as member:
+        content = member.read(info.file_size)  # inflates no more than that, and compares the CRC
+    header = NPY_HEADER.match(content)
+    if not header:
+        raise ValueError(f"{name} is not a plain array")
+    dtype, found = np.dtype(header[1].decode()), tuple(int(size) for size in header[2].split(b",") if size.strip())
+    if dtype not in dtypes or (shape is not None and found != shape):
         raise ValueError(f"{name} has shape {found} and dtype {dtype}, expected {shape} and {np.dtype(dtypes[0])}")
-    if len(found) > 8 or len(data) != math.prod(found) * dtype.itemsize:
-        raise ValueError(f"{name} is {len(data)} bytes long, not as its header says")
-    return np.frombuffer(data, dtype).reshape(found).copy()
+    if len(content) - header.end() != math.prod(found) * dtype.itemsize:
+        raise ValueError(f"{name} is not as long as its header says")
+    return np.frombuffer(content, dtype, offset=header.end()).reshape(found).copy()
 
 
 def _is_arrays(value) -> bool:

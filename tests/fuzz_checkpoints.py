@@ -315,22 +315,25 @@ def verdict(path: Path, expected: tuple, sealed: bool = False) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a warning is more than one line
-            arrays, found = everything(path)
+            arrays, rest = everything(path)
+        reason = None
     except (ValueError, OSError) as error:
         reason = str(error)
-        if tracemalloc.get_traced_memory()[1] > MOST_MEMORY:
-            return f"took {tracemalloc.get_traced_memory()[1] / 1e6:.0f} MB of memory before it was refused"
-        return "refused" if reason and len(reason.splitlines()) == 1 else f"more than one line: {reason!r}"
     except Exception as error:
         return f"raised {type(error).__name__}: {error}"
     finally:
+        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+    if peak > MOST_MEMORY:
+        return f"took {peak / 1e6:.0f} MB of memory"
+    if reason is not None:
+        return "refused" if len(reason.splitlines()) == 1 else f"was not refused with one line: {reason!r}"
     if arrays != expected[0]:
         return "loaded other arrays"
-    if found != expected[1] and not sealed:
+    if rest != expected[1] and not sealed:
         return "loaded other contents"
     try:
-        "".join(map(chr, found[1].get("vocab", [])))
+        "".join(map(chr, rest[1].get("vocab") or []))
     except (TypeError, ValueError) as error:
         return f"loaded a vocabulary that is none: {error}"
     return "unchanged"

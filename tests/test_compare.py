@@ -16,10 +16,11 @@ import train_char
 from compare import ASK, PRODUCTS, QUESTIONS, TASKS, Answer, Question, accuracy, count_params, matched, multiply_by
 
 OTHERS = [name for name in PRODUCTS if name != "wedge"]
-TINY = {"context": 8, "n_layer": 2, "d_model": 8, "rank": 5, "batch_size": 4, "n_head": 2, "iters": 3, "product": "wedge"}
+TINY = {"context": 8, "n_layer": 2, "d_model": 8, "rank": 5, "batch_size": 4, "n_head": 2, "iters": 3}
 TEXT = "".join(f"{k} green bottles hanging on the wall, and if {k % 7} of them should fall\n" for k in range(40))
 ONE = Question(1, "One", "Does it run?", [compare.ATTENTION, compare.GRASSMANN])
 TWO = Question(5, "Two", "Does it run with another product?", [compare.ATTENTION, ("sum", {"product": "symmetric"})])
+PLOT = compare.plot
 LARGE = Question(1, "Large", "Is it left out?", [compare.ATTENTION], {"n_layer": 3}, large=True)
 
 
@@ -104,7 +105,7 @@ def test_all_models_of_a_question_have_the_same_size(question, vocab_size):
 @pytest.mark.parametrize("label, overrides", compare.RECALL_ROWS)
 def test_all_models_of_question_6_have_the_same_size(label, overrides):
     settings = compare.BASE | compare.RECALL_SIZE
-    spec, config = compare.make_spec(SimpleNamespace(threads=1), settings, overrides, compare.TOKENS, "recall")
+    _, config = compare.make_spec(SimpleNamespace(threads=1), settings, overrides, compare.TOKENS, "recall")
     assert abs(count_params(config) / count_params(compare.model(settings, compare.TOKENS)) - 1) < 0.02
 
 
@@ -129,29 +130,38 @@ def test_matched_finds_sizes_far_from_its_own(mixer):
 
 @pytest.fixture
 def program(tmp_path, monkeypatch, capsys):
-    """Run compare.py's main() on a small text, with tiny models and short questions; the labels of what it trained."""
+    """Run compare.py's main() on a small text, with tiny models, two questions and no figure.
+
+    Returns the labels of the runs that it trained; run.used has those of all runs that it needed.
+    """
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.setattr(compare, "BASE", compare.BASE | TINY)
     monkeypatch.setattr(compare, "QUESTIONS", [ONE, LARGE, TWO])
     monkeypatch.setattr(compare, "RECALL_SIZE", {"context": 16, "batch_size": 2, "iters": 2})
     monkeypatch.setattr(compare, "RECALL_ROWS", [compare.ATTENTION, compare.GRASSMANN])
     monkeypatch.setattr(compare, "LEARNING_RATES", (1e-3, 4e-3))
-    trained, train = [], compare.train
+    monkeypatch.setattr(compare, "plot", lambda *how: None)
+    trained, train, used, finished = [], compare.train, [], compare.finished
 
-    def counted(label, *how):
+    def counted_train(label, *how):
         trained.append(label)
         return train(label, *how)
 
-    monkeypatch.setattr(compare, "train", counted)
+    def counted_finished(study, label, *how, **functions):
+        used.append(label)
+        return finished(study, label, *how, **functions)
+
+    monkeypatch.setattr(compare, "train", counted_train)
+    monkeypatch.setattr(compare, "finished", counted_finished)
 
     def run(*options):
-        trained.clear()
+        trained.clear(), used.clear()
         fixed = ["--data", tmp_path / "text.txt", "--out", tmp_path / "out", "--threads", 1]
         monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, [*fixed, *options])])
         compare.main()
         return list(trained)
 
-    run.out, run.printed = tmp_path / "out", lambda: capsys.readouterr().out
+    run.used, run.out, run.printed = used, tmp_path / "out", lambda: capsys.readouterr().out
     return run
 
 
@@ -159,7 +169,8 @@ def runs_of(out):
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("runs/*"))]
 
 
-def test_from_text_to_tables_and_figures(program):
+def test_from_text_to_tables_and_figures(program, monkeypatch):
+    monkeypatch.setattr(compare, "plot", PLOT)
     program("--seeds", 2)
     printed, saved = program.printed(), (program.out / "compare.md").read_text(encoding="utf-8")
     assert saved in printed
@@ -184,7 +195,7 @@ def test_from_text_to_tables_and_figures(program):
 def test_resume_trains_what_is_missing_and_nothing_else(program):
     everything = program("--only", 1, 5)
     table = (program.out / "compare.md").read_text(encoding="utf-8")
-    assert len(everything) == len(runs_of(program.out)) == len(set(everything))
+    assert len(everything) == len(runs_of(program.out)) < len(program.used)  # both questions need attention
     assert program("--only", 1, 5) == []
     assert (program.out / "compare.md").read_text(encoding="utf-8") == table
     missing = next(p for p in program.out.glob("runs/*") if '"label": "sum, seed 1"' in p.read_text(encoding="utf-8"))
@@ -226,25 +237,40 @@ def test_a_damaged_file_is_named(program, capsys):
     assert stop.value.code == 2 and str(damaged) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options, reason", [
+    (["--only", 7], "--only"), (["--only", 1, "--data", "absent.txt"], "absent.txt"), (["--seeds", 0], "--seeds"),
+])  # fmt: skip
+def test_options_that_make_no_sense_get_one_line(program, capsys, options, reason):
+    with pytest.raises(SystemExit) as stop:
+        program(*options)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and reason in error
+
+
+def test_a_text_shorter_than_a_window_is_refused(program, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("green", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        program()
+    assert "the text has 5 characters" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"iters": 4}, {"batch_size": 5}, {"weight_decay": 0.2}, {"grad_clip": 2.0}, {"dropout": 0.1}, {"normalize": True},
-     {"offsets": ((1,), (2,))}, {"context": 9}, {"warmup_iters": 0, "iters": 20}],
+    [{"iters": 30}, {"batch_size": 5}, {"weight_decay": 0.2}, {"grad_clip": 2.0}, {"dropout": 0.1}, {"context": 9},
+     {"normalize": True}, {"offsets": ((1,), (2,))}, {"rank": 6}, {"d_model": 12}, {"block": "paper"}],
+    ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_changed_settings_reuse_nothing(program, monkeypatch, change):
-    monkeypatch.setattr(compare, "BASE", compare.BASE | {"iters": 20} if "warmup_iters" in change else compare.BASE)
-    before = program("--only", 5, "--seeds", 1)
+    program("--only", 5, "--seeds", 1)
     monkeypatch.setattr(compare, "BASE", compare.BASE | change)
-    reused = len(runs_of(program.out)) + len(program("--only", 5, "--seeds", 1)) - len(runs_of(program.out))
-    short = [label for label in before if "lr" in label]  # a tenth of 3 steps is as long as a tenth of 4
-    assert reused == (0 if "iters" not in change or "warmup_iters" in change else len(short))
+    assert program("--only", 5, "--seeds", 1) == program.used
 
 
 def test_another_text_or_number_of_threads_reuses_nothing(program, tmp_path):
-    before = program("--only", 5, "--seeds", 1)
-    assert program("--only", 5, "--seeds", 1, "--threads", 2) == before
+    program("--only", 5, "--seeds", 1)
+    assert program("--only", 5, "--seeds", 1, "--threads", 2) == program.used
     (tmp_path / "text.txt").write_text(TEXT.replace("green", "brown"), encoding="utf-8")
-    assert len(program("--only", 5, "--seeds", 1)) == len(before)
+    assert program("--only", 5, "--seeds", 1) == program.used
 
 
 def test_the_quick_set(program):
@@ -320,7 +346,8 @@ def cells(answers):
 
 def test_what_the_table_says():
     attention = Answer("attention", 1e-3, [run_with([[50, 5.0, 2.0], [100, 10.0, 1.5]])])
-    slow = Answer("slow", 4e-3, [run_with([[50, 8.0, 1.8], [100, 16.0, 1.4]]), run_with([[50, 8, 1.6], [100, 16.0, 1.2]])])
+    curves = [[50, 8.0, 1.8], [100, 16.0, 1.4]], [[50, 8.0, 1.6], [100, 16.0, 1.2]]
+    slow = Answer("slow", 4e-3, [run_with(curve) for curve in curves])
     first, second = cells([attention, slow])
     assert first["loss at equal time"] == "1.500" and first["ms per step"] == "100.0"
     assert second["validation loss, nats"] == "1.300 (1.200 to 1.400)"
@@ -391,9 +418,9 @@ def test_another_far_token_is_another_answer_and_nothing_else_tells(task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_distance_from_1_to_200_is_asked(task):
-    _, _, distance = TASKS[task](np.random.default_rng(0), 64, compare.RECALL_SIZE["context"])
+    _, _, distance = TASKS[task](np.random.default_rng(0), 512, compare.RECALL_SIZE["context"])
     for low, high in zip(compare.EDGES[:-1], compare.EDGES[1:], strict=True):
-        assert ((low <= distance) & (distance < high)).sum() >= 20
+        assert ((low <= distance) & (distance < high)).sum() >= 80
     assert (compare.EDGES[0], compare.EDGES[-1] - 1) == (1, 200)
 
 
