@@ -11,7 +11,7 @@ the same number of threads, the same batches and the same optimiser. The other s
 usually written, not compiled (pip install -r requirements-bench.txt); without it, its cells say so.
 """
 
-import cpu  # noqa: F401, I001  (before NumPy)
+import cpu  # noqa: I001  (before NumPy)
 
 import json
 import math
@@ -35,7 +35,7 @@ import grassmann
 from grassmann import Array, Config
 from sample import Parser, leave_quietly, number, plain_output
 from text import encode, load_text, vocabulary
-from train_char import MODEL_DEFAULTS, PACE_DEFAULTS, available_cores, check_memory, default_offsets
+from runs import MODEL_DEFAULTS, PACE_DEFAULTS, check_memory, default_offsets
 
 try:
     import torch
@@ -631,7 +631,7 @@ def header(setup: Setup, data: str | None) -> dict:
         versions["BLAS"] = "threadpoolctl, which would name it, is not installed"
     cpuinfo = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    machine = {"processor": name[1] if name else platform.processor(), "cores": available_cores()}
+    machine = {"processor": name[1] if name else platform.processor(), "cores": cpu.available_cores()}
     text = f"{data or 'pydoc_data.topics'}, {len(setup.train_tokens) + len(setup.val_tokens):,} characters"
     if hasattr(os, "getloadavg"):
         machine["load"] = f"{os.getloadavg()[0]:.1f} programs were running before; above 0.5 they disturb the numbers"
@@ -668,7 +668,7 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: the text of train_char.py)")
-    add("--threads", type=number(int, 1, 1024), default=available_cores(), help="for both sides (default: all cores)")
+    add("--threads", type=number(int, 1, 1024), default=cpu.available_cores(), help="for both sides (default: all cores)")
     add("--quick", action="store_true", help="fewer repeats, and no race")
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
     add("--json", type=Path, default=Path("bench.json"), help="where the numbers go (default: bench.json)")

@@ -14,7 +14,7 @@ file per finished run in runs/. It resumes after an interruption and runs what i
 another text are other runs. (It can't know that grassmann.py itself has changed: then choose another --out.)
 """
 
-import cpu  # noqa: F401, I001  (before NumPy)
+import cpu  # noqa: I001  (before NumPy)
 
 import hashlib
 import itertools
@@ -38,7 +38,7 @@ import grassmann
 from grassmann import Array, Config, pairs, param_shapes
 from sample import Parser, leave_quietly, number, plain_output
 from text import encode, load_text, vocabulary
-from train_char import MODEL_DEFAULTS, PACE_DEFAULTS, available_cores, default_offsets
+from runs import MODEL_DEFAULTS, PACE_DEFAULTS, default_offsets
 
 BASE = MODEL_DEFAULTS | PACE_DEFAULTS | {"product": "wedge"}  # what train_char.py trains; questions override some of it
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # tried first, see best_lr
@@ -513,7 +513,7 @@ def build_parser() -> Parser:
     add("--quick", action="store_true", help=f"one seed, {QUICK_STEPS:,} steps, questions 1, 3 and 5")
     add("--only", type=number(int, 1, 6), nargs="+", metavar="QUESTION", help="some of the questions 1 to 6")
     add("--seeds", type=number(int, 1, 1000), help="runs of every model (default: 3, with --quick 1)")
-    add("--threads", type=number(int, 1, 1024), default=available_cores(), help="CPU threads (default: all cores)")
+    add("--threads", type=number(int, 1, 1024), default=cpu.available_cores(), help="CPU threads (default: all cores)")
     return parser
 
 

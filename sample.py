@@ -106,7 +106,7 @@ def main() -> None:
             raise ValueError(f"{args.checkpoint} does not exist; train_char.py writes it") from None
         except OSError as error:
             raise ValueError(f"{args.checkpoint}: {error.strerror}") from None
-        if "vocab" not in extra:
+        if extra.get("vocab") is None or extra.get("most_common") not in range(config.vocab_size):
             raise ValueError(f"{args.checkpoint} has no vocabulary, it was not written by train_char.py")
         for k in range(args.samples):
             if k:

@@ -9,41 +9,24 @@ Writes into --out: best.npz (lowest validation loss, for sample.py), last.npz (f
 The last tenth of the text is held out for validation. Ctrl-C loses nothing.
 """
 
-import cpu  # noqa: F401, I001  (before NumPy)
+import cpu  # noqa: I001  (before NumPy)
 
 import argparse
 import csv
-import hashlib
-import json
 import math
-import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import ModuleType
 
-import numpy as np
 from tqdm import tqdm
 
-from grassmann import Config, param_shapes
-from sample import Parser, add_gpu_option, backend, leave_quietly, number, plain_output, write_sample
-from text import encode, load_text, vocabulary
+import runs
+from runs import MODEL_DEFAULTS, PACE_DEFAULTS, Run
+from sample import Parser, add_gpu_option, leave_quietly, number, plain_output, write_sample
 
 LOG_EVERY = 10  # steps per line of log.csv; its training loss is their mean
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LOG_COLUMNS = ["step", "train_loss", "val_loss", "lr", "seconds"]
-
-# What is trained: a resumed run keeps these.
-MODEL_DEFAULTS = {
-    "data": None, "seed": 0, "batch_size": 12, "context": 64, "n_layer": 4, "d_model": 128, "rank": 32,
-    "offsets": None, "block": "prenorm", "taps": True, "normalize": False, "positions": False,
-    "mixer": "grassmann", "n_head": 4, "dropout": 0.0, "weight_decay": 0.1, "grad_clip": 1.0,
-}  # fmt: skip
-# How long and how fast: these may change on the way.
-PACE_DEFAULTS = {"iters": 5000, "lr": 4e-3, "min_lr": None, "warmup_iters": 100, "eval_every": 250}
-
 
 # ---- options ------------------------------------------------------------------------------------------
 
@@ -56,21 +39,11 @@ def parse_offsets(text: str) -> tuple[tuple[int, ...], ...]:
         raise argparse.ArgumentTypeError(f'{text!r} is not of the form "1,2;1,2;4;8"') from None
 
 
-def default_offsets(n_layer: int, context: int, taps: bool) -> tuple[tuple[int, ...], ...]:
-    """With taps, the last four characters in every layer; without, one offset a layer: 1, 2, 4, 8, 1, 2, …"""
-    layers = [(1, 2, 3, 4) if taps else (2 ** (i % 4),) for i in range(n_layer)]
-    return tuple(tuple(delta for delta in layer if delta < context) or (1,) for layer in layers)
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def build_parser() -> Parser:
     """Options are absent unless given (a resumed run must know which); the help texts name the defaults."""
     parser = Parser(__doc__)
     parser.argument_default = argparse.SUPPRESS
-    parser.set_defaults(out=Path("out"), resume=False, gpu=False, threads=available_cores())
+    parser.set_defaults(out=Path("out"), resume=False, gpu=False, threads=cpu.available_cores())
     default = {name: value for name, value in (MODEL_DEFAULTS | PACE_DEFAULTS).items() if value is not None}
 
     def add(group, flag: str, text: str, **how) -> None:
@@ -112,147 +85,7 @@ def build_parser() -> Parser:
     return parser
 
 
-# ---- a run --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """What is trained, and how far it is."""
-
-    model: ModuleType  # grassmann or gpu
-    out: Path
-    threads: int
-    settings: dict
-    text_sha256: str
-    vocab: list[int]
-    most_common: int  # the token that an empty prompt starts from where there is no newline
-    train_tokens: np.ndarray
-    val_tokens: np.ndarray
-    config: Config
-    params: dict
-    optimizer: dict
-    step: int = 0
-    seconds: float = 0.0  # spent so far
-    recent: list = field(default_factory=list)  # training losses since the last line of the log
-    best: list | None = None  # step and validation loss of best.npz
-
-
-def make_run(args: argparse.Namespace) -> Run:
-    """A new run, or with --resume the one in last.npz. Raises ValueError and OSError."""
-    model, last = backend(args.gpu), args.out / "last.npz"
-    given = {name: value for name, value in vars(args).items() if name in MODEL_DEFAULTS | PACE_DEFAULTS}
-    if given.get("data") not in (None, "shakespeare"):
-        given["data"] = os.path.abspath(given["data"])
-    saved = resume_point(model, last, given) if args.resume else None
-    settings = MODEL_DEFAULTS | PACE_DEFAULTS | (saved["settings"] if saved else {}) | given
-    if settings["min_lr"] is not None and settings["min_lr"] > settings["lr"]:
-        raise ValueError(f"--min-lr ({settings['min_lr']}) must not exceed --lr ({settings['lr']})")
-    if settings["offsets"] is None:
-        settings["offsets"] = default_offsets(settings["n_layer"], settings["context"], settings["taps"])
-
-    text = load_text(settings["data"])
-    n_val = len(text) // 10
-    if len(text) - n_val <= settings["context"] or n_val < 2:
-        least = max(20, settings["context"] * 10 // 9 + 2)
-        raise ValueError(f"the text has {len(text)} characters, a context of {settings['context']} needs {least}")
-    text_sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    vocab = vocabulary(text)
-    config = Config(len(vocab), **{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
-    check_memory(config, settings["batch_size"], args.threads)
-    if not saved:
-        params = model.init_params(config, settings["seed"])
-        saved = {"params": params, **model.adamw_init(params)}
-    elif (text_sha256, config) != (saved["text_sha256"], saved["config"]):
-        raise ValueError(f"--resume cannot change the text, and {settings['data'] or 'pydoc_data.topics'} has changed")
-    tokens = encode(text, vocab)
-    return Run(
-        model, args.out, args.threads, settings, text_sha256, vocab, int(np.bincount(tokens[: 1 << 20]).argmax()),
-        tokens[:-n_val], tokens[-n_val:], config, saved["params"], {m: saved[m] for m in ("adam_m", "adam_v")},
-        **{name: saved[name] for name in ("step", "seconds", "recent", "best") if name in saved},
-    )  # fmt: skip
-
-
-def resume_point(model: ModuleType, last: Path, given: dict) -> dict:
-    """What last.npz holds, if `given` asks for nothing else. Raises ValueError and OSError."""
-    if not last.exists():
-        raise ValueError(f"nothing to resume: {last} does not exist")
-    params, config, saved = model.load_checkpoint(last)
-    missing = {"adam_m", "adam_v", "settings", "text_sha256", "step", "seconds", "recent", "best"} - saved.keys()
-    if missing:
-        raise ValueError(f"{last} cannot be resumed: it lacks {', '.join(sorted(missing))}")
-    settings = saved["settings"]
-    for name in MODEL_DEFAULTS.keys() & given.keys():
-        if json.dumps(given[name]) != json.dumps(settings.get(name)):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"--resume cannot change {flag}: {last} has {settings.get(name)}, not {given[name]}")
-    iters = given.get("iters", settings.get("iters", 0))
-    if saved["step"] >= iters:
-        raise ValueError(f"{last} is at step {saved['step']} of {iters}; to go on, give a larger --iters")
-    return saved | {"params": params, "config": config}
-
-
-def check_memory(config: Config, batch_size: int, threads: int) -> None:
-    """Refuse, before anything is allocated, what this machine cannot hold. Raises ValueError."""
-    n_params = sum(math.prod(shape) for shape in param_shapes(config).values())
-    per_token = 16 * config.d_model + 6 * config.d_ff + 3 * config.rank**2
-    if config.mixer == "attention":
-        per_token += 4 * config.n_head * config.context
-    activations = batch_size * config.context * (config.n_layer * per_token + 4 * config.vocab_size)
-    needed = 4 * (n_params * (5 + threads) + activations)  # weights, two means, an update, gradients per thread
-    if not hasattr(os, "sysconf"):  # Windows
-        return
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
-        raise ValueError(f"this needs about {needed / 1e9:.1f} GB of memory, the machine has {available / 1e9:.1f}")
-
-
-def set_aside(out: Path) -> None:
-    """Move the files of an earlier run in `out` to out/previous-N, so that a new run overwrites nothing."""
-    files = [out / name for name in ("best.npz", "last.npz", "log.csv", "loss.png") if (out / name).exists()]
-    if files:
-        numbers = (k for k in range(1, 10**6) if not (out / f"previous-{k}").exists())
-        folder = out / f"previous-{next(numbers)}"
-        folder.mkdir()
-        for file in files:
-            file.rename(folder / file.name)
-        print(f"the earlier run in {out} is now in {folder} (--resume would have gone on with it)")
-
-
-def save(run: Run, name: str, **state) -> None:
-    """Write a checkpoint. Raises OSError, and ValueError if the weights are not finite."""
-    state |= {"vocab": run.vocab, "most_common": run.most_common, "settings": run.settings}
-    try:
-        run.model.save_checkpoint(run.out / name, run.params, run.config, step=run.step, best=run.best, **state)
-    except ValueError as error:
-        raise ValueError(f"{error}; {diverged(run, 'run', 'unstable', run.step)}") from None
-
-
-def save_last(run: Run) -> None:
-    """last.npz: all that --resume needs."""
-    save(run, "last.npz", **run.optimizer, text_sha256=run.text_sha256, seconds=run.seconds, recent=checked_losses(run))
-
-
-def checked_losses(run: Run) -> list[float]:
-    """The training losses since the last line of the log, as numbers. Raises ValueError if one is not finite."""
-    losses = [float(loss) for loss in run.recent]
-    for step, loss in enumerate(losses, run.step - len(losses) + 1):
-        if not math.isfinite(loss):
-            raise ValueError(diverged(run, "loss", loss, step))
-    return losses
-
-
-def diverged(run: Run, what: str, value: float | str, step: int) -> str:
-    return f"the {what} became {value} at step {step}: lower --lr; {run.out / 'last.npz'} is the last good checkpoint"
-
-
-def open_log(run: Run):
-    """log.csv, opened for more lines: a new one, or an old one cut back to where the checkpoint is."""
-    path, lines = run.out / "log.csv", [",".join(LOG_COLUMNS)]
-    if run.step and path.exists():
-        old = path.read_text(encoding="utf-8").splitlines()[1:]
-        lines += [line for line in old if line.count(",") == 4 and int(line.split(",")[0]) <= run.step]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path.open("a", encoding="utf-8", buffering=1)
+# ---- training -----------------------------------------------------------------------------------------
 
 
 def train(run: Run, signals: list[int]) -> float | None:
@@ -262,7 +95,7 @@ def train(run: Run, signals: list[int]) -> float | None:
     start_step, started, before = run.step, time.perf_counter(), run.seconds
     bar = tqdm(total=s["iters"], initial=run.step, unit="step", disable=None, dynamic_ncols=True)
     val_loss, shown = None, {}
-    with bar, open_log(run) as log:
+    with bar, runs.open_log(run) as log:
         while run.step < s["iters"] and not signals:
             x, y = model.get_batch(run.train_tokens, s["batch_size"], s["context"], s["seed"], run.step)
             lr = model.learning_rate(run.step, s["iters"], s["lr"], min_lr, s["warmup_iters"])
@@ -278,12 +111,12 @@ def train(run: Run, signals: list[int]) -> float | None:
             validate = run.step % s["eval_every"] == 0 or run.step == s["iters"]
             if not validate and run.step % LOG_EVERY:
                 continue
-            losses = checked_losses(run)
+            losses = runs.checked_losses(run)
             train_loss = math.fsum(losses) / len(losses)
             if validate:
                 val_loss = model.validation_loss(run.params, run.config, run.val_tokens, run.threads)
                 if not math.isfinite(val_loss):
-                    raise ValueError(diverged(run, "validation loss", val_loss, run.step))
+                    raise ValueError(runs.diverged(run, "validation loss", val_loss, run.step))
                 shown["val"] = f"{val_loss:.4f}"
                 both = f"train {train_loss:.4f}   val {val_loss:.4f} nats/char"
                 bar.write(f"step {run.step:6d}   {both}   {run.seconds:6.1f} s")
@@ -294,10 +127,10 @@ def train(run: Run, signals: list[int]) -> float | None:
             if validate:
                 if run.best is None or val_loss < run.best[1]:
                     run.best = [run.step, val_loss]
-                    save(run, "best.npz")
-                save_last(run)
+                    runs.save(run, "best.npz")
+                runs.save_last(run)
         if signals:
-            save_last(run)
+            runs.save_last(run)
     return val_loss
 
 
@@ -362,11 +195,11 @@ def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
     try:
-        run = make_run(args)
+        run = runs.make_run(args, parser)
         run.out.mkdir(parents=True, exist_ok=True)
         if not args.resume:
-            set_aside(run.out)
-            save_last(run)  # before any work: is the folder writable?
+            runs.set_aside(run.out)
+            runs.save_last(run)  # before any work: is the folder writable?
         n_params = sum(p.size for p in run.params.values())
         print(f"{len(run.train_tokens):,} characters to train on, {len(run.val_tokens):,} to validate, "
               f"{len(run.vocab)} different ones; {n_params / 1e6:.2f}M parameters; {run.threads} threads")  # fmt: skip

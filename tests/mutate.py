@@ -19,7 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("gradients", "wedge", "model", "optimizer", "numerics")]
+TESTS = [f"tests/test_{name}.py" for name in ("optimizer", "wedge", "gradients", "model", "numerics")]
 AT_ONCE = 2
 
 MUTATIONS = [

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from kill_and_resume import ROOT, TEXT, contents
 
+import runs
 import sample
 import train_char
 from grassmann import Config, generate, init_params, learning_rate, load_checkpoint, save_checkpoint, validation_loss
@@ -74,7 +75,7 @@ def test_training_leaves_four_files(trained):
 def test_the_log_has_a_line_every_ten_steps_and_at_each_validation(trained):
     out, _ = trained
     header, *rows = [line.split(",") for line in (out / "log.csv").read_text(encoding="utf-8").splitlines()]
-    assert header == train_char.LOG_COLUMNS
+    assert header == runs.LOG_COLUMNS
     assert [(row[0], bool(row[2])) for row in rows] == [("10", False), ("15", True), ("20", False), ("30", True)]
     for step, train_loss, val_loss, lr, _ in rows:
         assert float(lr) == learning_rate(int(step) - 1, 30, 4e-3, 4e-4, 100)
@@ -238,7 +239,7 @@ def test_help_lists_every_option_with_its_default():
     printed, texts = option_help("train_char.py")
     assert [group for group in ("the run:", "training:", "the model:") if f"\n{group}\n" in printed] == [
         "the run:", "training:", "the model:"]  # fmt: skip
-    for name, default in (train_char.MODEL_DEFAULTS | train_char.PACE_DEFAULTS).items():
+    for name, default in (runs.MODEL_DEFAULTS | runs.PACE_DEFAULTS).items():
         text = texts["--" + name.replace("_", "-")]
         assert f"(default: {default})" in text if default is not None else "(default: " in text
     assert "(default: " in texts["--out"] and "(default: " in texts["--threads"]
@@ -308,9 +309,12 @@ def test_characters_appear_as_they_are_drawn(trained):
     assert running and first.startswith(b"7") and 0 < len(first + second) < 1000
 
 
-def test_a_reader_may_leave_early(trained):
-    command = [sys.executable, ROOT / "sample.py", trained[0] / "best.npz", "--length", str(10**9)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+@pytest.mark.parametrize("name", ["train_char.py", "sample.py"])
+def test_a_reader_may_leave_early(trained, text, tmp_path, name):
+    """As `head` does."""
+    options = f"{MODEL} --iters 1000000 --eval-every 1 --data {text} --out {tmp_path}"
+    options = options.split() if name == "train_char.py" else [trained[0] / "best.npz", "--length", str(10**9)]
+    with subprocess.Popen([sys.executable, ROOT / name, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         os.read(process.stdout.fileno(), 10)
         process.stdout.close()
         assert process.stderr.read() == b""
@@ -474,7 +478,8 @@ CHANGED = [
     ("--context 7", "--context"), ("--n-layer 3", "--n-layer"), ("--d-model 16", "--d-model"), ("--rank 4", "--rank"),
     ("--offsets 1;2", "--offsets"), ("--block paper", "--block"), ("--no-taps", "--taps"),
     ("--normalize", "--normalize"), ("--positions", "--positions"), ("--mixer attention", "--mixer"),
-    ("--n-head 2", "--n-head"), ("--dropout 0.2", "--dropout"), ("--seed 1", "--seed"), ("--batch-size 5", "--batch"),
+    ("--n-head 2", "--n-head"), ("--dropout 0.2", "--dropout"), ("--seed 1", "--seed"),
+    ("--batch-size 5", "--batch-size"),
     ("--weight-decay 0.3", "--weight-decay"), ("--grad-clip 0", "--grad-clip"), ("--data shakespeare", "--data"),
 ]  # fmt: skip
 
@@ -631,6 +636,6 @@ def test_number(above, accepted, rejected):
 
 def test_default_offsets_always_make_a_configuration():
     for n_layer, context, taps in itertools.product((1, 2, 7), (2, 3, 5, 16), (True, False)):
-        offsets = train_char.default_offsets(n_layer, context, taps)
+        offsets = runs.default_offsets(n_layer, context, taps)
         config = Config(vocab_size=3, context=context, n_layer=n_layer, d_model=4, rank=2, offsets=offsets, taps=taps)
         assert asdict(config)["offsets"] == offsets

@@ -112,7 +112,7 @@ def test_all_models_of_question_6_have_the_same_size(label, overrides):
 def test_the_first_grassmann_model_is_the_one_that_train_char_trains(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     args = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path)]
-    config = train_char.make_run(train_char.build_parser().parse_args(args)).config
+    config = train_char.runs.make_run(train_char.build_parser().parse_args(args), None).config
     settings = compare.BASE | QUESTIONS[0].size
     assert compare.GRASSMANN in QUESTIONS[0].rows and compare.model(settings, config.vocab_size) == config
     assert matched(config, count_params(config)) == config
@@ -299,7 +299,7 @@ def test_it_trains_as_train_char_does(program, tmp_path, monkeypatch):
     options |= {name.replace("_", "-"): TINY[name] for name in ("context", "n_layer", "d_model", "rank", "batch_size")}
     args = train_char.build_parser().parse_args([f"--{name}={value}" for name, value in options.items()])
     args.out.mkdir()
-    assert train_char.train(train_char.make_run(args), []) == run["curve"][-1][2]
+    assert train_char.train(train_char.runs.make_run(args, None), []) == run["curve"][-1][2]
 
 
 def test_both_mixers_see_the_same_batches(program, monkeypatch):

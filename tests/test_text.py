@@ -44,7 +44,7 @@ def test_every_text_survives_the_round_trip(string):
     vocab = vocabulary(string)
     assert vocab == sorted({ord(c) for c in string})
     tokens = encode(string, vocab) if string else np.zeros(0, np.int32)
-    assert tokens.dtype == np.int32 and tokens.shape == (len(string),)
+    assert np.issubdtype(tokens.dtype, np.integer) and tokens.shape == (len(string),)
     assert decode(tokens, vocab) == string
     assert decode(tokens.tolist(), vocab) == decode(iter(tokens), vocab) == string
 
@@ -135,14 +135,15 @@ def test_the_default_text():
 PEAK = """
 import re, sys
 sys.path.insert(0, sys.argv[1])
-import train_char
+import text, train_char
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-before, arguments = peak(), train_char.build_parser().parse_args(sys.argv[3:])
+parser = train_char.build_parser()
+before, arguments = peak(), parser.parse_args(sys.argv[3:])
 if sys.argv[2] == "text":
-    string = train_char.load_text(arguments.data)
-    tokens = train_char.encode(string, train_char.vocabulary(string))
+    string = text.load_text(arguments.data)
+    tokens = text.encode(string, text.vocabulary(string))
 else:
-    run = train_char.make_run(arguments)
+    run = train_char.runs.make_run(arguments, parser)
 print(peak() - before)
 """
 
@@ -150,7 +151,7 @@ print(peak() - before)
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads its own peak memory from /proc")
 @pytest.mark.parametrize("what", ["text", "run"])
 def test_memory_for_a_large_text(tmp_path, what):
-    """Loading takes a small multiple of the file's size: text 1, tokens 4, and copies for a while.
+    """Loading takes a small multiple of the file's size: text 1, tokens 1 (with few characters), copies for a while.
 
     (getrusage would count the memory of the test process too, whose fork the child is.)
     """
@@ -158,7 +159,7 @@ def test_memory_for_a_large_text(tmp_path, what):
     path = written(tmp_path, b"All work and no play makes Jack a dull boy\n" * (size // 43))
     command = [sys.executable, "-c", PEAK, ROOT, what, *MODEL.split(), "--data", path, "--out", tmp_path / "out"]
     factor = int(subprocess.run(command, capture_output=True, check=True).stdout) / size
-    assert 4 < factor < 8
+    assert 2 < factor < 5
 
 
 # ---- training on them ---------------------------------------------------------------------------------
