@@ -7,6 +7,7 @@ import cpu  # noqa: F401, I001  (before NumPy)
 
 import argparse
 import hashlib
+import itertools
 import math
 import operator
 import os
@@ -16,7 +17,7 @@ from types import ModuleType
 
 import numpy as np
 
-from grassmann import Config, param_shapes
+from grassmann import SHARD_TOKENS, Config, param_shapes
 from sample import backend
 from text import encode, load_text, vocabulary
 
@@ -144,7 +145,9 @@ def check_memory(config: Config, batch_size: int, threads: int) -> None:
     per_token = 16 * config.d_model + 6 * config.d_ff + 3 * config.rank**2
     if config.mixer == "attention":
         per_token += 4 * config.n_head * config.context
-    activations = batch_size * config.context * (config.n_layer * per_token + 4 * config.vocab_size)
+    tokens = batch_size * config.context
+    at_a_time = max(min(tokens, threads * SHARD_TOKENS), min(threads, batch_size) * config.context)
+    activations = at_a_time * (config.n_layer * per_token + 4 * config.vocab_size) + 6 * tokens
     needed = 4 * (n_params * (5 + threads) + activations)  # weights, two means, an update, gradients per thread
     if not hasattr(os, "sysconf"):  # Windows
         return
@@ -194,9 +197,16 @@ def diverged(run: Run, what: str, value: float | str, step: int) -> str:
 
 def open_log(run: Run):
     """log.csv, opened for more lines: a new one, or an old one cut back to where the checkpoint is."""
-    path, lines = run.out / "log.csv", [",".join(LOG_COLUMNS)]
-    if run.step and path.exists():
-        old = path.read_text(encoding="utf-8").splitlines()[1:]
-        lines += [line for line in old if line.count(",") == 4 and int(line.split(",")[0]) <= run.step]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path.open("a", encoding="utf-8", buffering=1)
+    log = (run.out / "log.csv").open("a+", encoding="utf-8", newline="\n", buffering=1)
+    log.seek(0)
+    keep = "".join(itertools.takewhile(lambda line: line.endswith("\n") and is_up_to(run.step, line), log))
+    log.truncate(len(keep))  # ASCII: as many bytes as characters
+    if not keep:
+        log.write(",".join(LOG_COLUMNS) + "\n")
+    return log
+
+
+def is_up_to(last_step: int, line: str) -> bool:
+    """Is this line of log.csv the first, or that of a step up to last_step?"""
+    step = line.partition(",")[0]
+    return step == LOG_COLUMNS[0] or (step.isdecimal() and int(step) <= last_step)

@@ -105,16 +105,22 @@ def test_the_summary_names_losses_files_and_a_sample(trained):
     assert "15   train" in summary and "30   train" in summary  # a line for each validation
 
 
-def test_checkpoints_hold_the_best_and_the_last_state(trained):
-    out, _ = trained
+def test_checkpoints_hold_the_best_and_the_last_state(text, tmp_path):
+    """Of a run that soon gets worse."""
+    unstable = ["--lr", 5, "--warmup-iters", 0, "--grad-clip", 0]
+    succeeded(train("--iters", 30, "--eval-every", 5, *unstable, data=text, out=tmp_path))
     losses = {}
-    for line in (out / "log.csv").read_text(encoding="utf-8").splitlines()[1:]:
+    for line in (tmp_path / "log.csv").read_text(encoding="utf-8").splitlines()[1:]:
         step, _, val_loss, *_ = line.split(",")
         if val_loss:
             losses[int(step)] = float(val_loss)
-    best, last = load_checkpoint(out / "best.npz")[2], load_checkpoint(out / "last.npz")[2]
-    assert best["best"] == [best["step"], min(losses.values())] and losses[best["step"]] == min(losses.values())
-    assert last["step"] == 30 and last["best"] == best["best"]
+    assert list(losses) == [5, 10, 15, 20, 25, 30] and min(losses.values()) < losses[30]
+    best, last = load_checkpoint(tmp_path / "best.npz"), load_checkpoint(tmp_path / "last.npz")
+    for params, config, extra in (best, last):
+        validation = encode(TEXT, extra["vocab"])[-(len(TEXT) // 10) :]
+        assert validation_loss(params, config, validation) == losses[extra["step"]]
+    best, last = best[2], last[2]
+    assert best["best"] == last["best"] == [best["step"], min(losses.values())] and last["step"] == 30
     assert best["vocab"] == last["vocab"] == vocabulary(TEXT)
     assert {"adam_m", "adam_v"} <= last.keys() and not {"adam_m", "adam_v"} & best.keys()
 
@@ -314,7 +320,8 @@ def test_a_reader_may_leave_early(trained, text, tmp_path, name):
     """As `head` does."""
     options = f"{MODEL} --iters 1000000 --eval-every 1 --data {text} --out {tmp_path}"
     options = options.split() if name == "train_char.py" else [trained[0] / "best.npz", "--length", str(10**9)]
-    with subprocess.Popen([sys.executable, ROOT / name, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, ROOT / name, *options], **pipes) as process:
         os.read(process.stdout.fileno(), 10)
         process.stdout.close()
         assert process.stderr.read() == b""
@@ -604,8 +611,9 @@ def test_too_little_memory(text, tmp_path):
     """What the process may use, not what the machine has: found out only when an allocation fails."""
     import resource
 
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))  # noqa: E731
-    assert "memory" in refused(train("--d-model", 2000, data=text, out=tmp_path, preexec_fn=limit))
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))  # noqa: E731
+    large = ["--d-model", 6000, "--n-layer", 1]
+    assert "memory" in refused(train(*large, data=text, out=tmp_path, preexec_fn=limit))
 
 
 # ---- functions, without a process ---------------------------------------------------------------------

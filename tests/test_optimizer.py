@@ -121,7 +121,8 @@ def test_learning_rate():
     assert rates[32] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 22 / 90)))
     assert rates[100] == pytest.approx(0.1, rel=1e-12)
     assert (np.diff(rates[10:]) < 0).all()
-    assert learning_rate(1000, 100, 1.0, 0.1, 10) == pytest.approx(0.1, rel=1e-12)
+    for step in [101, 145, 1000]:
+        assert learning_rate(step, 100, 1.0, 0.1, 10) == pytest.approx(0.1, rel=1e-12)
 
 
 def test_learning_rate_without_warm_up_and_with_nothing_else():
