@@ -307,8 +307,8 @@ def step(setup: Setup) -> list[dict]:
 
 
 @dataclass
-class Run:
-    """A training run in the race."""
+class Racer:
+    """A training run that takes part in the race."""
 
     model: Ours | Theirs
     lr: float
@@ -337,10 +337,10 @@ def race(setup: Setup, iters: int = 2000) -> list[dict]:
     if setup.quick:
         return [{"run": "skipped by --quick: it takes minutes"}]
 
-    def ours(steps: int) -> Run:
-        return Run(Ours(setup, setup.config()), setup.settings["lr"], steps)
+    def ours(steps: int) -> Racer:
+        return Racer(Ours(setup, setup.config()), setup.settings["lr"], steps)
 
-    def finish(*runs: Run) -> None:
+    def finish(*runs: Racer) -> None:
         for _ in tqdm(range(0, max(run.iters for run in runs), 50), leave=False, disable=None):
             for run in runs:
                 if run.model.k < run.iters:
@@ -349,7 +349,7 @@ def race(setup: Setup, iters: int = 2000) -> list[dict]:
     runs = {"ours, as many steps": ours(iters)}
     if torch:
         for name, lr in (("GPT, as published", 1e-3), ("GPT, at its best learning rate", 4e-3)):
-            runs[name] = Run(Theirs(setup, gpt(setup.gpt_config())), lr, iters)
+            runs[name] = Racer(Theirs(setup, gpt(setup.gpt_config())), lr, iters)
     finish(*runs.values())
     if torch:
         goal = runs["GPT, as published"]
@@ -668,7 +668,7 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: the text of train_char.py)")
-    add("--threads", type=number(int, 1, 1024), default=cpu.available_cores(), help="for both sides (default: all cores)")
+    add("--threads", type=number(int, 1, 1024), default=cpu.available_cores(), help="CPU threads (default: all cores)")
     add("--quick", action="store_true", help="fewer repeats, and no race")
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
     add("--json", type=Path, default=Path("bench.json"), help="where the numbers go (default: bench.json)")

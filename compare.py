@@ -36,9 +36,9 @@ from tqdm import tqdm
 
 import grassmann
 from grassmann import Array, Config, pairs, param_shapes
+from runs import MODEL_DEFAULTS, PACE_DEFAULTS, default_offsets
 from sample import Parser, leave_quietly, number, plain_output
 from text import encode, load_text, vocabulary
-from runs import MODEL_DEFAULTS, PACE_DEFAULTS, default_offsets
 
 BASE = MODEL_DEFAULTS | PACE_DEFAULTS | {"product": "wedge"}  # what train_char.py trains; questions override some of it
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # tried first, see best_lr
@@ -454,6 +454,11 @@ def accuracy(params: dict, config: Config, x: Array, y: Array, distance: Array) 
     return [float((guess == y)[b].mean()) if b.any() else math.nan for b in bins]
 
 
+def reach(offsets: tuple[tuple[int, ...], ...]) -> int:
+    """How many tokens back a Grassmann model sees: what its layers see, added up. (0: attention, which sees all.)"""
+    return sum(max(layer) for layer in offsets)
+
+
 def recall_run(study: Study, label: str, task: str, overrides: dict) -> dict:
     """A model trained on a task; the curve is one point, the accuracies at the end."""
     settings = BASE | RECALL_SIZE | {"seed": 0, "eval_every": RECALL_SIZE["iters"]}
@@ -477,9 +482,9 @@ def answer_recall(study: Study) -> list[dict]:
     for task, (label, overrides) in itertools.product(TASKS, RECALL_ROWS):
         runs = [recall_run(study, f"{task}, {label}, lr {lr:g}", task, overrides | {"lr": lr}) for lr in LEARNING_RATES]
         best = max(runs, key=lambda run: np.nanmean(run["curve"][-1][2]))
-        reach = sum(max(layer) for layer in best["spec"]["offsets"])  # 0 for attention
-        result = {"task": task, "label": label, "lr": best["spec"]["lr"], "reach": reach}
-        results.append(result | {"accuracy": best["curve"][-1][2]})
+        spec, accuracies = best["spec"], best["curve"][-1][2]
+        result = {"task": task, "label": label, "lr": spec["lr"], "reach": reach(spec["offsets"])}
+        results.append(result | {"accuracy": accuracies})
     return results
 
 

@@ -76,6 +76,16 @@ def test_equal_looking_texts_stay_different():
     assert len(encode(decomposed, vocabulary(decomposed))) == 2
 
 
+@pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 65535, 65536, 65537, 0x110000])
+def test_vocabularies_of_all_sizes(count):
+    """Up to all code points that there are."""
+    string = "".join(map(chr, range(0x110000 - count, 0x110000)))
+    vocab = vocabulary(string)
+    tokens = encode(string[::-1], vocab)
+    assert len(vocab) == count and tokens.tolist() == list(range(count))[::-1]
+    assert decode(tokens, vocab) == string[::-1]
+
+
 @pytest.mark.parametrize("before", [2**20 - 1, 2**20, 2**21 - 2])
 def test_long_texts(before):
     """Whatever pieces a long text is worked through in, nothing is lost where they meet."""
@@ -170,7 +180,8 @@ def test_memory_for_a_large_text(tmp_path, what):
     "👩\u200d🚀 e\u0301 \U0001f3fd\U0010ffff Ω\n" * 20,
     "a" * 100,
     "zero \0 and \ud800 half \udfff\n" * 20,
-], ids=["CRLF", "emoji", "one character", "NUL and surrogates"])  # fmt: skip
+    "abbb" * 20,
+], ids=["CRLF", "emoji", "one character", "NUL and surrogates", "no newline"])  # fmt: skip
 def test_training_and_sampling_on_odd_texts(tmp_path, string):
     """What an ASCII terminal cannot show is printed escaped."""
     path, out, env = written(tmp_path, string), tmp_path / "out", os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -180,16 +191,13 @@ def test_training_and_sampling_on_odd_texts(tmp_path, string):
     params, config, extra = load_checkpoint(out / "best.npz")
     assert extra["vocab"] == vocabulary(string)
 
-    prompt = string[:5]
-    tokens = generate(params, config, encode(prompt, extra["vocab"]), 60, temperature=2, seed=1)
-    expected = prompt + decode(tokens, extra["vocab"]) + "\n"
-    command = [sys.executable, ROOT / "sample.py", out / "best.npz", "--length", "60", "--temperature", "2"]
-    command += ["--seed", "1"]
-    if "\0" not in prompt:
-        command += ["--prompt", os.fsencode(prompt)]
-    for encoding in ("ascii", "utf-8"):
-        env["PYTHONIOENCODING"] = encoding
-        sampling = subprocess.run(command, capture_output=True, env=env)
+    first = vocabulary(string).index(10) if "\n" in string else encode(max("ab", key=string.count), extra["vocab"])[0]
+    for prompt, encoding in ((string[:5], "ascii"), (string[:5], "utf-8"), ("", "ascii")):
+        tokens = generate(params, config, encode(prompt, vocabulary(string)) if prompt else [first], 60, seed=1)
+        expected = prompt + decode(tokens, extra["vocab"]) + "\n"
+        command = [sys.executable, ROOT / "sample.py", out / "best.npz", "--length", "60", "--temperature", "1"]
+        command += ["--seed", "1", "--prompt", os.fsencode(prompt)]
+        sampling = subprocess.run(command, capture_output=True, env=env | {"PYTHONIOENCODING": encoding})
         assert sampling.stderr == b""
         assert sampling.stdout.replace(os.linesep.encode(), b"\n") == expected.encode(encoding, "backslashreplace")
 
