@@ -381,7 +381,8 @@ BAD_OPTIONS = [
     ("--rank 1", "--rank"), ("--rank 0", "--rank"), ("--rank -3", "--rank"), ("--n-layer 0", "--n-layer"),
     ("--d-model 0", "--d-model"), ("--context 0", "--context"), ("--batch-size 0", "--batch-size"),
     ("--n-head 0", "--n-head"), ("--mixer attention --n-head 3", "n_head (3) must divide d_model (8)"),
-    ("--d-model 1000000", "memory"), ("--rank 10000 --d-model 128", "memory"), ("--n-layer 1000 --d-model 4096", "memory"),
+    ("--d-model 1000000", "memory"), ("--rank 10000 --d-model 128", "memory"),
+    ("--n-layer 1000 --d-model 4096", "memory"),
     ("--mixer attention --d-model 1000000", "memory"), ("--d-model 99999999999999999999", "--d-model"),
     ("--n-layer 1e3", "--n-layer"), ("--context 1000000", "characters"),
     # numbers

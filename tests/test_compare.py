@@ -407,7 +407,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(program, monkeypatch):
     trained = program("--only", 1, "--seeds", 1)
     assert len(steps) == len(trained)  # one each
     whole = [run for run in runs_of(program.out) if run["spec"]["iters"] > 1]
-    assert len(whole) == 2 and all(compare.final(run) == math.inf for run in whole)
+    assert len(whole) == 3 and all(compare.final(run) == math.inf for run in whole)
 
 
 # ---- question 6 ---------------------------------------------------------------------------------------
