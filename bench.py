@@ -1,6 +1,6 @@
 """How fast it is, and against what: python bench.py prints a table and writes it as JSON.
 
-  python bench.py                               everything, about a quarter of an hour on two cores
+  python bench.py                               everything, 10 to 15 minutes on two idle cores
   python bench.py --data shakespeare            on Tiny Shakespeare, as in the README
   python bench.py --quick                       fewer repeats, and no race
   python bench.py --only step generation        some sections
@@ -633,6 +633,8 @@ def header(setup: Setup, data: str | None) -> dict:
     name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     machine = {"processor": name[1] if name else platform.processor(), "cores": cpu.available_cores()}
     text = f"{data or 'pydoc_data.topics'}, {len(setup.train_tokens) + len(setup.val_tokens):,} characters"
+    blas = [f"{name}={value}" for name, value in os.environ.items() if re.match("(OPENBLAS|MKL|BLIS|OMP)_", name)]
+    machine["settings"] = " ".join(sorted(blas))  # cpu.py's, and what the environment brought along
     if hasattr(os, "getloadavg"):
         machine["load"] = f"{os.getloadavg()[0]:.1f} programs were running before; above 0.5 they disturb the numbers"
     return versions | machine | {"threads": setup.threads, "text": text, "quick": setup.quick}

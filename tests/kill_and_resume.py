@@ -111,7 +111,11 @@ def main(argv: list[str] | None = None) -> int:
                 return 1
             kills += 1
             writing += newly(unfinished, before)
-            steps = [load_checkpoint(file)[2]["step"] for file in (best, last) if file.exists()]
+            try:
+                steps = [load_checkpoint(file)[2]["step"] for file in (best, last) if file.exists()]
+            except ValueError as error:
+                print(f"after kill {kills}: {error}")
+                return 1
             if step and (not last.exists() or steps[-1] < step):
                 print(f"kill {kills} took the run back from step {step}")
                 return 1
