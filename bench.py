@@ -35,7 +35,7 @@ import grassmann
 from grassmann import Array, Config
 from sample import Parser, leave_quietly, number, plain_output
 from text import encode, load_text, vocabulary
-from runs import MODEL_DEFAULTS, PACE_DEFAULTS, check_memory, default_offsets
+from runs import MODEL_DEFAULTS, PACE_DEFAULTS, check_memory, resolved
 
 try:
     import torch
@@ -65,9 +65,7 @@ class Setup:
 
     def config(self, **changes) -> Config:
         """The model that train_char.py trains, or a variant of it."""
-        s = {**self.settings, **changes}
-        if s["offsets"] is None:
-            s["offsets"] = default_offsets(s["n_layer"], s["context"], s["taps"])
+        s = resolved({**self.settings, **changes})
         return Config(vocab_size=self.vocab_size, **{f.name: s[f.name] for f in fields(Config) if f.name in s})
 
     def gpt_config(self, **changes) -> Config:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import grassmann
 from grassmann import Array, Config, pairs, param_shapes
-from runs import MODEL_DEFAULTS, PACE_DEFAULTS, default_offsets
+from runs import MODEL_DEFAULTS, PACE_DEFAULTS, resolved
 from sample import Parser, leave_quietly, number, plain_output
 from text import encode, load_text, vocabulary
 
@@ -65,12 +65,13 @@ SIX = ((1, 2, 4, 8, 12, 16),) * BASE["n_layer"]  # the paper's offsets, all of t
 QUICK_QUESTIONS = (1, 3, 5)
 QUESTIONS = [
     Question(1, "Grassmann or attention", "Which predicts text better, at equal size and at equal time?",
-             [ATTENTION, GRASSMANN]),
+             [ATTENTION, GRASSMANN], {"d_model": 144}),  # 0.8M parameters
     Question(1, "Grassmann or attention, five times larger", "Is it the same with more layers, width and context?",
              [ATTENTION, GRASSMANN], {"n_layer": 6, "d_model": 256, "context": 128, "dropout": 0.1}, large=True),
     Question(2, "The paper's block", "What does LayerNorm after each half, as in the paper, cost against pre-norm?", [
         ATTENTION, ("attention, paper's block", ATTENTION[1] | {"block": "paper"}),
-        GRASSMANN, ("Grassmann, paper's block", {"block": "paper"})]),
+        GRASSMANN, ("Grassmann, paper's block", {"block": "paper"}),
+        ("the paper's model", {"block": "paper", "taps": False, "normalize": True, "positions": True})]),
     Question(3, "One offset per layer, or all in every layer", "Does an average over offsets blur who is meant?", [
         ATTENTION,
         ("one per layer, normalised", {"taps": False, "normalize": True}), ("one per layer", {"taps": False}),
@@ -172,9 +173,7 @@ def multiply_by(name: str) -> Iterator[None]:
 
 def model(settings: dict, vocab_size: int) -> Config:
     """The configuration that train_char.py would make of these settings."""
-    s = dict(settings)
-    if s["offsets"] is None:
-        s["offsets"] = default_offsets(s["n_layer"], s["context"], s["taps"])
+    s = resolved(settings)
     return Config(vocab_size, **{f.name: s[f.name] for f in fields(Config) if f.name in s})
 
 
@@ -191,10 +190,11 @@ def matched(config: Config, target: int, product: str = "wedge") -> Config:
     """The same model, as wide as `target` parameters allow.
 
     d_model becomes the multiple of n_head that comes closest while the feed-forward network keeps its usual
-    d_ff = 4 d_model; d_ff then makes up for the rest, at N (2 d_model + 1) parameters a unit.
+    ratio of d_ff to d_model; d_ff then makes up for the rest, at N (2 d_model + 1) parameters a unit.
     """
+    ratio = config.d_ff // config.d_model
     widths = range(config.n_head, math.isqrt(target) + config.n_head, config.n_head)
-    sizes = [replace(config, d_model=d, d_ff=4 * d) for d in widths]
+    sizes = [replace(config, d_model=d, d_ff=ratio * d) for d in widths]
     best = min(sizes, key=lambda size: abs(count_params(size, product) - target))
     rest = target - count_params(best, product)
     return replace(best, d_ff=max(1, best.d_ff + round(rest / (best.n_layer * (2 * best.d_model + 1)))))

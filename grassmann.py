@@ -83,13 +83,14 @@ class Config:
             value, least = getattr(self, name), 2 if name == "rank" else 1
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+            object.__setattr__(self, name, int(value))
         for name in ("taps", "normalize", "positions"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         for name, choices in (("block", ("prenorm", "paper")), ("mixer", ("grassmann", "attention"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, (int, float)) or isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         if self.mixer == "attention" and self.d_model % self.n_head:
             raise ValueError(f"n_head ({self.n_head}) must divide d_model ({self.d_model})")
@@ -136,8 +137,9 @@ def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Para
     """Draw the parameters: a flat dict from name to array, in the order of `param_shapes`.
 
     N(0, 0.02²) for matrices and embeddings, divided by sqrt(2N) where a matrix writes into the residual
-    stream (so that 2N such writes keep its size); ones and zeros for LayerNorm, zeros for biases;
-    N(0, 0.5²) for taps, large enough to tell the offsets apart from the first step.
+    stream (so that 2N such writes keep its size); N(0, 1/d) for W_red, so that reduced states of normalised
+    ones have unit size and their planes some area; N(0, 0.5²) for taps, large enough to tell the offsets
+    apart from the first step; ones and zeros for LayerNorm, zeros for biases.
     """
     rng = np.random.default_rng(seed)
     params = {}
@@ -148,7 +150,7 @@ def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Para
         elif kind.startswith("b"):
             value = np.zeros(shape)
         else:
-            scale = 0.5 if kind == "taps" else 0.02
+            scale = {"taps": 0.5, "W_red": config.d_model**-0.5}.get(kind, 0.02)
             if kind in ("W_2", "W_out"):
                 scale /= math.sqrt(2 * config.n_layer)
             value = scale * rng.standard_normal(shape)

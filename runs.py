@@ -25,18 +25,31 @@ LOG_COLUMNS = ["step", "train_loss", "val_loss", "lr", "seconds"]
 
 # What is trained: a resumed run keeps these.
 MODEL_DEFAULTS = {
-    "data": None, "seed": 0, "batch_size": 12, "context": 64, "n_layer": 4, "d_model": 128, "rank": 32,
+    "data": None, "seed": 0, "batch_size": 12, "context": 64, "n_layer": 4, "d_model": 128, "d_ff": None, "rank": 32,
     "offsets": None, "block": "prenorm", "taps": True, "normalize": False, "positions": False,
     "mixer": "grassmann", "n_head": 4, "dropout": 0.0, "weight_decay": 0.1, "grad_clip": 1.0,
 }  # fmt: skip
 # How long and how fast: these may change on the way.
-PACE_DEFAULTS = {"iters": 5000, "lr": 4e-3, "min_lr": None, "warmup_iters": 100, "eval_every": 250}
+PACE_DEFAULTS = {"iters": 5000, "lr": 3e-3, "min_lr": None, "warmup_iters": 100, "eval_every": 250}
+
+
+WIDENING = ((1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 4, 8, 12, 16))  # from the first layers to the last
 
 
 def default_offsets(n_layer: int, context: int, taps: bool) -> tuple[tuple[int, ...], ...]:
-    """With taps, the last four characters in every layer; without, one offset a layer: 1, 2, 4, 8, 1, 2, …"""
-    layers = [(1, 2, 3, 4) if taps else (2 ** (i % 4),) for i in range(n_layer)]
+    """With taps, ever more and farther ones from layer to layer; without, one a layer: 1, 2, 4, 8, 1, 2, …"""
+    layers = [WIDENING[3 - 4 * (n_layer - 1 - i) // n_layer] if taps else (2 ** (i % 4),) for i in range(n_layer)]
     return tuple(tuple(delta for delta in layer if delta < context) or (1,) for layer in layers)
+
+
+def resolved(settings: dict) -> dict:
+    """The settings, with the defaults that depend on others filled in."""
+    s = dict(settings)
+    if s["offsets"] is None:
+        s["offsets"] = default_offsets(s["n_layer"], s["context"], s["taps"])
+    if s["d_ff"] is None:
+        s["d_ff"] = (4 if s["mixer"] == "attention" else 2) * s["d_model"]
+    return s
 
 
 @dataclass
@@ -68,11 +81,9 @@ def make_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Run:
     if given.get("data") not in (None, "shakespeare"):
         given["data"] = os.path.abspath(given["data"])
     saved = resume_point(model, last, given, parser) if args.resume else None
-    settings = MODEL_DEFAULTS | PACE_DEFAULTS | (saved["settings"] if saved else {}) | given
+    settings = resolved(MODEL_DEFAULTS | PACE_DEFAULTS | (saved["settings"] if saved else {}) | given)
     if settings["min_lr"] is not None and settings["min_lr"] > settings["lr"]:
         raise ValueError(f"--min-lr ({settings['min_lr']}) must not exceed --lr ({settings['lr']})")
-    if settings["offsets"] is None:
-        settings["offsets"] = default_offsets(settings["n_layer"], settings["context"], settings["taps"])
 
     text = load_text(settings["data"])
     n_val = len(text) // 10

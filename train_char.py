@@ -72,9 +72,11 @@ def build_parser() -> Parser:
     add(model, "--context", "characters per window", type=size)
     add(model, "--n-layer", "blocks", type=number(int, 1, 1000))
     add(model, "--d-model", "width of the hidden states", type=size)
+    add(model, "--d-ff", "inner width of the feed-forward network (default: 2 * d_model; 4 * d_model with attention)",
+        type=size)  # fmt: skip
     add(model, "--rank", "width of the reduced states that span the planes", type=number(int, 2, 10**4))
-    add(model, "--offsets", 'how far back each layer looks, e.g. "1,2;1,2;4;8" (default: 1,2,3,4 in every layer; '
-        "without taps 1;2;4;8;1;…)", type=parse_offsets)  # fmt: skip
+    add(model, "--offsets", 'how far back each layer looks, e.g. "1,2;1,2;4;8" (default: from 1,2 in the '
+        "first layers to 1,2,4,8,12,16 in the last; without taps 1;2;4;8;1;…)", type=parse_offsets)  # fmt: skip
     add(model, "--block", "residual block, or the paper's", choices=["prenorm", "paper"])
     add(model, "--taps", "learned weights per offset, or their plain average", action=argparse.BooleanOptionalAction)
     add(model, "--normalize", "divide bivectors by their length", action=argparse.BooleanOptionalAction)

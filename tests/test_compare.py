@@ -91,7 +91,7 @@ def test_the_wedge_is_back_after_an_error():
 def test_all_models_of_a_question_have_the_same_size(question, vocab_size):
     settings = compare.BASE | question.size
     target = count_params(compare.model(settings, vocab_size))
-    assert question.large or 0.8e6 < target < 0.95e6
+    assert question.large or 0.65e6 < target < 0.95e6
     for label, overrides in question.rows:
         study = SimpleNamespace(threads=1)
         spec, config = compare.make_spec(study, settings, overrides, vocab_size, "text")
@@ -113,8 +113,7 @@ def test_the_first_grassmann_model_is_the_one_that_train_char_trains(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     args = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path)]
     config = train_char.runs.make_run(train_char.build_parser().parse_args(args), None).config
-    settings = compare.BASE | QUESTIONS[0].size
-    assert compare.GRASSMANN in QUESTIONS[0].rows and compare.model(settings, config.vocab_size) == config
+    assert compare.GRASSMANN in QUESTIONS[2].rows and compare.model(compare.BASE, config.vocab_size) == config
     assert matched(config, count_params(config)) == config
 
 

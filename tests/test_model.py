@@ -349,6 +349,10 @@ def test_an_empty_prompt_starts_from_token_0(model):
     assert list(generate(*model, iter([2, 5]), 10)) == list(generate(*model, np.array([2, 5]), 10))
 
 
+def test_every_token_of_the_vocabulary_may_be_in_the_prompt(model):
+    assert len(list(generate(*model, range(7), 5))) == 5
+
+
 def test_generate_nothing(model):
     assert list(generate(*model, [1, 2], 0)) == []
 
@@ -468,7 +472,7 @@ def test_the_papers_sizes(context, offsets, millions):
 
 @every_variant
 def test_initial_weights(variant):
-    """Ones, zeros, N(0, 0.02²) and N(0, 0.5²) for taps; what writes into the residual stream is divided by sqrt(2N)."""
+    """Ones, zeros, N(0, 0.02²), N(0, 0.5²) for taps, N(0, 1/d) for W_red; over sqrt(2N) what writes into the stream."""
     config = tiny_config(**variant, vocab_size=50, d_model=64, rank=16, d_ff=256, positions=True, context=50)
     params = init_params(config, seed=3)
     assert {name: value.shape for name, value in params.items()} == param_shapes(config)
@@ -479,7 +483,7 @@ def test_initial_weights(variant):
         if value.ndim == 1:
             assert (value == (1 if kind == "w" else 0)).all()
             continue
-        scale = {"taps": 0.5, "W_2": 0.01, "W_out": 0.01}.get(kind, 0.02)  # 2N = 4
+        scale = {"taps": 0.5, "W_red": 1 / 8, "W_2": 0.01, "W_out": 0.01}.get(kind, 0.02)  # 2N = 4, d = 64
         assert value.std() == pytest.approx(scale, rel=5 / np.sqrt(value.size))
     for name, value in init_params(config, seed=3, dtype=np.float64).items():
         assert value.dtype == np.float64
