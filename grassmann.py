@@ -708,7 +708,7 @@ def adamw_init(params: Params) -> dict[str, Params]:
 
 def adamw_step(
     params: Params, grads: Params, state: dict[str, Params], step: int, lr: float,
-    betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.1, eps: float = 1e-8, threads: int = 1,
+    betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.1, eps: float = 1e-8,
 ) -> None:  # fmt: skip
     """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101), in place; `step` counts from 0.
 
@@ -719,17 +719,13 @@ def adamw_step(
     """
     beta_1, beta_2 = betas
     fix_1, fix_2 = 1 - beta_1 ** (step + 1), 1 - beta_2 ** (step + 1)
-
-    def update(names: list[str]) -> None:
-        for name in names:
-            theta, g, m, v = params[name], grads[name], state["adam_m"][name], state["adam_v"][name]
-            m += (1 - beta_1) * (g - m)
-            v += (1 - beta_2) * (g * g - v)
-            if theta.ndim > 1:
-                theta *= 1 - lr * weight_decay
-            theta -= (lr / fix_1) * m / (np.sqrt(v / fix_2) + eps)
-
-    list(in_threads(update, [list(params)[k::threads] for k in range(threads)], threads))
+    for name, theta in params.items():
+        g, m, v = grads[name], state["adam_m"][name], state["adam_v"][name]
+        m += (1 - beta_1) * (g - m)
+        v += (1 - beta_2) * (g * g - v)
+        if theta.ndim > 1:
+            theta *= 1 - lr * weight_decay
+        theta -= (lr / fix_1) * m / (np.sqrt(v / fix_2) + eps)
 
 
 def clip_grads(grads: Params, max_norm: float) -> float:

@@ -104,8 +104,7 @@ def train(run: Run, signals: list[int]) -> float | None:
             loss, grads = model.loss_and_grads(run.params, run.config, x, y, (s["seed"], run.step), run.threads)
             if s["grad_clip"]:
                 model.clip_grads(grads, s["grad_clip"])
-            how = {"weight_decay": s["weight_decay"], "threads": run.threads}
-            model.adamw_step(run.params, grads, run.optimizer, run.step, lr, **how)
+            model.adamw_step(run.params, grads, run.optimizer, run.step, lr, weight_decay=s["weight_decay"])
             run.step += 1
             run.recent.append(loss)
             run.seconds = before + time.perf_counter() - started

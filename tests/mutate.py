@@ -31,7 +31,8 @@ MUTATIONS = [
     ("dropout 1 allowed", "0 <= self.dropout < 1", "0 <= self.dropout <= 1"),
     ("heads need not divide the width", "self.d_model % self.n_head", "self.d_model < self.n_head"),
     ("init: residual scale without the 2", "math.sqrt(2 * config.n_layer)", "math.sqrt(config.n_layer)"),
-    ("init: taps as small as matrices", '0.5 if kind == "taps"', '0.02 if kind == "taps"'),
+    ("init: taps as small as matrices", '"taps": 0.5', '"taps": 0.02'),
+    ("init: W_red as small as other matrices", "config.d_model**-0.5", "0.02"),
     ("gate matrix without g", '"mix.W_gate": (2 * d, d)', '"mix.W_gate": (d, d)'),
     # small ops
     ("linear: bias subtracted", "    y += b\n", "    y -= b\n"),

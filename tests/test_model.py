@@ -389,7 +389,8 @@ def test_one_batch_can_be_learned_by_heart(variant):
            "attention": {"mixer": "attention"}})  # fmt: skip
 def test_the_first_loss_is_that_of_guessing(variant):
     """At the default size of train_char.py: every token equally likely, ln V nats."""
-    config = Config(65, context=64, n_layer=4, d_model=128, rank=32, offsets=((1, 2, 3, 4),) * 4, **variant)
+    offsets = ((1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 4, 8, 12, 16))
+    config = Config(65, context=64, n_layer=4, d_model=128, rank=32, offsets=offsets, d_ff=256, **variant)
     text = random_text(config, (4, 65))
     loss, _ = loss_and_grads(init_params(config), config, text[:, :-1], text[:, 1:])
     assert loss == pytest.approx(math.log(65), rel=0.05)

@@ -63,23 +63,6 @@ def test_adamw_works_in_place_and_keeps_the_dtype(dtype):
         np.testing.assert_array_equal(grads[name], 0.5)
 
 
-@pytest.mark.parametrize("threads", [2, 3, 20])
-def test_adamw_on_threads_is_the_same_to_the_last_bit(threads):
-    shapes = [(4, 5), (5,), (7, 3), (2, 2), (8,)]
-    results = []
-    for count in [1, threads]:
-        rng = np.random.default_rng(0)
-        params = {str(k): rng.standard_normal(shape) for k, shape in enumerate(shapes)}
-        state = adamw_init(params)
-        for step in range(3):
-            grads = {name: rng.standard_normal(p.shape) for name, p in params.items()}
-            adamw_step(params, grads, state, step, 0.1, threads=count)
-        results.append((params, state["adam_m"], state["adam_v"]))
-    for one, other in zip(*results, strict=True):
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
-
-
 def test_a_gradient_of_zero_only_decays():
     params = {"W": np.ones((2, 2)), "b": np.ones(2)}
     adamw_step(params, {"W": np.zeros((2, 2)), "b": np.zeros(2)}, adamw_init(params), 0, 0.5, weight_decay=0.1)
