@@ -339,9 +339,9 @@ def unit_area_forward(u: Array, v: Array, parallel: float = 1e-5) -> tuple[Array
 
     The area is base times height, |u ∧ v| = |u| |v⊥| with v⊥ = v - (u·v / u·u) u: O(r) work, the n
     coordinates are not needed. (So is |u|²|v|² - (u·v)², but for nearly parallel vectors float32 loses
-    that difference to cancellation.) Where |v⊥| <= parallel |v|, or a vector is zero, there is no plane:
-    q = 0. (The paper divides by max(|p|, ε) instead, which makes rounding noise of such a pair as long as
-    a plane; equal letters without positions are such pairs.)
+    that difference to cancellation.) Where |v⊥| <= parallel |v|, or the square of a vector is zero, there is
+    no plane: q = 0. (The paper divides by max(|p|, ε) instead, which makes rounding noise of such a pair as
+    long as a plane; equal letters without positions are such pairs.)
     """
     tiny = np.finfo(u.dtype).tiny
     uu, vv, uv = dot(u, u), dot(v, v), dot(u, v)
@@ -730,7 +730,7 @@ def adamw_step(
 
 def clip_grads(grads: Params, max_norm: float) -> float:
     """Scale all gradients together, in place, so that their global norm is at most max_norm; returns the norm."""
-    norm = math.sqrt(sum(float(np.vdot(g, g)) for g in grads.values()))
+    norm = math.hypot(*(np.linalg.norm(g.astype(np.float64)) for g in grads.values()))
     if norm > max_norm:
         for g in grads.values():
             g *= max_norm / norm

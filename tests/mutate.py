@@ -141,6 +141,7 @@ MUTATIONS = [
     ("adamw: decay by the gradient (Adam with L2)", "theta *= 1 - lr * weight_decay", "g = g + weight_decay * theta"),
     ("adamw: eps inside the root", "(np.sqrt(v / fix_2) + eps)", "np.sqrt(v / fix_2 + eps)"),
     ("adamw: g not squared", "(g * g - v)", "(np.abs(g) - v)"),
+    ("clip: the norm overflows", "g.astype(np.float64)", "g"),
     ("clip: the small ones", "if norm > max_norm", "if norm < max_norm"),
     ("clip: to length 1", "g *= max_norm / norm", "g *= 1 / norm"),
     ("learning rate: first step 0", "lr * (step + 1) / (warmup_iters + 1)", "lr * step / (warmup_iters + 1)"),
