@@ -88,7 +88,7 @@ class Ours:
         x, y = grassmann.get_batch(self.setup.train_tokens, self.batch_size, self.config.context, seed, self.k)
         _, grads = grassmann.loss_and_grads(self.params, self.config, x, y, (seed, self.k), threads=self.threads)
         grassmann.clip_grads(grads, s["grad_clip"])
-        how = {"weight_decay": s["weight_decay"], "threads": self.threads}
+        how = {"weight_decay": s["weight_decay"]}
         grassmann.adamw_step(self.params, grads, self.optimizer, self.k, lr, **how)
         self.k += 1
 

@@ -226,7 +226,7 @@ def train(label: str, spec: dict, config: Config, batch: Callable, evaluate: Cal
     """
     params = grassmann.init_params(config, spec["seed"])
     optimizer, curve, seconds = grassmann.adamw_init(params), [], 0.0
-    how = {"weight_decay": spec["weight_decay"], "threads": spec["threads"]}
+    how = {"weight_decay": spec["weight_decay"]}
     bar = tqdm(range(spec["iters"]), label, unit="step", disable=None, dynamic_ncols=True)
     with bar, multiply_by(spec["product"]):
         for step in bar:
