@@ -655,7 +655,7 @@ def print_table(rows: list[dict]) -> None:
 
 def make_setup(data: str | None, threads: int, quick: bool) -> Setup:
     """The text, split as train_char.py does. Raises ValueError."""
-    text, settings = load_text(data), MODEL_DEFAULTS | PACE_DEFAULTS
+    text, settings = load_text(data), MODEL_DEFAULTS | PACE_DEFAULTS | {"dropout": 0.0}  # as nanoGPT's recipe
     if len(text) < 20 * settings["context"]:
         raise ValueError(f"the text has {len(text)} characters, the benchmark needs {20 * settings['context']}")
     vocab = vocabulary(text)

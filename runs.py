@@ -27,7 +27,7 @@ LOG_COLUMNS = ["step", "train_loss", "val_loss", "lr", "seconds"]
 MODEL_DEFAULTS = {
     "data": None, "seed": 0, "batch_size": 12, "context": 64, "n_layer": 4, "d_model": 128, "d_ff": None, "rank": 32,
     "offsets": None, "block": "prenorm", "taps": True, "normalize": False, "positions": False,
-    "mixer": "grassmann", "n_head": 4, "dropout": 0.0, "weight_decay": 0.1, "grad_clip": 1.0,
+    "mixer": "grassmann", "n_head": 4, "dropout": 0.1, "weight_decay": 0.1, "grad_clip": 1.0,
 }  # fmt: skip
 # How long and how fast: these may change on the way.
 PACE_DEFAULTS = {"iters": 5000, "lr": 3e-3, "min_lr": None, "warmup_iters": 100, "eval_every": 250}

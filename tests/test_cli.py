@@ -77,8 +77,9 @@ def test_the_log_has_a_line_every_ten_steps_and_at_each_validation(trained):
     header, *rows = [line.split(",") for line in (out / "log.csv").read_text(encoding="utf-8").splitlines()]
     assert header == runs.LOG_COLUMNS
     assert [(row[0], bool(row[2])) for row in rows] == [("10", False), ("15", True), ("20", False), ("30", True)]
+    peak = runs.PACE_DEFAULTS["lr"]
     for step, train_loss, val_loss, lr, _ in rows:
-        assert float(lr) == learning_rate(int(step) - 1, 30, 4e-3, 4e-4, 100)
+        assert float(lr) == learning_rate(int(step) - 1, 30, peak, peak / 10, 100)
         assert 0 < float(train_loss) < 4 and (not val_loss or 0 < float(val_loss) < 4)
 
 
@@ -185,14 +186,15 @@ def test_progress_bar_only_on_a_terminal(text, tmp_path):
 @pytest.mark.parametrize("flags, expected", [
     ("--context 9 --n-layer 3 --d-model 12 --rank 4 --offsets 1,2;5;8 --normalize --positions --dropout 0.25",
      {"context": 9, "n_layer": 3, "d_model": 12, "rank": 4, "offsets": ((1, 2), (5,), (8,)), "normalize": True,
-      "positions": True, "dropout": 0.25}),
+      "positions": True, "dropout": 0.25, "d_ff": 24}),
     ("--no-taps --block paper", {"taps": False, "block": "paper", "offsets": ((1,), (2,))}),
-    ("--mixer attention --n-head 2", {"mixer": "attention", "n_head": 2}),
+    ("--mixer attention --n-head 2", {"mixer": "attention", "n_head": 2, "d_ff": 32}),
 ])  # fmt: skip
 def test_every_model_option_reaches_the_configuration(text, tmp_path, flags, expected):
     succeeded(train("--iters", 1, *flags.split(), data=text, out=tmp_path))
     _, config, extra = load_checkpoint(tmp_path / "best.npz")
-    defaults = {"context": 8, "n_layer": 2, "d_model": 8, "rank": 3, "offsets": ((1, 2, 3, 4),) * 2}
+    defaults = {"context": 8, "n_layer": 2, "d_model": 8, "d_ff": 16, "rank": 3, "dropout": 0.1}
+    defaults["offsets"] = ((1, 2, 3, 4), (1, 2, 4))
     assert config == Config(vocab_size=len(set(TEXT)), **defaults | expected)
     for name, value in expected.items():
         assert json.dumps(extra["settings"][name]) == json.dumps(value)
@@ -213,7 +215,7 @@ def test_every_other_option_reaches_the_settings(text, tmp_path):
 
 
 @pytest.mark.parametrize("flags, offsets", [
-    ("--n-layer 3", [(1, 2, 3, 4)] * 3),
+    ("--n-layer 3", [(1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 4, 8)]),
     ("--n-layer 6 --no-taps", [(1,), (2,), (4,), (8,), (1,), (2,)]),
     ("--n-layer 2 --context 2", [(1,), (1,)]),
     ("--n-layer 3 --no-taps --context 2", [(1,)] * 3),
@@ -513,7 +515,7 @@ def test_resume_refuses_what_it_cannot_do(trained, text, tmp_path):
         sentence = refused(program("train_char.py", "--resume", "--out", out, *iters))
         assert "is at step 30" in sentence and "--iters" in sentence
     min_lr = program("train_char.py", "--resume", "--out", out, "--iters", 99, "--min-lr", 1)
-    assert "--min-lr (1.0) must not exceed --lr (0.004)" in refused(min_lr)
+    assert "--min-lr (1.0) must not exceed --lr (0.003)" in refused(min_lr)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
