@@ -268,7 +268,7 @@ def test_a_text_shorter_than_a_window_is_refused(program, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "change",
-    [{"iters": 30}, {"batch_size": 5}, {"weight_decay": 0.2}, {"grad_clip": 2.0}, {"dropout": 0.1}, {"context": 9},
+    [{"iters": 30}, {"batch_size": 5}, {"weight_decay": 0.2}, {"grad_clip": 2.0}, {"dropout": 0.2}, {"context": 9},
      {"normalize": True}, {"offsets": ((1,), (2,))}, {"rank": 6}, {"d_model": 12}, {"block": "paper"}],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
