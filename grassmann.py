@@ -24,6 +24,7 @@ parameters decides the precision: float32 trains, float64 checks. NumPy's BLAS s
 """
 
 import hashlib
+import io
 import json
 import math
 import operator
@@ -874,7 +875,11 @@ def save_checkpoint(path, params: Params, config: Config, **extra) -> None:
     unfinished = f"{os.fspath(path)}.tmp"
     try:
         with open(unfinished, "wb") as file:
-            np.savez(file, meta=document, **arrays)
+            with zipfile.ZipFile(file, "w") as archive:  # as np.savez, which leaves it open if the disk is full
+                for name, a in (arrays | {"meta": document}).items():
+                    content = io.BytesIO()
+                    np.lib.format.write_array(content, a, allow_pickle=False)
+                    archive.writestr(f"{name}.npy", content.getvalue())
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
