@@ -55,7 +55,7 @@ def wedge() -> None:
 
 def receptive_field() -> None:
     """Which tokens the last state of the default model has seen, layer by layer."""
-    n_layer, length = MODEL_DEFAULTS["n_layer"], 20
+    n_layer, length = MODEL_DEFAULTS["n_layer"], 33
     offsets = default_offsets(n_layer, MODEL_DEFAULTS["context"], taps=True)
     figure, axes = plt.subplots(figsize=(7.5, 2.8))
     seen = {0}
@@ -67,7 +67,7 @@ def receptive_field() -> None:
         seen = {t - delta for t in seen for delta in (0, *offsets[layer])}
     tokens = range(1 - length, 1)
     axes.scatter(tokens, [0] * length, color=[ORANGE if t in seen else INK for t in tokens], s=22, zorder=3)
-    axes.set(xlabel="token, counted back from the one whose successor is predicted", xticks=tokens[3::4])
+    axes.set(xlabel="token, counted back from the one whose successor is predicted", xticks=tokens[::-4])
     axes.set_yticks(range(n_layer + 1))
     axes.set_yticklabels(["input", *(f"layer {i + 1}" for i in range(n_layer))])
     save(figure, "receptive_field")
