@@ -20,7 +20,7 @@ Vectors are rows: y = x @ W + b with W of shape (in, out). dx is the gradient of
 to x. Every differentiable op is a pair, side by side: name_forward(...) -> (out, cache) and
 name_backward(dout, cache) -> gradients, in the order of the forward's arguments. The dtype of the
 parameters decides the precision: float32 trains, float64 checks. NumPy's BLAS should run on one thread
-(see train_char.py): the cores are used by `threads`, which splits the batch.
+(see cpu.py): the cores are used by `threads`, which splits the batch.
 """
 
 import hashlib
