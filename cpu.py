@@ -16,7 +16,7 @@ for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
     os.environ.setdefault(_variable, "1")
 
 if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # musl has none
-    for _option, _bytes in ((-1, 1 << 28), (-2, 1 << 26), (-3, 1 << 25)):
+    for _option, _bytes in ((-1, (1 << 31) - 1), (-2, 1 << 26), (-3, 1 << 25)):
         ctypes.CDLL(None).mallopt(_option, _bytes)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (its maximum)
 
 

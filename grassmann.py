@@ -159,9 +159,17 @@ def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Para
     return params
 
 
-def sub(params: Params, prefix: str) -> Params:
-    """The entries of `params` whose names start with `prefix`, under the rest of their names."""
-    return {name[len(prefix) :]: value for name, value in params.items() if name.startswith(prefix)}
+class sub:
+    """The parameters whose names start with `prefix`, by the rest of their names: sub(params, "ln_f.")["w"]."""
+
+    def __init__(self, params: Params, prefix: str):
+        self.params, self.prefix = params, prefix
+
+    def __getitem__(self, name: str) -> Array:
+        return self.params[self.prefix + name]
+
+    def get(self, name: str) -> Array | None:
+        return self.params.get(self.prefix + name)
 
 
 def prefixed(prefix: str, grads: Params) -> Params:
@@ -196,11 +204,20 @@ def linear_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     return dx.reshape(x.shape), rows.T @ dy, dy.sum(0)
 
 
+def mean(x: Array) -> Array:
+    """Mean over the last axis, kept: (..., d) -> (..., 1)."""
+    return x.sum(-1, keepdims=True) / x.shape[-1]
+
+
+def dot(a: Array, b: Array) -> Array:
+    """Inner product over the last axis, kept: (..., r), (..., r) -> (..., 1)."""
+    return np.einsum("...i,...i->...", a, b)[..., None]
+
+
 def layernorm_forward(x: Array, w: Array, b: Array, eps: float = 1e-5) -> tuple[Array, tuple]:
     """x̂ = (x - mean) / sqrt(var + eps) over the last axis, y = w ⊙ x̂ + b; x (..., d), w and b (d)."""
-    d = len(w)
-    x = x - x.sum(-1, keepdims=True) / d
-    var = np.square(x, dtype=np.float64).sum(-1, keepdims=True) / d  # float64: no square of a float32 overflows
+    x = x - mean(x)
+    var = mean(np.square(x, dtype=np.float64))  # float64: no square of a float32 overflows
     inv_std = (1 / np.sqrt(var + eps)).astype(x.dtype)
     x_hat = x * inv_std
     return x_hat * w + b, (x_hat, inv_std, w)
@@ -213,27 +230,27 @@ def layernorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
         dx = (dx̂ - mean(dx̂) - x̂ mean(dx̂ ⊙ x̂)) / σ,   dw = Σ dy ⊙ x̂,   db = Σ dy.
     """
     x_hat, inv_std, w = cache
-    dx_hat, d = dy * w, len(w)
-    mean, along = dx_hat.sum(-1, keepdims=True) / d, (dx_hat * x_hat).sum(-1, keepdims=True) / d
-    dx = inv_std * (dx_hat - mean - x_hat * along)
+    dx_hat = dy * w
+    dx = inv_std * (dx_hat - mean(dx_hat) - x_hat * (dot(dx_hat, x_hat) / len(w)))
     rows = tuple(range(dy.ndim - 1))
     return dx, (dy * x_hat).sum(rows), dy.sum(rows)
 
 
-GELU_C, GELU_A = math.sqrt(2 / math.pi), 0.044715
+GELU_C = math.sqrt(2 / math.pi)
+GELU_CA = GELU_C * 0.044715
 
 
 def gelu_forward(x: Array) -> tuple[Array, tuple]:
     """GELU(x) = x/2 (1 + tanh q(x)),  q(x) = c (x + a x³),  c = sqrt(2/π), a = 0.044715; any shape."""
-    z = np.clip(x, -10, 10)  # beyond ±10 tanh is ±1 to the last bit, and x³ cannot overflow
-    tanh = np.tanh(GELU_C * z * (1 + GELU_A * (z * z)))
+    z = x.clip(-10, 10)  # beyond ±10 tanh is ±1 to the last bit, and x³ cannot overflow
+    tanh = np.tanh(z * (GELU_C + GELU_CA * (z * z)))
     return 0.5 * x * (1 + tanh), (z, tanh)
 
 
 def gelu_backward(dy: Array, cache: tuple) -> Array:
     """GELU' = (1 + tanh q)/2 + x/2 (1 - tanh² q) q'(x),  q'(x) = c (1 + 3 a x²)."""
     z, tanh = cache
-    slope = (0.5 * GELU_C) * z * (1 + (3 * GELU_A) * (z * z)) * (1 - tanh * tanh)
+    slope = z * (0.5 * GELU_C + (1.5 * GELU_CA) * (z * z)) * (1 - tanh * tanh)
     return dy * (slope + 0.5 * (1 + tanh))
 
 
@@ -306,7 +323,7 @@ def plucker_forward(u: Array, v: Array) -> tuple[Array, tuple]:
     r, shape = u.shape[-1], u.shape[:-1]
     i, j = pairs(r)
     u, v = (np.ascontiguousarray(a.reshape(-1, r).T) for a in (u, v))
-    p = u[i] * v[j] - u[j] * v[i]
+    p = u.take(i, 0) * v.take(j, 0) - u.take(j, 0) * v.take(i, 0)  # u[i] * v[j] - u[j] * v[i]
     return p.T.reshape(*shape, len(p)), (u, v, shape)
 
 
@@ -328,11 +345,6 @@ def plucker_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
 def plucker(u: Array, v: Array) -> Array:
     """u ∧ v: (..., r), (..., r) -> (..., n). See `plucker_forward`."""
     return plucker_forward(u, v)[0]
-
-
-def dot(a: Array, b: Array) -> Array:
-    """Inner product over the last axis, kept: (..., r), (..., r) -> (..., 1)."""
-    return (a * b).sum(-1, keepdims=True)
 
 
 def unit_area_forward(u: Array, v: Array, parallel: float = 1e-5) -> tuple[Array, tuple]:
@@ -388,10 +400,11 @@ def partner_forward(z: Array, taps: Array | None, offsets: tuple[int, ...], norm
     With taps, learned weights tell the offsets apart: s_t = Σ_Δ w_Δ ⊙ z_{t-Δ}, a depthwise causal
     convolution, where missing tokens count as 0; if normalised, s_t is then divided by |z_t ∧ s_t|.
     """
-    s, caches = np.zeros_like(z), []
+    s, caches = np.zeros(z.shape, z.dtype), []
     if taps is not None:
         for weight, delta in zip(taps, offsets, strict=True):
-            s[:, delta:] += weight * z[:, :-delta]
+            later, earlier = s[:, delta:], z[:, :-delta]
+            later += weight * earlier
         if normalize:
             s, cache = unit_area_forward(z, s)
             caches.append(cache)
@@ -434,18 +447,19 @@ def partner_backward(ds: Array, cache: tuple) -> tuple[Array, Array | None]:
 
 
 def gate_forward(h: Array, g: Array, W: Array, b: Array) -> tuple[Array, tuple]:
-    """α = sigmoid([h ; g] W + b), out = α ⊙ h + (1-α) ⊙ g; h, g (..., d), W (2d, d), b (d)."""
+    """α = sigmoid([h ; g] W + b), out = α ⊙ h + (1-α) ⊙ g = g + α ⊙ (h-g); h, g (..., d), W (2d, d), b (d)."""
     a, cache = linear_forward(np.concatenate([h, g], -1), W, b)
-    alpha = 1 / (1 + np.exp(-np.clip(a, -80, 80)))  # exp(80) still fits into float32
-    return alpha * h + (1 - alpha) * g, (h, g, alpha, cache)
+    alpha = 0.5 + 0.5 * np.tanh(0.5 * a)  # the sigmoid 1 / (1 + exp(-a)), in a form that cannot overflow
+    difference = h - g
+    return g + alpha * difference, (difference, alpha, cache)
 
 
 def gate_backward(dout: Array, cache: tuple) -> tuple[Array, Array, Array, Array]:
     """dα = dout ⊙ (h - g), and sigmoid' = α(1-α); h and g are reached directly and through the gate."""
-    h, g, alpha, cache = cache
+    difference, alpha, cache = cache
     direct = alpha * dout
-    dhg, dW, db = linear_backward((h - g) * direct * (1 - alpha), cache)
-    d = h.shape[-1]
+    dhg, dW, db = linear_backward(difference * direct * (1 - alpha), cache)
+    d = dout.shape[-1]
     return direct + dhg[..., :d], (dout - direct) + dhg[..., d:], dW, db
 
 
@@ -815,7 +829,7 @@ def sample(logits: Array, temperature: float, top_k: int | None, rng: np.random.
         logits[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
     with np.errstate(over="ignore"):  # a tiny temperature: exp(-inf) = 0 is right
         cumulative = np.exp((logits - logits.max()) / temperature).cumsum()
-    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+    return int(cumulative.searchsorted(rng.random() * cumulative[-1], side="right"))
 
 
 def generate(

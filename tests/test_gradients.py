@@ -267,12 +267,15 @@ def test_gradients_belong_to_the_caller(threads, mixer):
 
 @variants
 def test_float32_agrees_with_float64(block, taps, normalize):
+    """In the median of nine models: now and then one has a pair so nearly parallel that rounding shows."""
     config = tiny_config(block=block, taps=taps, normalize=normalize)
-    single = ordinary_params(config, dtype=np.float32)
-    x, y = batch(config, 4, 9)
-    loss, grads = loss_and_grads(single, config, x, y)
-    exact, exact_grads = loss_and_grads({k: v.astype(np.float64) for k, v in single.items()}, config, x, y)
-    assert loss == pytest.approx(exact, rel=1e-5)
-    for name, g in grads.items():
-        assert g.dtype == np.float32
-        assert relative_error(g, exact_grads[name]) < 1e-5, name
+    worst = []
+    for seed in range(9):
+        single = ordinary_params(config, seed, np.float32)
+        x, y = batch(config, 4, 9, seed=seed)
+        loss, grads = loss_and_grads(single, config, x, y)
+        exact, exact_grads = loss_and_grads({k: v.astype(np.float64) for k, v in single.items()}, config, x, y)
+        assert loss == pytest.approx(exact, rel=1e-5)
+        assert all(g.dtype == np.float32 for g in grads.values())
+        worst.append(max(relative_error(g, exact_grads[name]) for name, g in grads.items()))
+    assert np.median(worst) < 5e-6
