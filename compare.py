@@ -5,12 +5,13 @@
   python compare.py --only 3 4                  some of the questions
   python compare.py --data shakespeare          on Tiny Shakespeare
 
-The same for every model of a question: the number of parameters (within 2%), the batches and their order,
-the optimiser, the schedule, the number of tokens, and the validation (grassmann.validation_loss). Every model
-gets the learning rate that is best for it in short runs, without which no comparison is fair.
+The same for every model of a question: the number of parameters (within 2%, but for question 8), the batches and
+their order, the optimiser, the schedule, the number of tokens, and the validation (grassmann.validation_loss).
+Every model gets the learning rate that is best for it in short runs, without which no comparison is fair. Runs
+use one thread each, several at a time; the time of a step is measured when all are done and the machine is idle.
 
-Writes into --out: compare.md (the tables), compare.png (the curves), compare_recall.png (question 6), and one
-file per finished run in runs/. It resumes after an interruption and runs what is missing; other settings or
+Writes into --out: compare.md (the tables), a figure per question, timing.json (delete it to measure again), and
+one file per finished run in runs/. It resumes after an interruption and runs what is missing; other settings or
 another text are other runs. (It can't know that grassmann.py itself has changed: then choose another --out.)
 """
 
@@ -20,54 +21,67 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import platform
+import shlex
+import signal
+import sys
+import threading
 import time
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import grassmann
-from grassmann import Array, Config, pairs, param_shapes
+from grassmann import Array, Config, param_shapes
 from runs import MODEL_DEFAULTS, PACE_DEFAULTS, resolved
 from sample import Parser, leave_quietly, number, plain_output
 from text import encode, load_text, vocabulary
+from variants import PRODUCTS, look_back_to, multiply_by, swapped
 
-BASE = MODEL_DEFAULTS | PACE_DEFAULTS | {"product": "wedge"}  # what train_char.py trains; questions override some of it
+# What every model is trained with unless its question says otherwise: train_char.py's defaults, at the length of
+# nanoGPT's laptop recipe and as there without dropout, since so short a run does not overfit. `product`,
+# `landmarks` and `W_red_scale` (None: as in init_params) are what train_char.py does not offer.
+BASE = MODEL_DEFAULTS | PACE_DEFAULTS | {"iters": 2000, "dropout": 0.0}
+BASE |= {"product": "wedge", "landmarks": (), "W_red_scale": None}
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # tried first, see best_lr
-QUICK_STEPS = 1200
+QUICK_STEPS, QUICK_QUESTIONS = 1500, (1, 3, 5)
 
 # ---- the questions ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Question:
-    """Models to compare with each other: (label, what differs from train_char.py's defaults), attention first."""
+    """Models to compare with each other: (label, what differs from BASE); the gaps are those to the first."""
 
     number: int
     title: str
     asks: str
     rows: list[tuple[str, dict]]
     size: dict = field(default_factory=dict)  # what differs for all of them, and sets the number of parameters
-    large: bool = False  # one seed, and not in the quick set
+    same_size: bool = True  # make all models as large as BASE and `size` say; if not, leave them as they are
+    large: bool = False  # one seed, fewer learning rates, and not in the quick set
 
 
 ATTENTION = ("attention", {"mixer": "attention", "positions": True})
 GRASSMANN = ("Grassmann", {})
 SIX = ((1, 2, 4, 8, 12, 16),) * BASE["n_layer"]  # the paper's offsets, all of them in every layer
-QUICK_QUESTIONS = (1, 3, 5)
+MORE_NEAR = ((1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6, 7, 8), (1, 2, 4, 6, 8, 10, 12, 16))
+MORE_FAR = ((1, 2, 3, 4), (1, 2, 3, 4, 8, 16), (1, 2, 3, 4, 5, 6, 16, 32), (1, 2, 4, 8, 12, 16, 32, 64))
 QUESTIONS = [
     Question(1, "Grassmann or attention", "Which predicts text better, at equal size and at equal time?",
              [ATTENTION, GRASSMANN], {"d_model": 144}),  # 0.8M parameters
-    Question(1, "Grassmann or attention, five times larger", "Is it the same with more layers, width and context?",
-             [ATTENTION, GRASSMANN], {"n_layer": 6, "d_model": 256, "context": 128, "dropout": 0.1}, large=True),
     Question(2, "The paper's block", "What does LayerNorm after each half, as in the paper, cost against pre-norm?", [
         ATTENTION, ("attention, paper's block", ATTENTION[1] | {"block": "paper"}),
         GRASSMANN, ("Grassmann, paper's block", {"block": "paper"}),
@@ -87,6 +101,23 @@ QUESTIONS = [
     Question(5, "Is it the geometry?", "What is left with another product, or none, in place of the wedge?", [
         ATTENTION, ("wedge", {}), ("symmetric product", {"product": "symmetric"}),
         ("elementwise product", {"product": "elementwise"}), ("no product", {"product": "concatenation"})]),
+    Question(7, "Planes between words and lines", "Is the end of the previous word or line worth a "
+             "partner? Context 256, which holds several lines.", [
+        ATTENTION, GRASSMANN, ("+ previous word", {"landmarks": ("word",)}),
+        ("+ last two words", {"landmarks": ("word", "second word")}),
+        ("+ previous word and line", {"landmarks": ("word", "line")}),
+        ("+ two offsets, near", {"offsets": MORE_NEAR}), ("+ two offsets, far", {"offsets": MORE_FAR})],
+        {"context": 256, "batch_size": 3}),  # as many tokens as the others
+    Question(8, "What each default is worth", "One thing changed at a time, its "
+             "parameters not made up for by others.", [
+        ("default", {}), ("d_ff = 4 d_model", {"d_ff": 4 * BASE["d_model"]}), ("no taps, one offset", {"taps": False}),
+        ("normalised", {"normalize": True}), ("positions", {"positions": True}), ("paper's block", {"block": "paper"}),
+        ("offsets 1 to 4 in every layer", {"offsets": ((1, 2, 3, 4),) * BASE["n_layer"]}),
+        ("rank 16", {"rank": 16}), ("rank 48", {"rank": 48}), ("W_red from N(0, 0.02²)", {"W_red_scale": 0.02}),
+        ("dropout 0.1", {"dropout": 0.1})], same_size=False),
+    Question(9, "Grassmann or attention, larger", "Is it the same with more layers, width, context and training? "
+             "12,000 steps of 1,536 characters, dropout 0.2 against overfitting, one seed.", [ATTENTION, GRASSMANN],
+             {"n_layer": 6, "d_model": 256, "context": 128, "dropout": 0.2, "iters": 12000}, large=True),
 ]  # fmt: skip
 
 # Question 6 has tasks of its own, see `recall` and `brackets`.
@@ -94,100 +125,32 @@ FAR = ((1, 2, 3, 4), (4, 8, 12, 16), (16, 32, 48, 64), (64, 128))  # reaches eve
 RECALL_SIZE = {"context": 256, "n_layer": 4, "d_model": 64, "rank": 16, "batch_size": 8, "iters": 2000}
 RECALL_ROWS = (ATTENTION, GRASSMANN, ("Grassmann, far offsets", {"offsets": FAR}))
 
-# ---- products in place of the wedge -------------------------------------------------------------------
-
-
-def symmetric_forward(u: Array, v: Array) -> tuple[Array, tuple]:
-    """p_ij = u_i v_j + u_j v_i for i < j: as many numbers as the wedge, but u and v may be exchanged; (..., n)."""
-    i, j = pairs(u.shape[-1])
-    return u[..., i] * v[..., j] + u[..., j] * v[..., i], (u, v)
-
-
-def symmetric_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
-    """Let S be the symmetric matrix with S_ij = S_ji = dp_ij and zeros on the diagonal: Σ dp_ij p_ij = uᵀ S v,
-
-    so du = S v, dv = S u.
-    """
-    u, v = cache
-    i, j = pairs(u.shape[-1])
-    S = np.zeros((*u.shape, u.shape[-1]), dp.dtype)
-    S[..., i, j] = S[..., j, i] = dp
-    return (S @ v[..., None])[..., 0], (S @ u[..., None])[..., 0]
-
-
-def padded(p: Array, r: int) -> Array:
-    """p (..., k) with zeros after it, to the n = r(r-1)/2 coordinates that W_plu expects.
-
-    Rows of W_plu that meet only zeros do nothing and learn nothing: `count_params` leaves them out, and
-    `matched` gives the model as many others, so a product with fewer coordinates has a wider model around it.
-    """
-    out = np.zeros((*p.shape[:-1], r * (r - 1) // 2), p.dtype)
-    out[..., : p.shape[-1]] = p
-    return out
-
-
-def elementwise_forward(u: Array, v: Array) -> tuple[Array, tuple]:
-    """p_i = u_i v_i, then zeros."""
-    return padded(u * v, u.shape[-1]), (u, v)
-
-
-def elementwise_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
-    """du_i = dp_i v_i,  dv_i = dp_i u_i; what arrives at the zeros ends there."""
-    u, v = cache
-    dp = dp[..., : u.shape[-1]]
-    return dp * v, dp * u
-
-
-def concatenation_forward(u: Array, v: Array) -> tuple[Array, int]:
-    """p = [u ; v], then zeros: no product, each vector by itself."""
-    r = u.shape[-1]
-    return padded(np.concatenate([u, v], -1), r), r
-
-
-def concatenation_backward(dp: Array, r: int) -> tuple[Array, Array]:
-    """du and dv are the first and the second r numbers of dp."""
-    return dp[..., :r], dp[..., r : 2 * r]
-
-
-PRODUCTS = {  # forward, backward, coordinates that are used
-    "wedge": (grassmann.plucker_forward, grassmann.plucker_backward, lambda r: r * (r - 1) // 2),
-    "symmetric": (symmetric_forward, symmetric_backward, lambda r: r * (r - 1) // 2),
-    "elementwise": (elementwise_forward, elementwise_backward, lambda r: r),
-    "concatenation": (concatenation_forward, concatenation_backward, lambda r: 2 * r),
-}
-
-
-@contextmanager
-def multiply_by(name: str) -> Iterator[None]:
-    """Within the `with` block, in all threads, models multiply by this product instead of the wedge."""
-    before = grassmann.plucker_forward, grassmann.plucker_backward
-    grassmann.plucker_forward, grassmann.plucker_backward, _ = PRODUCTS[name]
-    try:
-        yield
-    finally:
-        grassmann.plucker_forward, grassmann.plucker_backward = before
-
-
 # ---- models of equal size -----------------------------------------------------------------------------
 
 
 def model(settings: dict, vocab_size: int) -> Config:
     """The configuration that train_char.py would make of these settings."""
-    s = resolved(settings)
-    return Config(vocab_size, **{f.name: s[f.name] for f in fields(Config) if f.name in s})
+    return config_of(resolved(settings) | {"vocab_size": vocab_size})
 
 
-def count_params(config: Config, product: str = "wedge") -> int:
-    """Parameters that do something: all of them but the rows of W_plu for which the product has no coordinate."""
+def config_of(spec: dict) -> Config:
+    """The configuration in a run's description."""
+    return Config(**{f.name: spec[f.name] for f in fields(Config)})
+
+
+def count_params(config: Config, product: str = "wedge", landmarks: tuple[str, ...] = ()) -> int:
+    """Parameters that do something: all of them, with a tap per landmark and layer, but the rows of W_plu for
+    which the product has no coordinate.
+    """
     total = sum(math.prod(shape) for shape in param_shapes(config).values())
     if config.mixer == "attention":
         return total
     idle = config.rank * (config.rank - 1) // 2 - PRODUCTS[product][2](config.rank)
-    return total - config.n_layer * idle * config.d_model
+    return total + config.n_layer * (len(landmarks) * config.rank - idle * config.d_model)
 
 
-def matched(config: Config, target: int, product: str = "wedge") -> Config:
-    """The same model, as wide as `target` parameters allow.
+def matched(config: Config, target: int, *variant) -> Config:
+    """The same model, as wide as `target` parameters allow; `variant` is its product and landmarks.
 
     d_model becomes the multiple of n_head that comes closest while the feed-forward network keeps its usual
     ratio of d_ff to d_model; d_ff then makes up for the rest, at N (2 d_model + 1) parameters a unit.
@@ -195,8 +158,8 @@ def matched(config: Config, target: int, product: str = "wedge") -> Config:
     ratio = config.d_ff // config.d_model
     widths = range(config.n_head, math.isqrt(target) + config.n_head, config.n_head)
     sizes = [replace(config, d_model=d, d_ff=ratio * d) for d in widths]
-    best = min(sizes, key=lambda size: abs(count_params(size, product) - target))
-    rest = target - count_params(best, product)
+    best = min(sizes, key=lambda size: abs(count_params(size, *variant) - target))
+    rest = target - count_params(best, *variant)
     return replace(best, d_ff=max(1, best.d_ff + round(rest / (best.n_layer * (2 * best.d_model + 1)))))
 
 
@@ -205,127 +168,279 @@ def matched(config: Config, target: int, product: str = "wedge") -> Config:
 
 @dataclass(frozen=True)
 class Study:
-    """What all runs share."""
+    """What all runs share, and how many there are."""
 
     out: Path
-    threads: int
     quick: bool
     seeds: int
-    iters: int
     text: str  # its SHA-256
-    vocab_size: int
+    vocab: list[int]
     train_tokens: Array
     val_tokens: Array
 
 
-def train(label: str, spec: dict, config: Config, batch: Callable, evaluate: Callable) -> dict:
-    """Train as train_char.py does: {"parameters", "tokens_per_step", "curve"}.
+def make_spec(settings: dict, overrides: dict, vocab_size: int, data: str, same_size: bool = True) -> dict:
+    """A run in full, all that its result depends on; same_size: with as many parameters as `settings` makes."""
+    s = settings | overrides
+    config = model(s, vocab_size)
+    if same_size:
+        config = matched(config, count_params(model(settings, vocab_size)), s["product"], s["landmarks"])
+    warmup = min(s["warmup_iters"], s["iters"] // 10)  # the short runs too have a peak
+    return {**s, **asdict(config), "warmup_iters": warmup, "data": data}
 
-    The curve has a [step, seconds, evaluate(params)] every spec["eval_every"] steps and at the end; the
-    seconds are those of training alone. A loss that is not finite ends the run.
+
+def variant(study: Study, spec: dict) -> dict[str, Callable]:
+    """The functions to swap for a run."""
+    more = look_back_to(spec["landmarks"], study.vocab) if spec["landmarks"] else {}
+    return multiply_by(spec["product"]) | more
+
+
+def begin(spec: dict) -> tuple[dict, dict]:
+    """Parameters and optimiser of a run before its first step."""
+    params = grassmann.init_params(config_of(spec), spec["seed"])
+    if spec["W_red_scale"]:
+        for name in params:
+            if name.endswith(".W_red"):
+                params[name] *= spec["W_red_scale"] * math.sqrt(spec["d_model"])  # instead of 1/sqrt(d_model)
+    return params, grassmann.adamw_init(params)
+
+
+def train_step(spec: dict, params: dict, optimizer: dict, step: int, x: Array, y: Array, threads: int = 1) -> float:
+    """One step as train_char.py does it, in place: the loss."""
+    lr = grassmann.learning_rate(step, spec["iters"], spec["lr"], spec["lr"] / 10, spec["warmup_iters"])
+    loss, grads = grassmann.loss_and_grads(params, config_of(spec), x, y, (spec["seed"], step), threads)
+    if spec["grad_clip"]:
+        grassmann.clip_grads(grads, spec["grad_clip"])
+    grassmann.adamw_step(params, grads, optimizer, step, lr, weight_decay=spec["weight_decay"])
+    return loss
+
+
+def train(study: Study, spec: dict) -> list:
+    """Train on one thread: a [step, validation loss] every spec["eval_every"] steps and at the end.
+
+    On a task of question 6 the second is not the loss but the list of `accuracy`. A loss that is not finite
+    ends the run.
     """
-    params = grassmann.init_params(config, spec["seed"])
-    optimizer, curve, seconds = grassmann.adamw_init(params), [], 0.0
-    how = {"weight_decay": spec["weight_decay"]}
-    bar = tqdm(range(spec["iters"]), label, unit="step", disable=None, dynamic_ncols=True)
-    with bar, multiply_by(spec["product"]):
-        for step in bar:
-            started = time.perf_counter()
-            x, y = batch(step)
-            lr = grassmann.learning_rate(step, spec["iters"], spec["lr"], spec["lr"] / 10, spec["warmup_iters"])
-            loss, grads = grassmann.loss_and_grads(params, config, x, y, (spec["seed"], step), spec["threads"])
-            if spec["grad_clip"]:
-                grassmann.clip_grads(grads, spec["grad_clip"])
-            grassmann.adamw_step(params, grads, optimizer, step, lr, **how)
-            seconds += time.perf_counter() - started
+    config, size, curve = config_of(spec), (spec["batch_size"], spec["context"]), []
+    if spec["data"] in TASKS:
+
+        def batch(step: int, windows: int = size[0]) -> tuple:
+            return TASKS[spec["data"]](np.random.default_rng((spec["seed"], step)), windows, size[1])
+
+        def evaluate() -> list[float]:
+            return accuracy(params, config, *batch(spec["iters"], 512))  # a step that is never trained
+    else:
+
+        def batch(step: int) -> tuple:
+            return grassmann.get_batch(study.train_tokens, *size, spec["seed"], step)
+
+        def evaluate() -> float:
+            return grassmann.validation_loss(params, config, study.val_tokens)
+
+    with swapped(variant(study, spec)):
+        params, optimizer = begin(spec)
+        for step in range(spec["iters"]):
+            loss = train_step(spec, params, optimizer, step, *batch(step)[:2])
             last = step + 1 == spec["iters"] or not math.isfinite(loss)
             if last or (step + 1) % spec["eval_every"] == 0:
-                curve.append([step + 1, seconds, evaluate(params)])
+                curve.append([step + 1, evaluate()])
             if last:
-                break
-    return {"parameters": count_params(config, spec["product"]), "tokens_per_step": x.size, "curve": curve}
+                return curve
 
 
-def finished(study: Study, label: str, spec: dict, config: Config, batch: Callable, evaluate: Callable) -> dict:
-    """The run that `spec` describes in full: from its file, or trained now and written to it."""
-    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-    path = study.out / "runs" / f"{digest}.json"
-    if not path.exists():
-        document = json.dumps({"label": label, "spec": spec, **train(label, spec, config, batch, evaluate)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(document)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+def write(path: Path, text: str) -> None:
+    """Whatever happens, `path` is the old file or the new one, whole. Raises OSError."""
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def digest(document) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def perform(study: Study, label: str, spec: dict) -> None:
+    """Train a run, and write its file."""
+    parameters = count_params(config_of(spec), spec["product"], spec["landmarks"])
+    run = {"label": label, "spec": spec, "parameters": parameters, "curve": train(study, spec)}
+    write(study.out / "runs" / f"{digest(spec)}.json", json.dumps(run))
+
+
+def read(path: Path) -> dict:
+    """What `write` wrote. Raises ValueError and OSError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{path} is damaged; delete it, and its run is repeated") from None
+        raise ValueError(f"{path} is damaged; delete it, and what it held is done again") from None
 
 
-def make_spec(study: Study, settings: dict, overrides: dict, vocab_size: int, data: str) -> tuple[dict, Config]:
-    """A run in full, and its configuration: as many parameters as the model of `settings` has."""
-    s = settings | overrides
-    config = matched(model(s, vocab_size), count_params(model(settings, vocab_size)), s["product"])
-    warmup = min(s["warmup_iters"], s["iters"] // 10)  # the short runs too have a peak
-    return {**s, **asdict(config), "warmup_iters": warmup, "data": data, "threads": study.threads}, config
+# ---- all runs -----------------------------------------------------------------------------------------
 
 
-def text_run(study: Study, label: str, settings: dict, overrides: dict) -> dict:
-    """A model trained on the text; the curve holds validation losses."""
-    s, config = make_spec(study, settings, overrides, study.vocab_size, study.text)
-    return finished(
-        study, label, s, config,
-        batch=lambda step: grassmann.get_batch(study.train_tokens, s["batch_size"], s["context"], s["seed"], step),
-        evaluate=lambda params: grassmann.validation_loss(params, config, study.val_tokens, study.threads),
-    )  # fmt: skip
+def complete(study: Study, jobs: int, questions: Callable):
+    """questions(ask), once every run that it asks for is finished.
 
-
-def final(run: dict) -> float:
-    """The validation loss at the end of a run, infinite if it diverged."""
-    step, _, loss = run["curve"][-1]
-    return loss if step == run["spec"]["iters"] and math.isfinite(loss) else math.inf
-
-
-def best_lr(study: Study, label: str, settings: dict, overrides: dict) -> float:
-    """The best of LEARNING_RATES after a tenth of the steps. While it is the smallest or the largest so far,
-    one more is tried beyond it.
-
-    In the quick set only the plain model of each mixer is tried, and its variants take its learning rate;
-    a tenth of so few steps says little, so there it is a quarter.
+    ask(label, spec) gives a finished run, or else None and makes a note of it. What is noted is trained, several
+    runs at a time, and the questions are put again: the first time they ask for the searches of learning rates, then
+    for what depends on these.
     """
-    if study.quick:
-        label, overrides = ATTENTION if overrides.get("mixer") == "attention" else GRASSMANN
-    iters = max(1, study.iters // (4 if study.quick else 10))
+    while True:
+        missing = {}
 
-    def loss(lr: float) -> float:
-        how = {"lr": lr, "iters": iters, "eval_every": iters, "seed": 0}
-        return final(text_run(study, f"{label}, lr {lr:g}", settings, overrides | how))
+        def ask(label: str, spec: dict, missing: dict = missing) -> dict | None:
+            path = study.out / "runs" / f"{digest(spec)}.json"
+            if path.exists():
+                return read(path)
+            missing.setdefault(path, (label, spec))
+            return None
 
-    losses = {lr: loss(lr) for lr in LEARNING_RATES}
-    while (best := min(losses, key=losses.get)) in (min(losses), max(losses)) and 1e-4 < best < 0.1:
-        beyond = best / 2 if best == min(losses) else best * 2
-        losses[beyond] = loss(beyond)
-    return best
+        answers = questions(ask)
+        if not missing:
+            return answers
+        perform_all(study, list(missing.values()), jobs)
+
+
+def cost(spec: dict) -> int:
+    """How long a run takes, in a unit of its own."""
+    return spec["iters"] * spec["batch_size"] * spec["context"] * count_params(config_of(spec))
+
+
+def perform_all(study: Study, runs: list[tuple[str, dict]], jobs: int) -> None:
+    """Train these runs, `jobs` at a time, the longest first."""
+    runs, jobs = sorted(runs, key=lambda run: -cost(run[1])), min(jobs, len(runs))
+    print(f"{len(runs)} runs to train, {jobs} at a time", flush=True)
+    form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
+    with tqdm(total=sum(cost(spec) for _, spec in runs), smoothing=0, bar_format=form, disable=None) as bar:
+
+        def done(k: int, spec: dict) -> None:
+            bar.set_description_str(f"{k} of {len(runs)} runs", refresh=False)
+            bar.update(cost(spec))
+
+        if jobs == 1:
+            for k, run in enumerate(runs, 1):
+                perform(study, *run)
+                done(k, run[1])
+            return
+        with processes(jobs) as pool:
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # those that start now ignore Ctrl-C from birth
+            futures = {pool.submit(perform, study, *run): run[1] for run in runs}
+            signal.signal(signal.SIGINT, handler)
+            for k, future in enumerate(as_completed(futures), 1):
+                future.result()
+                done(k, futures[future])
+
+
+@contextmanager
+def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """So many processes to train runs in; after an error or Ctrl-C none of them stays behind."""
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
+    try:
+        yield pool
+    except BaseException as error:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise ValueError("a run was killed, perhaps for lack of memory: fewer --jobs need less") from None
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker() -> None:
+    """A process that trains runs leaves Ctrl-C to its parent, and ends with it, however that ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", category=RuntimeWarning)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # ---- the answers --------------------------------------------------------------------------------------
 
-Answer = namedtuple("Answer", "label lr runs")  # one line of a table: a model, a run per seed
+Answer = namedtuple("Answer", "label lr runs ms")  # one line of a table: a model, a run per seed, time of a step
 
 
-def answer(study: Study, question: Question) -> list[Answer]:
-    """Train what a question needs."""
-    answers, settings = [], BASE | question.size
+def final(run: dict) -> float:
+    """The validation loss at the end of a run, infinite if it diverged."""
+    step, loss = run["curve"][-1]
+    return loss if step == run["spec"]["iters"] and math.isfinite(loss) else math.inf
+
+
+def best_lr(ask: Callable, rates: tuple[float, ...]) -> float | None:
+    """The best of these learning rates. While that is the smallest or the largest so far, one more is tried
+    beyond it. ask(lr) gives a run, or None as long as it is not finished; then the best is None too.
+    """
+    runs = {lr: ask(lr) for lr in rates}
+    while all(runs.values()):
+        best = min(runs, key=lambda lr: final(runs[lr]))
+        if best not in (min(runs), max(runs)) or not 1e-4 < best < 0.1:
+            return best
+        beyond = best / 2 if best == min(runs) else best * 2
+        runs[beyond] = ask(beyond)
+    return None
+
+
+def steps(study: Study, settings: dict) -> int:
+    """How many steps a run has."""
+    return min(QUICK_STEPS, settings["iters"]) if study.quick else settings["iters"]
+
+
+def answer(study: Study, question: Question, ask: Callable) -> list[Answer]:
+    """Ask for what a question needs. (The time of a step comes later.)
+
+    Learning rates are tried at a tenth of the steps. In the quick set only the plain model of each mixer is
+    tried, and its variants take its learning rate; a tenth of so few steps says little, so there it is a quarter.
+    """
+    settings = BASE | question.size
+    iters = settings["iters"] = steps(study, settings)
+    short = max(1, iters // (4 if study.quick else 10))
+    rates = LEARNING_RATES[:2] if question.large else LEARNING_RATES
+    answers = []
+
+    def run(label: str, overrides: dict, **how) -> dict | None:
+        spec = make_spec(settings, overrides | how, len(study.vocab), study.text, question.same_size)
+        return ask(label, spec)
+
     for label, overrides in question.rows:
-        lr = best_lr(study, label, settings, overrides)
-        how = {"lr": lr, "iters": study.iters, "eval_every": max(1, study.iters // (8 if study.quick else 20))}
-        seeds = range(1 if question.large else study.seeds)
-        runs = [text_run(study, f"{label}, seed {s}", settings, overrides | how | {"seed": s}) for s in seeds]
-        answers.append(Answer(label, lr, runs))
+        tried = (ATTENTION if "mixer" in overrides else GRASSMANN) if study.quick else (label, overrides)
+
+        def search(lr: float, tried: tuple = tried) -> dict | None:
+            return run(f"{tried[0]}, lr {lr:g}", tried[1], lr=lr, iters=short, eval_every=short, seed=0)
+
+        runs, lr = [], best_lr(search, rates)
+        if lr is not None:
+            how = {"lr": lr, "eval_every": max(1, iters // 10)}
+            seeds = range(1 if question.large else study.seeds)
+            runs = [run(f"{label}, seed {seed}", overrides, seed=seed, **how) for seed in seeds]
+        answers.append(Answer(label, lr, runs, math.nan))
     return answers
+
+
+WARM, TIMED = 3, 30  # steps of each model, when their time is measured
+
+
+def timed(study: Study, answers: list[Answer]) -> list[Answer]:
+    """The answers with the milliseconds of a step on all cores: medians, the models by turns, kept in timing.json."""
+    path, threads = study.out / "timing.json", cpu.available_cores()
+    specs = [a.runs[0]["spec"] for a in answers]
+    known = read(path) if path.exists() else {}
+    if known.get("threads") != threads:
+        known = {"threads": threads, "ms": {}}
+    if digest(specs) not in known["ms"]:
+        models, seconds = [], [[] for _ in specs]
+        for step in range(WARM + TIMED):
+            for k, spec in enumerate(specs):
+                with swapped(variant(study, spec)):
+                    models += [begin(spec)] if step == 0 else []
+                    started = time.perf_counter()
+                    x, y = grassmann.get_batch(study.train_tokens, spec["batch_size"], spec["context"], 0, step)
+                    train_step(spec, *models[k], step, x, y, threads)
+                    seconds[k].append(time.perf_counter() - started)
+        known["ms"][digest(specs)] = [1e3 * median(s[WARM:]) for s in seconds]
+        write(path, json.dumps(known))
+    return [a._replace(ms=ms) for a, ms in zip(answers, known["ms"][digest(specs)], strict=True)]
 
 
 def markdown(rows: list) -> str:
@@ -334,18 +449,17 @@ def markdown(rows: list) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def loss_at(seconds: float, run: dict) -> float:
-    """A run's validation loss after so many seconds of training; nan before its first validation."""
-    _, times, losses = zip(*run["curve"], strict=True)
-    return float(np.interp(seconds, times, losses, left=math.nan))
+def loss_at(ms: float, run: dict, ms_per_step: float) -> float:
+    """A run's validation loss after so many milliseconds of training; nan before its first validation."""
+    steps, losses = zip(*run["curve"], strict=True)
+    return float(np.interp(ms / ms_per_step, steps, losses, left=math.nan))
 
 
 def table(answers: list[Answer]) -> str:
-    """One line per model, means over its runs; the first answer is attention's."""
-    whole = [run for a in answers for run in a.runs if final(run) < math.inf]
-    deadline = min((run["curve"][-1][1] for run in whole), default=math.nan)
-    attention = fmean(map(final, answers[0].runs))
-    attention = attention if attention < math.inf else math.nan  # no gap to that
+    """One line per model, means over its runs; gaps are those to the first."""
+    whole = [a.ms * run["spec"]["iters"] for a in answers for run in a.runs if final(run) < math.inf]
+    deadline, first = min(whole, default=math.nan), fmean(map(final, answers[0].runs))
+    first = first if first < math.inf else math.nan  # no gap to that
     rows = []
     for a in answers:
         losses = [final(run) for run in a.runs]
@@ -357,27 +471,40 @@ def table(answers: list[Answer]) -> str:
             "bits per character": f"{loss / math.log(2):.3f}",
             "perplexity per character": f"{np.exp(loss):.3f}",
             "parameters": f"{a.runs[0]['parameters']:,}",
-            "ms per step": f"{fmean(1e3 * run['curve'][-1][1] / run['curve'][-1][0] for run in a.runs):.1f}",
-            "loss at equal time": f"{fmean(loss_at(deadline, run) for run in a.runs):.3f}",
-            "gap to attention": "" if a is answers[0] else f"{100 * np.expm1(loss - attention):+.1f}%",
+            "ms per step": f"{a.ms:.1f}",
+            "loss at equal time": f"{fmean(loss_at(deadline, run, a.ms) for run in a.runs):.3f}",
+            f"gap to {answers[0].label}": "" if a is answers[0] else f"{100 * np.expm1(loss - first):+.1f}%",
         }
         rows.append(cells)
     return markdown([list(rows[0]), *(row.values() for row in rows)])
 
 
-EXPLANATION = """{train:,} characters to train on, {val:,} to validate, {vocab} different ones; {iters:,} steps of \
-{batch} windows; {threads} threads. Losses are means over the seeds, then the lowest and the highest; inf: diverged. \
-Learning rates: the best {search}. Loss at equal time: what the validation loss was, interpolated, when the fastest \
-run of the table had finished. Gap to attention: how much higher the perplexity per character is. Parameters: those \
-that act. Products in place of the wedge are not written for speed."""
+def machine() -> str:
+    """Versions, and the processor's name."""
+    info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    for line in info.read_text().splitlines() if info.exists() else []:
+        name = line.partition(":")[2].strip() if line.startswith("model name") else name
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, {blas['name']} {blas['version']}"
+    return f"{versions}, {cpu.available_cores()} cores, {name}"
 
 
-def report(study: Study, answers: list[tuple[Question, list[Answer]]], recalled: list[dict]) -> str:
+EXPLANATION = """{train:,} characters of {data} to train on, {val:,} to validate, {vocab} different ones. Unless a \
+question says otherwise: {iters:,} steps of {tokens:,} characters, no dropout (so short a run does not overfit), seeds \
+0 to {seeds}, with the mean, the lowest and the highest loss in the tables; inf: diverged. Learning rates: the best \
+{search}. Milliseconds: on all cores, by turns. Loss at equal time: what the validation loss was, interpolated, when \
+the fastest run of the table had finished. Gap: how much higher the perplexity per character is. Parameters: those \
+that act. Products in place of the wedge and partners at words and lines are not written for speed."""
+
+
+def report(args, study: Study, answers: list[tuple[Question, list[Answer]]], recalled: list[dict]) -> str:
     """compare.md"""
-    tuned = "at a quarter of the steps, for the plain model of each mixer" if study.quick else "at a tenth of the steps"
-    parts = ["# Does geometry replace attention?", EXPLANATION.format(
-        train=len(study.train_tokens), val=len(study.val_tokens), vocab=study.vocab_size, iters=study.iters,
-        batch=BASE["batch_size"], threads=study.threads, search=tuned,
+    tuned = "at a quarter of the steps, for the plain model of each mixer" if args.quick else "at a tenth of the steps"
+    data = {None: "Python's documentation", "shakespeare": "Tiny Shakespeare"}.get(args.data) or Path(args.data).name
+    parts = ["# Does geometry replace attention?", f"`{shlex.join(['python', 'compare.py', *sys.argv[1:]])}`",
+             machine() + ".", EXPLANATION.format(
+        train=len(study.train_tokens), val=len(study.val_tokens), data=data, vocab=len(study.vocab), search=tuned,
+        iters=steps(study, BASE), tokens=BASE["batch_size"] * BASE["context"], seeds=study.seeds - 1,
     )]  # fmt: skip
     for question, rows in answers:
         parts += [f"## {question.number}. {question.title}", question.asks, table(rows)]
@@ -390,15 +517,16 @@ def report(study: Study, answers: list[tuple[Question, list[Answer]]], recalled:
 
 
 def plot(path: Path, answers: list[tuple[Question, list[Answer]]]) -> None:
-    """compare.png: for every question the validation loss against tokens and against seconds, a line per run."""
+    """compare_N.png: the validation loss against tokens and against seconds, a row per table, a line per run."""
     figure = Figure(figsize=(12, 3.6 * len(answers)), layout="constrained")
     for (question, rows), (left, right) in zip(answers, figure.subplots(len(answers), 2, squeeze=False), strict=True):
         for k, a in enumerate(rows):
             for run in a.runs:
-                steps, seconds, losses = zip(*run["curve"], strict=True)
-                style = {"color": f"C{k}", "marker": ".", "lw": 1, "label": a.label if run is a.runs[0] else None}
-                left.plot(np.array(steps) * run["tokens_per_step"] / 1e6, losses, **style)
-                right.plot(seconds, losses, **style)
+                steps, losses = map(np.array, zip(*run["curve"], strict=True))
+                style = {"color": f"C{k}" if k < 10 else "black", "marker": ".", "lw": 1}
+                style["label"] = a.label if run is a.runs[0] else None
+                left.plot(steps * run["spec"]["batch_size"] * run["spec"]["context"] / 1e6, losses, **style)
+                right.plot(steps * a.ms / 1e3, losses, **style)
         left.set(title=f"{question.number}. {question.title}", ylabel="validation loss, nats")
         for axes, unit in ((left, "million characters"), (right, "seconds of training")):
             axes.set(xlabel=unit)
@@ -459,37 +587,23 @@ def reach(offsets: tuple[tuple[int, ...], ...]) -> int:
     return sum(max(layer) for layer in offsets)
 
 
-def recall_run(study: Study, label: str, task: str, overrides: dict) -> dict:
-    """A model trained on a task; the curve is one point, the accuracies at the end."""
-    settings = BASE | RECALL_SIZE | {"seed": 0, "eval_every": RECALL_SIZE["iters"]}
-    s, config = make_spec(study, settings, overrides, TOKENS, task)
-
-    def draw(step: int, batch: int) -> tuple[Array, Array, Array]:
-        return TASKS[task](np.random.default_rng((s["seed"], step)), batch, s["context"])
-
-    return finished(
-        study, label, s, config,
-        batch=lambda step: draw(step, s["batch_size"])[:2],
-        evaluate=lambda params: accuracy(params, config, *draw(s["iters"], 512)),  # a step that is never trained
-    )  # fmt: skip
-
-
-def answer_recall(study: Study) -> list[dict]:
+def answer_recall(ask: Callable) -> list[dict]:
     """The best run of every model on every task. Such a task is often learned all at once, after a long time
     of nothing, so that short runs would not tell the learning rates apart: all run to the end.
     """
-    results = []
+    results, settings = [], BASE | RECALL_SIZE | {"eval_every": RECALL_SIZE["iters"]}
     for task, (label, overrides) in itertools.product(TASKS, RECALL_ROWS):
-        runs = [recall_run(study, f"{task}, {label}, lr {lr:g}", task, overrides | {"lr": lr}) for lr in LEARNING_RATES]
-        best = max(runs, key=lambda run: np.nanmean(run["curve"][-1][2]))
-        spec, accuracies = best["spec"], best["curve"][-1][2]
-        result = {"task": task, "label": label, "lr": spec["lr"], "reach": reach(spec["offsets"])}
-        results.append(result | {"accuracy": accuracies})
+        specs = [make_spec(settings, overrides | {"lr": lr}, TOKENS, task) for lr in LEARNING_RATES]
+        runs = [ask(f"{task}, {label}, lr {spec['lr']:g}", spec) for spec in specs]
+        if all(runs):
+            best = max(runs, key=lambda run: np.nanmean(run["curve"][-1][1]))
+            result = {"task": task, "label": label, "lr": best["spec"]["lr"], "reach": reach(best["spec"]["offsets"])}
+            results.append(result | {"accuracy": best["curve"][-1][1]})
     return results
 
 
 def plot_recall(path: Path, results: list[dict]) -> None:
-    """compare_recall.png: accuracy against distance, and how far the Grassmann models can see at all."""
+    """compare_6.png: accuracy against distance, and how far the Grassmann models can see at all."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     middles = [math.sqrt(low * (high - 1)) for low, high in itertools.pairwise(EDGES)]
     for task, axes in zip(TASKS, figure.subplots(1, len(TASKS), sharey=True), strict=True):
@@ -516,9 +630,10 @@ def build_parser() -> Parser:
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: Python's own documentation, pydoc_data.topics)")
     add("--out", type=Path, default=Path("compare"), help="folder for tables, figures and runs (default: compare)")
     add("--quick", action="store_true", help=f"one seed, {QUICK_STEPS:,} steps, questions 1, 3 and 5")
-    add("--only", type=number(int, 1, 6), nargs="+", metavar="QUESTION", help="some of the questions 1 to 6")
+    add("--only", type=number(int, 1, 9), nargs="+", metavar="QUESTION", help="some of the questions 1 to 9")
     add("--seeds", type=number(int, 1, 1000), help="runs of every model (default: 3, with --quick 1)")
-    add("--threads", type=number(int, 1, 1024), default=cpu.available_cores(), help="CPU threads (default: all cores)")
+    add("--jobs", type=number(int, 1, 1024), default=cpu.available_cores(),
+        help="runs at a time, which changes no result (default: one per core)")  # fmt: skip
     return parser
 
 
@@ -529,44 +644,34 @@ def make_study(args) -> Study:
     if n_val < 2 or len(text) - n_val <= context:
         raise ValueError(f"the text has {len(text)} characters, a context of {context} needs {context * 10 // 9 + 20}")
     vocab = vocabulary(text)
-    tokens = encode(text, vocab)
+    tokens, sha256 = encode(text, vocab), hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
-    return Study(
-        args.out, args.threads, args.quick, args.seeds or (1 if args.quick else 3),
-        min(QUICK_STEPS, BASE["iters"]) if args.quick else BASE["iters"],
-        hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), len(vocab), tokens[:-n_val], tokens[-n_val:],
-    )  # fmt: skip
-
-
-def selected(args) -> list[Question]:
-    """The questions that the options ask for, question 6 apart."""
-    numbers = args.only or (QUICK_QUESTIONS if args.quick else range(1, 7))
-    return [question for question in QUESTIONS if question.number in numbers and not (args.quick and question.large)]
+    seeds = args.seeds or (1 if args.quick else 3)
+    return Study(args.out, args.quick, seeds, sha256, vocab, tokens[:-n_val], tokens[-n_val:])
 
 
 def compare(args) -> None:
-    """Answer the questions; the files are written anew after each. Raises ValueError and OSError."""
-    study, answers, recalled = make_study(args), [], []
+    """Answer the questions. Raises ValueError and OSError."""
+    study, numbers = make_study(args), args.only or (QUICK_QUESTIONS if args.quick else range(1, 10))
+    selected = [q for q in QUESTIONS if q.number in numbers and not (args.quick and q.large)]
 
-    def write() -> None:
-        (args.out / "compare.md").write_text(report(study, answers, recalled), encoding="utf-8")
+    def everything(ask: Callable) -> tuple[list, list]:
+        return [answer(study, q, ask) for q in selected], answer_recall(ask) if 6 in numbers else []
 
-    for question in selected(args):
-        print(f"{question.number}. {question.title}", flush=True)
-        answers.append((question, answer(study, question)))
-        write()
-        plot(args.out / "compare.png", answers)
-    if 6 in (args.only or []) or not (args.only or args.quick):
-        recalled = answer_recall(study)
-        write()
-        plot_recall(args.out / "compare_recall.png", recalled)
-    print(report(study, answers, recalled))
+    answers, recalled = complete(study, args.jobs, everything)
+    answers = [(question, timed(study, rows)) for question, rows in zip(selected, answers, strict=True)]
+    text = report(args, study, answers, recalled)
+    write(args.out / "compare.md", text)
+    for n in sorted({question.number for question in selected}):
+        plot(args.out / f"compare_{n}.png", [entry for entry in answers if entry[0].number == n])
+    if recalled:
+        plot_recall(args.out / "compare_6.png", recalled)
+    print(text)
     print(f"written to {args.out}: " + ", ".join(sorted(p.name for p in args.out.glob("compare*"))))
 
 
 def main() -> None:
     plain_output()
-    warnings.filterwarnings("ignore", category=RuntimeWarning)  # overflow: a run that diverges is reported as such
     parser = build_parser()
     args = parser.parse_args()
     try:
