@@ -200,7 +200,7 @@ def linear_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     """From y_tk = Σ_i x_ti W_ik + b_k:  dx = dy Wᵀ,  dW = xᵀ dy,  db = Σ_t dy_t."""
     x, W = cache
     dy, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, len(W))
-    dx = np.matmul(dy, W.T, out=np.empty_like(rows))  # empty_like: in the memory order of x, see plucker_forward
+    dx = np.matmul(dy, W.T, out=np.empty_like(rows))  # (empty_like: the memory order of x, for speed)
     return dx.reshape(x.shape), rows.T @ dy, dy.sum(0)
 
 
