@@ -6,7 +6,7 @@ numbers, the pair (this token, an earlier one) spans a plane in R^r, that plane'
 (the wedge product of the two vectors) are projected back to the model's width and blended into the
 hidden state by a learned gate. This file is that layer and a character-level language model around it.
 
-It is meant to be read from top to bottom:
+It is meant to be read from top to bottom (a first reader may skip the checks in `Config` and the checkpoints):
 
     configuration, small ops, wedge, mixing layer, attention (to compare with), block, model and loss,
     optimiser, batches and validation, streaming and sampling, checkpoints
@@ -137,8 +137,8 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Params:
     """Draw the parameters: a flat dict from name to array, in the order of `param_shapes`.
 
-    N(0, 0.02²) for matrices and embeddings, divided by sqrt(2N) where a matrix writes into the residual
-    stream (so that 2N such writes keep its size); N(0, 1/d) for W_red, so that reduced states of normalised
+    N(0, 0.02²) for matrices and embeddings, W_2 and W_out divided by sqrt(2N) (they write into the residual
+    stream, and 2N writes shall keep its size); N(0, 1/d) for W_red, so that reduced states of normalised
     ones have unit size and their planes some area; N(0, 0.5²) for taps, large enough to tell the offsets
     apart from the first step; ones and zeros for LayerNorm, zeros for biases.
     """
@@ -753,7 +753,7 @@ def clip_grads(grads: Params, max_norm: float) -> float:
 
 
 def learning_rate(step: int, iters: int, lr: float, min_lr: float, warmup_iters: int) -> float:
-    """Linear warm-up from 0 to lr, then half a cosine down to min_lr at the end."""
+    """Linear warm-up from lr / (warmup_iters + 1) to lr, then half a cosine down to min_lr at the end."""
     if step < warmup_iters:
         return lr * (step + 1) / (warmup_iters + 1)
     progress = (step - warmup_iters) / max(1, iters - warmup_iters)
