@@ -76,7 +76,7 @@ class Run:
 
 def make_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Run:
     """A new run, or with --resume the one in last.npz. Raises ValueError and OSError."""
-    model, last = backend(args.gpu), args.out / "last.npz"
+    model, last = backend(args.gpu, args.precision), args.out / "last.npz"
     given = {name: value for name, value in vars(args).items() if name in MODEL_DEFAULTS | PACE_DEFAULTS}
     if given.get("data") not in (None, "shakespeare"):
         given["data"] = os.path.abspath(given["data"])
@@ -93,7 +93,8 @@ def make_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Run:
     text_sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     vocab = vocabulary(text)
     config = Config(len(vocab), **{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
-    check_memory(config, settings["batch_size"], args.threads)
+    if not args.gpu:  # a GPU has memory of its own, and says when it is full
+        check_memory(config, settings["batch_size"], args.threads)
     if not saved:
         params = model.init_params(config, settings["seed"])
         saved = {"params": params, **model.adamw_init(params)}
@@ -102,7 +103,8 @@ def make_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Run:
     tokens = encode(text, vocab)
     return Run(
         model, args.out, args.threads, settings, text_sha256, vocab, int(np.bincount(tokens[: 1 << 20]).argmax()),
-        tokens[:-n_val], tokens[-n_val:], config, saved["params"], {m: saved[m] for m in ("adam_m", "adam_v")},
+        model.np.asarray(tokens[:-n_val]), model.np.asarray(tokens[-n_val:]), config,
+        saved["params"], {m: saved[m] for m in ("adam_m", "adam_v")},
         **{name: saved[name] for name in ("step", "seconds", "recent", "best") if name in saved},
     )  # fmt: skip
 

@@ -42,14 +42,24 @@ def number(kind: type, least: float, most: float, *, above: bool = False):
 
 
 def add_gpu_option(parser) -> None:
-    parser.add_argument("--gpu", action="store_true", help="run on a CUDA GPU, with CuPy")
+    parser.add_argument("--gpu", action="store_true", help="run on a CUDA GPU, with CuPy (requirements-gpu.txt)")
+    parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default=None,
+        help="of matrix products on the GPU: tf32 and bfloat16 are faster and coarser (default: float32)")  # fmt: skip
 
 
-def backend(gpu: bool):
+def backend(gpu: bool, precision: str | None):
     """The module that computes: grassmann (NumPy) or gpu (CuPy), the same names in both. Raises ValueError."""
-    if gpu:
-        raise ValueError("--gpu needs gpu.py, the CuPy port, which this version does not have yet; leave --gpu out")
-    return grassmann
+    if not gpu:
+        if precision is not None:
+            raise ValueError("--precision is a choice for GPUs, it needs --gpu")
+        return grassmann
+    try:
+        import gpu as cuda
+
+        cuda.set_precision(precision or "float32")
+    except ImportError as error:
+        raise ValueError(f"--gpu: {error}") from None
+    return cuda
 
 
 def write_sample(model, params, config, extra: dict, prompt: str, length: int, **how) -> None:
@@ -99,7 +109,7 @@ def main() -> None:
     add_gpu_option(parser)
     args = parser.parse_args()
     try:
-        model = backend(args.gpu)
+        model = backend(args.gpu, args.precision)
         try:
             params, config, extra = model.load_checkpoint(args.checkpoint)
         except FileNotFoundError:

@@ -400,7 +400,8 @@ BAD_OPTIONS = [
     ("--threads 0", "--threads"), ("--threads 99999", "--threads"),
     # words
     ("--block new", "--block"), ("--mixer blender", "--mixer"), ("--itres 5", "--itres"), ("--iter 5", "--iter"),
-    ("--lr", "--lr"), ("stray", "stray"), ("--gpu", "gpu"),
+    ("--lr", "--lr"), ("stray", "stray"), ("--precision tf32", "--gpu"),
+    ("--gpu --precision half", "--precision"),
 ]  # fmt: skip
 
 
@@ -423,7 +424,7 @@ BAD_SAMPLING = [
     ("--length -1", "--length"), ("--length x", "--length"), ("--temperature -1", "--temperature"),
     ("--temperature nan", "--temperature"), ("--temperature inf", "--temperature"), ("--top-k 0", "--top-k"),
     ("--samples 0", "--samples"), ("--seed -1", "--seed"), ("--prompt", "--prompt"), ("--wild", "--wild"),
-    ("--gpu", "gpu"), ("--prompt Ω", "'\\u03a9'"), ("--prompt 12é🙂", "'\\xe9' '\\U0001f642'"),
+    ("--precision tf32", "--gpu"), ("--prompt Ω", "'\\u03a9'"), ("--prompt 12é🙂", "'\\xe9' '\\U0001f642'"),
 ]  # fmt: skip
 
 
