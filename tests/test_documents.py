@@ -55,7 +55,7 @@ def test_every_block_prints_what_the_page_shows(document, monkeypatch):
 def known_names() -> set[str]:
     """Every name that the project's modules define, with their parameters' names and the programs' flags."""
     words = set()
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("*.cu"), *ROOT.glob("tests/*.py")]:
         source = file.read_text(encoding="utf-8")
         words |= set(re.findall(r"--[\w-]+|\w+", source)) | {file.name, f"tests/{file.name}"}
     return words
@@ -70,6 +70,15 @@ def test_every_name_in_backticks_exists(document):
             assert {name[:-1] + "forward", name[:-1] + "backward"} <= known, name
         elif re.fullmatch(r"[\w./]+\.py|--[\w-]+|\w+", name):
             assert name in known or (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("document", [TUTORIAL, README], ids=["tutorial.md", "README.md"])
+def test_every_picture_and_quoted_kernel_exists(document):
+    for file in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", document):
+        assert (ROOT / file).is_file(), file
+    kernels = (ROOT / "kernels.cu").read_text(encoding="utf-8")
+    for kernel in re.findall(r"```cuda\n(.*?)```", document, re.S):
+        assert kernel in kernels
 
 
 def test_every_public_function_is_in_the_tutorial():
