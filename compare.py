@@ -1,7 +1,7 @@
 """Does geometry replace attention? Both, and variants of both, trained on one text under the same conditions.
 
   python compare.py --quick                     questions 1, 3 and 5, one seed: about a quarter of an hour on two cores
-  python compare.py                             all questions, three seeds, full length: some hours, unattended
+  python compare.py                             all questions, full length: some hours, unattended
   python compare.py --only 3 4                  some of the questions
   python compare.py --data shakespeare          on Tiny Shakespeare
 
@@ -71,6 +71,7 @@ class Question:
     rows: list[tuple[str, dict]]
     size: dict = field(default_factory=dict)  # what differs for all of them, and sets the number of parameters
     same_size: bool = True  # make all models as large as BASE and `size` say; if not, leave them as they are
+    seeds: int = 1  # runs of every model
     large: bool = False  # one seed, fewer learning rates, and not in the quick set
 
 
@@ -81,7 +82,7 @@ MORE_NEAR = ((1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6, 7, 8), (1, 2, 
 MORE_FAR = ((1, 2, 3, 4), (1, 2, 3, 4, 8, 16), (1, 2, 3, 4, 5, 6, 16, 32), (1, 2, 4, 8, 12, 16, 32, 64))
 QUESTIONS = [
     Question(1, "Grassmann or attention", "Which predicts text better, at equal size and at equal time?",
-             [ATTENTION, GRASSMANN], {"d_model": 144}),  # 0.8M parameters
+             [ATTENTION, GRASSMANN], {"d_model": 144}, seeds=3),  # 0.8M parameters
     Question(2, "The paper's block", "What does LayerNorm after each half, as in the paper, cost against pre-norm?", [
         ATTENTION, ("attention, paper's block", ATTENTION[1] | {"block": "paper"}),
         GRASSMANN, ("Grassmann, paper's block", {"block": "paper"}),
@@ -172,7 +173,7 @@ class Study:
 
     out: Path
     quick: bool
-    seeds: int
+    seeds: int | None  # runs of every model, if not as many as the question says
     text: str  # its SHA-256
     vocab: list[int]
     train_tokens: Array
@@ -412,7 +413,7 @@ def answer(study: Study, question: Question, ask: Callable) -> list[Answer]:
         runs, lr = [], best_lr(search, rates)
         if lr is not None:
             how = {"lr": lr, "eval_every": max(1, iters // 10)}
-            seeds = range(1 if question.large else study.seeds)
+            seeds = range(1 if question.large else study.seeds or question.seeds)
             runs = [run(f"{label}, seed {seed}", overrides, seed=seed, **how) for seed in seeds]
         answers.append(Answer(label, lr, runs, math.nan))
     return answers
@@ -490,11 +491,11 @@ def machine() -> str:
 
 
 EXPLANATION = """{train:,} characters of {data} to train on, {val:,} to validate, {vocab} different ones. Unless a \
-question says otherwise: {iters:,} steps of {tokens:,} characters, no dropout (so short a run does not overfit), seeds \
-0 to {seeds}, with the mean, the lowest and the highest loss in the tables; inf: diverged. Learning rates: the best \
-{search}. Milliseconds: on all cores, by turns. Loss at equal time: what the validation loss was, interpolated, when \
-the fastest run of the table had finished. Gap: how much higher the perplexity per character is. Parameters: those \
-that act. Products in place of the wedge and partners at words and lines are not written for speed."""
+question says otherwise: {iters:,} steps of {tokens:,} characters, no dropout (so short a run does not overfit). A \
+loss with two more in brackets is the mean of several seeds, with the lowest and the highest; inf: diverged. Learning \
+rates: the best {search}. Milliseconds: on all cores, by turns. Loss at equal time: what the validation loss was, \
+interpolated, when the fastest run of the table had finished. Gap: how much higher the perplexity per character is. \
+Parameters: those that act. Products in place of the wedge and partners at words and lines are not written for speed."""
 
 
 def report(args, study: Study, answers: list[tuple[Question, list[Answer]]], recalled: list[dict]) -> str:
@@ -504,7 +505,7 @@ def report(args, study: Study, answers: list[tuple[Question, list[Answer]]], rec
     parts = ["# Does geometry replace attention?", f"`{shlex.join(['python', 'compare.py', *sys.argv[1:]])}`",
              machine() + ".", EXPLANATION.format(
         train=len(study.train_tokens), val=len(study.val_tokens), data=data, vocab=len(study.vocab), search=tuned,
-        iters=steps(study, BASE), tokens=BASE["batch_size"] * BASE["context"], seeds=study.seeds - 1,
+        iters=steps(study, BASE), tokens=BASE["batch_size"] * BASE["context"],
     )]  # fmt: skip
     for question, rows in answers:
         parts += [f"## {question.number}. {question.title}", question.asks, table(rows)]
@@ -631,7 +632,7 @@ def build_parser() -> Parser:
     add("--out", type=Path, default=Path("compare"), help="folder for tables, figures and runs (default: compare)")
     add("--quick", action="store_true", help=f"one seed, {QUICK_STEPS:,} steps, questions 1, 3 and 5")
     add("--only", type=number(int, 1, 9), nargs="+", metavar="QUESTION", help="some of the questions 1 to 9")
-    add("--seeds", type=number(int, 1, 1000), help="runs of every model (default: 3, with --quick 1)")
+    add("--seeds", type=number(int, 1, 1000), help="runs of every model (default: 3 in question 1, else 1)")
     add("--jobs", type=number(int, 1, 1024), default=cpu.available_cores(),
         help="runs at a time, which changes no result (default: one per core)")  # fmt: skip
     return parser
@@ -646,7 +647,7 @@ def make_study(args) -> Study:
     vocab = vocabulary(text)
     tokens, sha256 = encode(text, vocab), hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
-    seeds = args.seeds or (1 if args.quick else 3)
+    seeds = args.seeds or (1 if args.quick else None)
     return Study(args.out, args.quick, seeds, sha256, vocab, tokens[:-n_val], tokens[-n_val:])
 
 
