@@ -4,11 +4,12 @@
   python bench.py --data shakespeare            on Tiny Shakespeare, as in the README
   python bench.py --quick                       fewer repeats, and no race
   python bench.py --only step generation        some sections
+  python bench.py --gpu                         on a CUDA GPU instead: gpu.py against PyTorch (bench_gpu.py)
 
 What is compared runs by turns, A B A B …, so that a machine that speeds up or slows down does so for both:
 times are medians over the turns, and "x ours" is the median of the quotients within a turn. Both sides have
 the same number of threads, the same batches and the same optimiser. The other side is PyTorch as it is
-usually written, not compiled (pip install -r requirements-bench.txt); without it, its cells say so.
+usually written, and compiled only on a GPU (pip install -r requirements-bench.txt); without it, its cells say so.
 """
 
 import cpu  # noqa: I001  (before NumPy)
@@ -27,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 
 import numpy as np
 from tqdm import tqdm
@@ -74,26 +76,29 @@ class Setup:
 
 
 class Ours:
-    """A model of grassmann.py in training, as train_char.py does it."""
+    """A model of grassmann.py, or of gpu.py, in training, as train_char.py does it."""
 
-    def __init__(self, setup: Setup, config: Config, batch_size: int = 0, threads: int = 0):
-        self.setup, self.config, self.threads = setup, config, threads or setup.threads
+    def __init__(
+        self, setup: Setup, config: Config, batch_size: int = 0, threads: int = 0, backend: ModuleType = grassmann
+    ):
+        self.setup, self.config, self.backend, self.threads = setup, config, backend, threads or setup.threads
         self.batch_size = batch_size or setup.settings["batch_size"]
-        self.params = grassmann.init_params(config, setup.settings["seed"])
-        self.optimizer = grassmann.adamw_init(self.params)
+        self.train_tokens = backend.np.asarray(setup.train_tokens)
+        self.params = backend.init_params(config, setup.settings["seed"])
+        self.optimizer = backend.adamw_init(self.params)
         self.k = 0
 
     def step(self, lr: float = 1e-3) -> None:
-        s, seed = self.setup.settings, self.setup.settings["seed"]
-        x, y = grassmann.get_batch(self.setup.train_tokens, self.batch_size, self.config.context, seed, self.k)
-        _, grads = grassmann.loss_and_grads(self.params, self.config, x, y, (seed, self.k), threads=self.threads)
-        grassmann.clip_grads(grads, s["grad_clip"])
+        s, seed, model = self.setup.settings, self.setup.settings["seed"], self.backend
+        x, y = model.get_batch(self.train_tokens, self.batch_size, self.config.context, seed, self.k)
+        _, grads = model.loss_and_grads(self.params, self.config, x, y, (seed, self.k), threads=self.threads)
+        model.clip_grads(grads, s["grad_clip"])
         how = {"weight_decay": s["weight_decay"]}
-        grassmann.adamw_step(self.params, grads, self.optimizer, self.k, lr, **how)
+        model.adamw_step(self.params, grads, self.optimizer, self.k, lr, **how)
         self.k += 1
 
     def validate(self) -> float:
-        return grassmann.validation_loss(self.params, self.config, self.setup.val_tokens, self.threads)
+        return self.backend.validation_loss(self.params, self.config, self.setup.val_tokens, self.threads)
 
 
 class Theirs:
@@ -109,18 +114,24 @@ class Theirs:
         self.k = 0
 
     def step(self, lr: float = 1e-3) -> None:
-        s = self.setup.settings
-        x, y = grassmann.get_batch(self.setup.train_tokens, s["batch_size"], s["context"], s["seed"], self.k)
+        x, y = self.batch()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         self.loss(x, y).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), s["grad_clip"])
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.setup.settings["grad_clip"])
         self.optimizer.step()
         self.k += 1
 
-    def loss(self, x: Array, y: Array):
-        x, y = (torch.from_numpy(tokens.astype(np.int64)) for tokens in (x, y))
+    def batch(self) -> Iterable:
+        s = self.setup.settings
+        batch = grassmann.get_batch(self.setup.train_tokens, s["batch_size"], s["context"], s["seed"], self.k)
+        return map(self.tensor, batch)
+
+    def tensor(self, tokens: Array):
+        return torch.from_numpy(tokens.astype(np.int64)).to(self.model.E.weight.device)
+
+    def loss(self, x, y):
         return F.cross_entropy(self.model(x).flatten(0, 1), y.flatten())
 
     def validate(self) -> float:
@@ -132,7 +143,7 @@ class Theirs:
         with torch.inference_mode():
             for chunk in chunks:
                 length = min(context, len(x[chunk]))
-                loss = self.loss(x[chunk].reshape(-1, length), y[chunk].reshape(-1, length))
+                loss = self.loss(*(self.tensor(tokens[chunk].reshape(-1, length)) for tokens in (x, y)))
                 total += loss.item() * len(x[chunk])
         return total / len(x)
 
@@ -162,13 +173,15 @@ class GrassmannMix(Module):
 
     def __init__(self, d: int, rank: int, offsets: tuple[int, ...]):
         super().__init__()
-        self.offsets, (self.i, self.j) = offsets, torch.triu_indices(rank, rank, 1)
+        self.offsets = offsets
+        for name, index in zip("ij", torch.triu_indices(rank, rank, 1), strict=True):
+            self.register_buffer(name, index.clone(), persistent=False)  # goes to the model's device, no parameter
         self.red, self.gate = nn.Linear(d, rank), nn.Linear(2 * d, d)
         self.plu, self.b_plu = nn.Linear(len(self.i), d, bias=False), nn.Parameter(torch.zeros(d))
 
     def forward(self, h, past: None = None):
-        z, t = self.red(h), torch.arange(h.shape[1])
-        total, count = torch.zeros_like(h), torch.zeros(h.shape[1], 1, dtype=h.dtype)
+        z, t = self.red(h), torch.arange(h.shape[1], device=h.device)
+        total, count = torch.zeros_like(h), torch.zeros(h.shape[1], 1, dtype=h.dtype, device=h.device)
         for delta in self.offsets:
             valid = (t >= delta).to(h.dtype)[:, None]
             partner = z[:, (t - delta).clamp(min=0)]
@@ -245,20 +258,23 @@ def gpt_of_size(setup: Setup, size: int) -> Config:
 # ---- the clock ----------------------------------------------------------------------------------------
 
 
-def alternate(contestants: dict, rounds: int, calls: int) -> dict:
+def alternate(contestants: dict, rounds: int, calls: int, finish: Callable[[], None] = lambda: None) -> dict:
     """Seconds per call of each contestant, one number a round; a contestant None (no PyTorch) gets none.
 
     In a round each has its turn: a call that is not timed, which fetches its data into the caches and lets
-    the other's threads fall asleep, then `calls` timed ones. A round to warm up is left out.
+    the other's threads fall asleep, then `calls` timed ones. A round to warm up is left out. `finish` waits for
+    what was only started, as on a GPU, before the clock is read.
     """
     times = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         for name, run in contestants.items():
             if run is not None:
                 run()
+                finish()
                 start = time.perf_counter()
                 for _ in range(calls):
                     run()
+                finish()
                 times[name].append((time.perf_counter() - start) / calls)
     return {name: seconds[1:] for name, seconds in times.items()}
 
@@ -664,32 +680,47 @@ def make_setup(data: str | None, threads: int, quick: bool) -> Setup:
 
 
 def main() -> None:
+    import bench_gpu  # which imports this file
+
     plain_output()
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: the text of train_char.py)")
     add("--threads", type=number(int, 1, 1024), default=cpu.available_cores(), help="CPU threads (default: all cores)")
     add("--quick", action="store_true", help="fewer repeats, and no race")
-    add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
+    add("--gpu", action="store_true", help="measure training steps on a CUDA GPU instead (bench_gpu.py)")
+    add("--only", nargs="+", metavar="SECTION",
+        help=f"{', '.join(SECTIONS)}; with --gpu {', '.join(bench_gpu.SECTIONS)}")  # fmt: skip
     add("--json", type=Path, default=Path("bench.json"), help="where the numbers go (default: bench.json)")
     args = parser.parse_args()
+    sections = bench_gpu.SECTIONS if args.gpu else SECTIONS
     try:
+        for name in args.only or ():
+            if name not in sections:
+                raise ValueError(f"argument --only: {name} is none of {', '.join(sections)}")
+        card = bench_gpu.card() if args.gpu else {}
         setup = make_setup(args.data, args.threads, args.quick)
-        results = {"header": header(setup, args.data), "sections": {}}
+        results = {"header": header(setup, args.data) | card, "sections": {}}
         args.json.write_text(json.dumps(results), encoding="utf-8")  # before the work: is it writable?
         for name, value in results["header"].items():
             print(f"{name:10s} {value}")
-        for name in args.only:
-            print(f"\n{name}: {SECTIONS[name].__doc__.splitlines()[0]}\n", flush=True)
-            results["sections"][name] = SECTIONS[name](setup)
-            print_table(results["sections"][name])
+        for name in args.only or sections:
+            print(f"\n{name}: {sections[name].__doc__.splitlines()[0]}", end="\n" * (2 - args.gpu), flush=True)
+            results["sections"][name] = sections[name](setup)
             args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            if not args.gpu:
+                print_table(results["sections"][name])
+        if args.gpu:
+            print()
+            print_table([row for rows in results["sections"].values() for row in rows])
     except ValueError as error:
         parser.error(str(error))
     except BrokenPipeError:
         leave_quietly()
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}")
+    except MemoryError:
+        parser.error("not enough memory for this model")
     except KeyboardInterrupt:  # the sections so far are in the JSON file
         sys.exit(130)
 

@@ -1,20 +1,25 @@
 """The benchmark: its counts and its PyTorch models are right, every section runs on a tiny model, with and without
-PyTorch. What the clock says is not tested."""
+PyTorch; on the GPU too, which the CPU plays. What the clock says is not tested."""
 
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import cuda_on_cpu
 import numpy as np
 import pytest
+from test_gpu import gpu_on_cpu, needs_compiler
 
 import bench
+import bench_gpu
 import grassmann
 from grassmann import Config
 
 ROOT = Path(bench.__file__).parent
-SIZES = {"n_layer": 2, "d_model": 16, "rank": 4, "context": 24, "batch_size": 3, "eval_every": 50, "warmup_iters": 5}
+SIZES = {"n_layer": 2, "d_model": 16, "rank": 4, "context": 24, "batch_size": 3, "eval_every": 50, "warmup_iters": 5,
+         "dropout": 0.0}  # fmt: skip
 
 
 def tiny(threads: int = 1, quick: bool = False) -> bench.Setup:
@@ -331,6 +336,207 @@ def test_peak_memory_grows():
     assert block[-1] == 1
 
 
+# ---- on a GPU -----------------------------------------------------------------------------------------
+
+
+def test_bytes_by_hand():
+    """The model of `test_multiply_adds_by_hand`: 8 tokens; E has 5·8 numbers, ln_f 16, a layer 4·8 for two LayerNorms,
+    24 + 3 for W_red, 24 + 8 for W_plu, 128 + 8 for the gate, 256 + 32 and 256 + 8 for the FFN, 3 for each tap."""
+    config = Config(vocab_size=5, context=4, n_layer=2, d_model=8, rank=3, offsets=((1,), (1, 2)))
+    parameters = 40 + 16 + 2 * (32 + 27 + 32 + 136 + 288 + 264) + 3 * 3
+    # what the products of a token take and give: W_red 8 and 3, W_plu 3 and 8, the gate 16 and 8, W_1, W_2; the head
+    activations = 8 * (2 * (11 + 11 + 24 + 40 + 40) + 13)
+    assert bench_gpu.bytes_moved(config, 2, "float32") == 4 * (11 * parameters + 5 * activations)
+    assert bench_gpu.bytes_moved(config, 2, "tf32") == bench_gpu.bytes_moved(config, 2, "float32")
+    assert bench_gpu.bytes_moved(config, 2, "bfloat16") == 4 * 11 * parameters + 2 * 5 * activations
+
+
+def test_bytes_of_attention_by_hand():
+    config = Config(5, 4, 1, 8, 3, (), mixer="attention", n_head=2)
+    parameters = 40 + 8 + (16 + 192 + 64 + 256 + 256)  # no biases
+    activations = 8 * ((8 + 24) + (8 + 8) + 40 + 40 + 13)
+    assert bench_gpu.bytes_moved(config, 2, "float32") == 4 * (11 * parameters + 5 * activations)
+
+
+def test_models_move_to_another_device():
+    """Nothing stays behind: a device that holds no numbers refuses those of the CPU, as a card does."""
+    torch, config = need_torch(), tiny().config(taps=False)
+    for model in (bench.gpt(config), bench.plain_grassmann(config)):
+        logits = model.to("meta")(torch.zeros(2, 24, dtype=torch.int64, device="meta"))
+        assert logits.device.type == "meta" and logits.shape == (2, 24, 7)
+
+
+@pytest.fixture
+def cpu_plays_the_card(monkeypatch):
+    """gpu.py on the stand-in for CuPy, PyTorch on the CPU, both sizes tiny; what is compiled runs as it was traced."""
+    torch, stand_in = need_torch(), gpu_on_cpu()
+    compile_, small = torch.compile, {"n_layer": 2, "d_model": 8, "n_head": 2, "context": 12, "batch_size": 2}
+    monkeypatch.setitem(sys.modules, "gpu", stand_in)
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compile_(f, backend="eager", **how))
+    tiny_ones = {"DEVICE": "cpu", "LARGE": 64, "COPIED": 999, "SIZES": dict.fromkeys(bench_gpu.SIZES, small)}
+    for name, value in tiny_ones.items():
+        monkeypatch.setattr(bench_gpu, name, value)
+    monkeypatch.setattr(bench_gpu, "card", lambda: {"card": "a CPU that plays one"})
+    return stand_in
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_gpu_command(cpu_plays_the_card, precision, tmp_path, monkeypatch, capsys):
+    """Two of the sections: one table, and the same numbers as JSON. Every contestant has run, on its side."""
+    if precision == "bfloat16":
+        pytest.importorskip("ml_dtypes", reason="no ml_dtypes")
+    cuda_on_cpu.LAUNCHES.clear()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.txt").write_text("To be, or not to be, that is the question.\n" * 50)
+    sections = ["laptop-float32", f"nanogpt-{precision}"]
+    options = ["--quick", "--threads", "1", "--data", "tiny.txt", "--json", "t.json"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--gpu", *options, "--only", *sections])
+    monkeypatch.setattr(bench, "plain_output", lambda: None)  # pytest's streams stay as they are
+    bench.main()
+    results, out = json.loads((tmp_path / "t.json").read_text()), capsys.readouterr().out
+    assert results["header"]["card"] in out
+    assert list(results["sections"]) == sections and set(sections) < bench_gpu.SECTIONS.keys()
+    for name, rows in results["sections"].items():
+        assert [(row["model"], row["by"]) for row in rows] == [
+            (model, by) for model, ours in (("GPT", "default"), ("paper's layer", "paper's layer"))
+            for model, by in ((ours, "gpu.py"), (model, "PyTorch"), (model, "compiled, reduce-overhead"))
+        ]  # fmt: skip
+        for row in rows:
+            assert f"{row['size']}-{row['precision']}" == name and len(row["turns, ms"]) == 2 and not row["failure"]
+            assert all(value > 0 for value in row.values() if isinstance(value, (int, float)))
+            assert bench.cell(row["ms"]) in out and bench.cell(row["x floor"]) in out
+    assert out.count("x floor") == 1
+    assert {"wedge_backward", "gate_forward", "adamw"} <= cuda_on_cpu.LAUNCHES
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", [None, "max-autotune"])
+def test_both_sides_of_the_card_train_alike(cpu_plays_the_card, mode):
+    """The same batches, and after ten steps from the same weights the same weights."""
+    torch, setup = need_torch(), tiny()
+    config = setup.config(taps=False, normalize=True, positions=True)
+    ours = bench.Ours(setup, config, backend=cpu_plays_the_card)
+    theirs = bench_gpu.OnCard(setup, bench.plain_grassmann(config), "float32", mode)
+    params = {name: p.astype(np.float32) for name, p in random_params(config).items()}
+    ours.params = cpu_plays_the_card.Flat(params)
+    ours.optimizer = cpu_plays_the_card.adamw_init(ours.params)
+    copy_weights(params, theirs.model)
+    theirs.model.float()
+    for k in range(10):
+        x, y = grassmann.get_batch(setup.train_tokens, 3, 24, setup.settings["seed"], k)
+        assert all(np.array_equal(a.numpy(), b) for a, b in zip(theirs.batch(), (x, y), strict=True))
+        ours.step(1e-2)
+        theirs.step(1e-2)
+    for theirs_name, name in (("E.weight", "E"), ("blocks.1.mix.gate.bias", "blocks.1.mix.b_gate")):
+        weights, mine = theirs.model.get_parameter(theirs_name), cpu_plays_the_card.cp.asnumpy(ours.params[name])
+        torch.testing.assert_close(weights.detach(), torch.from_numpy(mine), rtol=0, atol=1e-3)
+    assert ours.validate() == pytest.approx(theirs.validate(), abs=1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("broken", [["max-autotune"], ["reduce-overhead", "max-autotune"]])
+def test_what_does_not_compile(cpu_plays_the_card, monkeypatch, broken):
+    """It has a row that says so, and the rest is measured."""
+    torch = need_torch()
+    compile_ = torch.compile
+
+    def fails(f, mode, **how):
+        def loss(x, y):
+            raise SyntaxError("no\nPTX")
+
+        return loss if mode in broken else compile_(f, mode=mode, **how)
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(bench_gpu, "alternate", lambda runs, *_: bench.alternate(runs, 1, 1))
+    rows = bench_gpu.SECTIONS["laptop-tf32"](tiny())
+    bench.print_table(rows)
+    failed = [(row["model"], row["by"]) for row in rows if row["failure"]]
+    assert failed == [(model, f"compiled, {mode}") for model in ("GPT", "paper's layer") for mode in broken]
+    assert len(rows) == 6 + len(failed) - 2 * (len(broken) == 2)
+    for row in rows:
+        if row["failure"]:
+            assert row["failure"] == ["SyntaxError: no PTX"]
+            assert row["ms"] == row["x ours"] == row["x floor"] == "fails: SyntaxError"
+        else:
+            assert row["ms"] > 0 and row["x ours"] > 0
+
+
+@needs_compiler
+def test_gpu_table_with_a_known_clock(cpu_plays_the_card, monkeypatch):
+    """The product takes 1 s, the copy 2, our steps 4 and 6, eager ones 12, compiled ones 9 or in the second mode 3."""
+    seconds = {"product": 1.0, "copy": 2.0, ("default", "gpu.py"): 4.0, ("paper's layer", "gpu.py"): 6.0}
+    for model in ("GPT", "paper's layer"):
+        seconds |= {(model, "PyTorch"): 12.0, (model, "compiled, reduce-overhead"): 9.0}
+        seconds[model, "compiled, max-autotune"] = 3.0
+    monkeypatch.setattr(bench_gpu, "alternate", lambda runs, *_: {key: [seconds[key]] * 3 for key in runs})
+    setup = tiny()
+    rows = bench_gpu.SECTIONS["nanogpt-float32"](setup)
+    assert [(row["model"], row["by"], row["ms"], row["x ours"]) for row in rows] == [
+        ("default", "gpu.py", 4e3, 1), ("GPT", "PyTorch", 12e3, 3), ("GPT", "compiled, max-autotune", 3e3, 0.75),
+        ("paper's layer", "gpu.py", 6e3, 1), ("paper's layer", "PyTorch", 12e3, 2),
+        ("paper's layer", "compiled, max-autotune", 3e3, 0.5),
+    ]  # fmt: skip
+    config = setup.config(n_layer=2, d_model=8, context=12)
+    arithmetic = bench.multiply_adds(config, 2) / 64**3
+    memory = bench_gpu.bytes_moved(config, 2, "float32") / (999 * 4)  # two seconds for 999 numbers, read and written
+    row = rows[0]
+    assert (row["arithmetic, µs"], row["memory, µs"]) == pytest.approx((1e6 * arithmetic, 1e6 * memory))
+    assert row["floor"] == "memory" and memory > arithmetic
+    assert row["x floor"] == pytest.approx(4 / memory)
+    assert row["at TFLOP/s"] == pytest.approx(2e-12 * 64**3) and row["at GB/s"] == pytest.approx(999 * 4e-9)
+    monkeypatch.setattr(bench_gpu, "LARGE", 2)
+    assert bench_gpu.SECTIONS["nanogpt-float32"](setup)[0]["floor"] == "arithmetic"
+
+
+@needs_compiler
+def test_precision_is_that_of_both_sides(cpu_plays_the_card):
+    torch, core = need_torch(), cuda_on_cpu._core
+    for precision, theirs in (("float32", "highest"), ("tf32", "high")):
+        with bench_gpu.both_sides(precision):
+            assert torch.get_float32_matmul_precision() == theirs
+            assert core.get_compute_type(np.float32) == {"float32": 1, "tf32": 7}[precision]
+        assert (torch.get_float32_matmul_precision(), core.get_compute_type(np.float32)) == ("highest", 1)
+    model = bench.plain_grassmann(tiny().config(taps=False))
+    dtypes, layer = [], model.blocks[0].mix.plu
+    layer.register_forward_hook(lambda layer, inputs, output: dtypes.append(output.dtype))
+    for precision in ("float32", "bfloat16"):
+        bench_gpu.OnCard(tiny(), model, precision, None).step()
+    assert dtypes == [torch.float32, torch.bfloat16] and layer.weight.dtype == torch.float32
+
+
+def test_what_the_card_is(monkeypatch):
+    """The names come from the card's own libraries, which nobody here has."""
+    torch, space = need_torch(), types.SimpleNamespace
+    cp = space(__version__="14.0", cuda=space(runtime=space(runtimeGetVersion=lambda: 13000)))
+    monkeypatch.setattr(bench_gpu, "our_side", lambda precision: space(cp=cp))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H1000")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **how: space(stdout="580.1\n580.1\n"))
+    card = bench_gpu.card()
+    assert (card["card"], card["driver"], card["CuPy"]) == ("H1000", "580.1", "14.0, CUDA 13000")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **how: (_ for _ in ()).throw(FileNotFoundError()))
+    assert bench_gpu.card()["driver"] == "nvidia-smi does not tell"
+
+
+@pytest.mark.parametrize("missing", ["CuPy", "PyTorch", "PyTorch for CUDA"])
+def test_missing_for_the_gpu_is_one_line(missing, monkeypatch, capsys):
+    if missing == "CuPy":
+        monkeypatch.delitem(sys.modules, "gpu", raising=False)
+        monkeypatch.setitem(sys.modules, "cupy", None)
+    else:
+        monkeypatch.setitem(sys.modules, "gpu", types.SimpleNamespace(set_precision=lambda precision: None))
+        no_gpu = types.SimpleNamespace(__version__="2.0", cuda=types.SimpleNamespace(is_available=lambda: False))
+        monkeypatch.setattr(bench_gpu, "torch", None if missing == "PyTorch" else no_gpu)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--gpu"])
+    monkeypatch.setattr(bench, "plain_output", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    words = {"CuPy": "requirements-gpu.txt", "PyTorch": "requirements-bench.txt", "PyTorch for CUDA": "no CUDA GPU"}
+    assert words[missing] in error and error.count("\n") == 1
+
+
 # ---- the clock and the table --------------------------------------------------------------------------
 
 
@@ -342,6 +548,14 @@ def test_alternate_takes_turns(monkeypatch):
     times = bench.alternate(runs, rounds=2, calls=3)
     assert "".join(log) == ("AAAA" + "bBbBbBbB") * 3
     assert times == {"A": [1, 1], "B": [2, 2], "absent": []}
+
+
+def test_alternate_waits_for_a_gpu(monkeypatch):
+    """Calls only start work; the clock is read where nothing is under way."""
+    log, under_way = [], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: log.append(len(under_way)) or 10.0 * len(log))
+    times = bench.alternate({"A": lambda: under_way.append(1)}, rounds=2, calls=3, finish=under_way.clear)
+    assert log == [0] * 6 and times == {"A": [10 / 3] * 2}
 
 
 def test_quotient_is_taken_within_a_round():
@@ -374,7 +588,8 @@ def test_command_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--only", "speed"], "speed"), (["--data", "short.txt"], "characters"), (["--data", "none.txt"], "none.txt"),
+    [(["--only", "speed"], "speed"), (["--gpu", "--only", "step"], "laptop-tf32"),
+     (["--data", "short.txt"], "characters"), (["--data", "none.txt"], "none.txt"),
      (["--json", "no/where.json"], "where.json"), (["--threads", "0"], "threads")],
 )  # fmt: skip
 def test_errors_are_one_line(options, message, tmp_path, monkeypatch, capsys):
