@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import grassmann
 from grassmann import Array, Config
-from sample import Parser, leave_quietly, number, plain_output
+from cli import Parser, number, plain_output, short_errors
 from text import encode, load_text, vocabulary
 from runs import MODEL_DEFAULTS, PACE_DEFAULTS, check_memory, resolved
 
@@ -694,7 +694,7 @@ def main() -> None:
     add("--json", type=Path, default=Path("bench.json"), help="where the numbers go (default: bench.json)")
     args = parser.parse_args()
     sections = bench_gpu.SECTIONS if args.gpu else SECTIONS
-    try:
+    with short_errors(parser, args.json, "not enough memory for this model"):  # --json keeps the sections so far
         for name in args.only or ():
             if name not in sections:
                 raise ValueError(f"argument --only: {name} is none of {', '.join(sections)}")
@@ -713,16 +713,6 @@ def main() -> None:
         if args.gpu:
             print()
             print_table([row for rows in results["sections"].values() for row in rows])
-    except ValueError as error:
-        parser.error(str(error))
-    except BrokenPipeError:
-        leave_quietly()
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}")
-    except MemoryError:
-        parser.error("not enough memory for this model")
-    except KeyboardInterrupt:  # the sections so far are in the JSON file
-        sys.exit(130)
 
 
 if __name__ == "__main__":

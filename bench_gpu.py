@@ -24,7 +24,7 @@ import numpy as np
 from bench import Ours, Setup, Theirs, alternate, gpt, middle, multiply_adds, n_parameters, plain_grassmann, products
 from bench import quotient, torch
 from grassmann import Config
-from sample import backend
+from cli import backend
 
 DEVICE = "cuda"  # PyTorch's; gpu.py has CuPy's
 MODES = ("reduce-overhead", "max-autotune")

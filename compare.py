@@ -46,7 +46,7 @@ from tqdm import tqdm
 import grassmann
 from grassmann import Array, Config, param_shapes
 from runs import MODEL_DEFAULTS, PACE_DEFAULTS, resolved
-from sample import Parser, leave_quietly, number, plain_output
+from cli import Parser, number, plain_output, short_errors
 from text import encode, load_text, vocabulary
 from variants import PRODUCTS, look_back_to, multiply_by, swapped
 
@@ -675,18 +675,9 @@ def main() -> None:
     plain_output()
     parser = build_parser()
     args = parser.parse_args()
-    try:
+    stopped = f"\nstopped; what is finished is in {args.out}, the same command goes on from there\n"
+    with short_errors(parser, args.out, stopped=stopped):
         compare(args)
-    except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped; what is finished is in {args.out}, the same command goes on from there\n")
-    except ValueError as error:
-        parser.error(str(error))
-    except BrokenPipeError:
-        leave_quietly()
-    except OSError as error:
-        parser.error(f"{error.filename or args.out}: {error.strerror}")
-    except MemoryError:
-        parser.error("not enough memory")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import cpu  # noqa: F401, I001  (before NumPy)
 import csv
 import math
 import re
-import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,9 +31,9 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap
 
 import grassmann as G
+from cli import Parser, plain_output, short_errors
 from figures import BLUE, INK, ORANGE, STYLE
 from grassmann import Array, Config, Params
-from sample import Parser, leave_quietly, plain_output
 from text import encode, load_text
 
 SHOWN, MEASURED, LEAST = 80, 16384, 20  # characters drawn, measured at most, needed at least
@@ -511,20 +510,10 @@ def main() -> None:
     add("--out", type=Path, help="folder for pictures and CSV files (default: flow, beside the checkpoint)")
     args = parser.parse_args()
     out = args.out or args.checkpoint.parent / "flow"
-    try:
+    with short_errors(parser, out, "not enough memory for this model and this text"):
         if len(args.texts or []) > 2:
             raise ValueError("--text and --file: two texts at most")
         look(args.checkpoint, args.texts or [], out)
-    except ValueError as error:
-        parser.error(str(error))
-    except BrokenPipeError:
-        leave_quietly()
-    except OSError as error:
-        parser.error(f"{error.filename or out}: {error.strerror}")
-    except MemoryError:
-        parser.error("not enough memory for this model and this text")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from types import ModuleType
 import numpy as np
 
 from grassmann import SHARD_TOKENS, Config, param_shapes
-from sample import backend
+from cli import backend
 from text import encode, load_text, vocabulary
 
 LOG_COLUMNS = ["step", "train_loss", "val_loss", "lr", "seconds"]

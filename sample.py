@@ -5,61 +5,10 @@ Characters appear as they are drawn. train_char.py, which trains the model, ends
 
 import cpu  # noqa: F401, I001  (before NumPy)
 
-import argparse
-import os
-import sys
-import warnings
 from pathlib import Path
 
-import grassmann
+from cli import Parser, add_gpu_option, backend, number, plain_output, short_errors
 from text import encode
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, exit code 2."""
-
-    def __init__(self, description: str):
-        plain = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=plain, allow_abbrev=False)
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
-
-
-def number(kind: type, least: float, most: float, *, above: bool = False):
-    """A type for argparse: an int or float from least to most (`above`: greater than least)."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
-        if not least <= value <= most or (above and value == least):
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'from'} {least:g}, up to {most:g}")
-        return value
-
-    return parse
-
-
-def add_gpu_option(parser) -> None:
-    parser.add_argument("--gpu", action="store_true", help="run on a CUDA GPU, with CuPy (requirements-gpu.txt)")
-    parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default=None,
-        help="of matrix products on the GPU: tf32 and bfloat16 are faster and coarser (default: float32)")  # fmt: skip
-
-
-def backend(gpu: bool, precision: str | None):
-    """The module that computes: grassmann (NumPy) or gpu (CuPy), the same names in both. Raises ValueError."""
-    if not gpu:
-        if precision is not None:
-            raise ValueError("--precision is a choice for GPUs, it needs --gpu")
-        return grassmann
-    try:
-        import gpu as cuda
-
-        cuda.set_precision(precision or "float32")
-    except ImportError as error:
-        raise ValueError(f"--gpu: {error}") from None
-    return cuda
 
 
 def write_sample(model, params, config, extra: dict, prompt: str, length: int, **how) -> None:
@@ -78,21 +27,6 @@ def write_sample(model, params, config, extra: dict, prompt: str, length: int, *
     print()
 
 
-def plain_output() -> None:
-    """No surprises: escape what the terminal cannot show, and let no NumPy warning of an overflow in between.
-
-    (Values that are not finite are noticed and reported where they matter.)
-    """
-    warnings.filterwarnings("ignore", category=RuntimeWarning)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-
-
-def leave_quietly() -> None:
-    """Whoever read our output has had enough (`| head`): write the rest nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main() -> None:
     plain_output()
     parser = Parser(__doc__)
@@ -108,7 +42,7 @@ def main() -> None:
     add("--samples", type=number(int, 1, 10**6), default=1, help="how many, one seed after the other (default: 1)")
     add_gpu_option(parser)
     args = parser.parse_args()
-    try:
+    with short_errors(parser, "standard output", "not enough memory for this model"):
         model = backend(args.gpu, args.precision)
         try:
             params, config, extra = model.load_checkpoint(args.checkpoint)
@@ -123,16 +57,6 @@ def main() -> None:
                 print("-" * 40)
             how = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed + k}
             write_sample(model, params, config, extra, args.prompt, args.length, **how)
-    except ValueError as error:
-        parser.error(str(error))
-    except BrokenPipeError:
-        leave_quietly()
-    except OSError as error:
-        parser.error(f"standard output: {error.strerror}")
-    except MemoryError:
-        parser.error("not enough memory for this model")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

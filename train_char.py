@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 import runs
 from runs import MODEL_DEFAULTS, PACE_DEFAULTS, Run
-from sample import Parser, add_gpu_option, leave_quietly, number, plain_output, write_sample
+from cli import Parser, add_gpu_option, number, plain_output, short_errors
+from sample import write_sample
 
 LOG_EVERY = 10  # steps per line of log.csv; its training loss is their mean
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -195,7 +196,8 @@ def main() -> None:
     plain_output()
     parser = build_parser()
     args = parser.parse_args()
-    try:
+    memory = "not enough memory; a smaller --batch-size, --context, --d-model or --n-layer needs less"
+    with short_errors(parser, args.out, memory):
         run = runs.make_run(args, parser)
         run.out.mkdir(parents=True, exist_ok=True)
         if not args.resume:
@@ -213,16 +215,6 @@ def main() -> None:
         for stop in STOP_SIGNALS:
             signal.signal(stop, signal.SIG_DFL)
         report(run, val_loss)
-    except ValueError as error:
-        parser.error(str(error))
-    except BrokenPipeError:
-        leave_quietly()
-    except OSError as error:
-        parser.error(f"{error.filename or args.out}: {error.strerror}")
-    except MemoryError:
-        parser.error("not enough memory; a smaller --batch-size, --context, --d-model or --n-layer needs less")
-    except KeyboardInterrupt:  # before the first step: nothing to save yet
-        sys.exit(130)
 
 
 if __name__ == "__main__":

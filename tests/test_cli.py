@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from kill_and_resume import ROOT, TEXT, contents
 
+import cli
 import runs
-import sample
 import train_char
 from grassmann import Config, generate, init_params, learning_rate, load_checkpoint, save_checkpoint, validation_loss
 from text import decode, encode, vocabulary
@@ -646,7 +646,7 @@ def test_parse_offsets_refuses(text):
     (True, ["1e-300", "10"], ["0", "-0.0"]),
 ])  # fmt: skip
 def test_number(above, accepted, rejected):
-    parse = sample.number(float, 0, 10, above=above)
+    parse = cli.number(float, 0, 10, above=above)
     assert [parse(text) for text in accepted] == [float(text) for text in accepted]
     for text in rejected:
         with pytest.raises(argparse.ArgumentTypeError):
