@@ -618,7 +618,7 @@ def plot_recall(path: Path, results: list[dict]) -> None:
         axes.set(title=task, xlabel="distance, tokens", ylabel="accuracy", ylim=(0, 1.05))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower left", fontsize=8)
+        axes.legend(loc="best", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
