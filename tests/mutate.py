@@ -58,8 +58,8 @@ MUTATIONS = [
     ("cross-entropy backward: target forgotten", "targets] -= 1", "targets] -= 0"),
     ("cross-entropy backward: mean forgotten", "dlogits * (dloss / len(targets))", "dlogits * dloss"),
     # the wedge product
-    ("wedge: symmetric product", "u[i] * v[j] - u[j] * v[i]", "u[i] * v[j] + u[j] * v[i]"),
-    ("wedge: v ∧ u", "u[i] * v[j] - u[j] * v[i]", "u[j] * v[i] - u[i] * v[j]"),
+    ("wedge: symmetric product", "v.take(j, 0) - u", "v.take(j, 0) + u"),
+    ("wedge: a sign", "    p = u.take(i", "    p = -u.take(i"),
     ("wedge: columns before rows", "np.triu_indices(r, 1)", "np.tril_indices(r, -1)[::-1]"),
     ("wedge: the diagonal too", "np.triu_indices(r, 1)", "np.triu_indices(r, 0)"),
     ("wedge backward: A symmetric", "A[j, i] = -A[i, j]", "A[j, i] = A[i, j]"),
