@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import grassmann
 
@@ -55,6 +56,19 @@ def backend(gpu: bool, precision: str | None):
     except ImportError as error:
         raise ValueError(f"--gpu: {error}") from None
     return cuda
+
+
+def load_trained(model, checkpoint: Path) -> tuple:
+    """(params, config, extra) of a checkpoint that train_char.py wrote; model: grassmann or gpu. Raises ValueError."""
+    try:
+        params, config, extra = model.load_checkpoint(checkpoint)
+    except FileNotFoundError:
+        raise ValueError(f"{checkpoint} does not exist; train_char.py writes it") from None
+    except OSError as error:
+        raise ValueError(f"{checkpoint}: {error.strerror}") from None
+    if extra.get("vocab") is None:
+        raise ValueError(f"{checkpoint} has no vocabulary, it was not written by train_char.py")
+    return params, config, extra
 
 
 def plain_output() -> None:

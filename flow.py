@@ -31,7 +31,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap
 
 import grassmann as G
-from cli import Parser, plain_output, short_errors
+from cli import Parser, load_trained, plain_output, short_errors
 from figures import BLUE, INK, ORANGE, STYLE
 from grassmann import Array, Config, Params
 from text import encode, load_text
@@ -408,18 +408,11 @@ def draw_coastline(measured: dict[str, list[list[dict]]], random: float):
 
 def load(checkpoint: Path) -> tuple[Params, Config, dict]:
     """A checkpoint that has a flow. Raises ValueError."""
-    try:
-        params, config, extra = G.load_checkpoint(checkpoint)
-    except FileNotFoundError:
-        raise ValueError(f"{checkpoint} does not exist; train_char.py writes it") from None
-    except OSError as error:
-        raise ValueError(f"{checkpoint}: {error.strerror}") from None
+    params, config, extra = load_trained(G, checkpoint)
     if config.mixer == "attention":
         raise ValueError(f"{checkpoint} is a Transformer, whose tokens span no planes: there is no flow to see")
     if config.rank == 2:
         raise ValueError(f"{checkpoint} has rank 2, and R² is a single plane: there is no flow to see")
-    if extra.get("vocab") is None:
-        raise ValueError(f"{checkpoint} has no vocabulary, it was not written by train_char.py")
     return params, config, extra
 
 

@@ -14,7 +14,6 @@ not captured as a CUDA graph: each of its kernels is launched from here.
 
 import functools
 import math
-from collections.abc import Iterator  # noqa: F401  (`generate` reads it)
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 
@@ -493,11 +492,7 @@ learning_rate = grassmann.learning_rate
 # ---- batches and validation ---------------------------------------------------------------------------
 
 
-def get_batch(tokens: Array, batch_size: int, context: int, seed: int, step: int) -> tuple[Array, Array]:
-    """x (B, L) and the same windows one later, y: the places that grassmann.py draws; the text stays on the device."""
-    starts = numpy.random.default_rng((seed, step)).integers(0, len(tokens) - context, batch_size)
-    windows = cp.asarray(starts)[:, None] + cp.arange(context)
-    return tokens[windows], tokens[windows + 1]
+get_batch = _borrowed(grassmann.get_batch)
 
 
 def validation_loss(params: Params, config: Config, tokens: Array, threads: int = 1) -> float:

@@ -766,7 +766,7 @@ def learning_rate(step: int, iters: int, lr: float, min_lr: float, warmup_iters:
 def get_batch(tokens: Array, batch_size: int, context: int, seed: int, step: int) -> tuple[Array, Array]:
     """x (B, L) and the same windows one later, y: places drawn from (seed, step) alone, so nothing is stored."""
     starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - context, batch_size)
-    windows = starts[:, None] + np.arange(context)
+    windows = np.asarray(starts)[:, None] + np.arange(context)
     return tokens[windows], tokens[windows + 1]
 
 
@@ -848,7 +848,7 @@ def generate(
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
 
-    def tokens() -> Iterator[int]:
+    def tokens():
         rng, state = np.random.default_rng(seed), stream_init(params, config)
         for token in prompt:
             logits, state = stream_step(params, config, state, token)

@@ -157,16 +157,22 @@ extern "C" __global__ void embedding_backward(int T, int d, const int* tokens, c
     dE[(size_t)k * d + i] = sum;
 }
 
+// Σ_k exp(x_k - max) of a token's V logits x, and their maximum; every lane gets both
+__device__ real sum_exp(int V, const real* x, real* top) {
+    real largest = x[0], total = 0;
+    EACH(k, V) largest = max(largest, x[k]);
+    *top = warp_max(largest);
+    EACH(k, V) total += exp(x[k] - *top);
+    return warp_sum(total);
+}
+
 // loss_t = log Σ_k exp(x_k - max) - (x_target - max),  x = logits_t
 extern "C" __global__ void cross_entropy_forward(int T, int V, const real* logits, const int* targets, real* loss) {
     const int t = token();
     if (t >= T) return;
     const real* x = logits + (size_t)t * V;
-    real top = x[0], total = 0;
-    EACH(k, V) top = max(top, x[k]);
-    top = warp_max(top);
-    EACH(k, V) total += exp(x[k] - top);
-    total = warp_sum(total);
+    real top;
+    const real total = sum_exp(V, x, &top);
     if (threadIdx.x == 0) loss[t] = log(total) - (x[targets[t]] - top);
 }
 
@@ -177,11 +183,8 @@ extern "C" __global__ void cross_entropy_backward(
     const int t = token();
     if (t >= T) return;
     const real* x = logits + (size_t)t * V;
-    real top = x[0], total = 0;
-    EACH(k, V) top = max(top, x[k]);
-    top = warp_max(top);
-    EACH(k, V) total += exp(x[k] - top);
-    total = warp_sum(total);
+    real top;
+    const real total = sum_exp(V, x, &top);
     EACH(k, V) dlogits[(size_t)t * V + k] = (exp(x[k] - top) / total - (k == targets[t])) * dloss;
 }
 

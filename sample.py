@@ -7,7 +7,7 @@ import cpu  # noqa: F401, I001  (before NumPy)
 
 from pathlib import Path
 
-from cli import Parser, add_gpu_option, backend, number, plain_output, short_errors
+from cli import Parser, add_gpu_option, backend, load_trained, number, plain_output, short_errors
 from text import encode
 
 
@@ -44,14 +44,9 @@ def main() -> None:
     args = parser.parse_args()
     with short_errors(parser, "standard output", "not enough memory for this model"):
         model = backend(args.gpu, args.precision)
-        try:
-            params, config, extra = model.load_checkpoint(args.checkpoint)
-        except FileNotFoundError:
-            raise ValueError(f"{args.checkpoint} does not exist; train_char.py writes it") from None
-        except OSError as error:
-            raise ValueError(f"{args.checkpoint}: {error.strerror}") from None
-        if extra.get("vocab") is None or extra.get("most_common") not in range(config.vocab_size):
-            raise ValueError(f"{args.checkpoint} has no vocabulary, it was not written by train_char.py")
+        params, config, extra = load_trained(model, args.checkpoint)
+        if extra.get("most_common") not in range(config.vocab_size):
+            raise ValueError(f"{args.checkpoint} was not written by train_char.py")
         for k in range(args.samples):
             if k:
                 print("-" * 40)
