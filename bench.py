@@ -680,8 +680,6 @@ def make_setup(data: str | None, threads: int, quick: bool) -> Setup:
 
 
 def main() -> None:
-    import bench_gpu  # which imports this file
-
     plain_output()
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -690,10 +688,14 @@ def main() -> None:
     add("--quick", action="store_true", help="fewer repeats, and no race")
     add("--gpu", action="store_true", help="measure training steps on a CUDA GPU instead (bench_gpu.py)")
     add("--only", nargs="+", metavar="SECTION",
-        help=f"{', '.join(SECTIONS)}; with --gpu {', '.join(bench_gpu.SECTIONS)}")  # fmt: skip
+        help=f"{', '.join(SECTIONS)}; with --gpu laptop-float32 and others, see bench_gpu.py")  # fmt: skip
     add("--json", type=Path, default=Path("bench.json"), help="where the numbers go (default: bench.json)")
     args = parser.parse_args()
-    sections = bench_gpu.SECTIONS if args.gpu else SECTIONS
+    sections = SECTIONS
+    if args.gpu:
+        import bench_gpu  # here: it imports this file
+
+        sections = bench_gpu.SECTIONS
     with short_errors(parser, args.json, "not enough memory for this model"):  # --json keeps the sections so far
         for name in args.only or ():
             if name not in sections:
