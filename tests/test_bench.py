@@ -43,7 +43,7 @@ def copy_weights(params: dict, model) -> None:
     """From grassmann.py's names to those of bench.Model; a Linear keeps its matrix transposed."""
     torch = need_torch()
     places = {"ffn.W_1": "ffn.0.weight", "ffn.b_1": "ffn.0.bias", "ffn.W_2": "ffn.2.weight", "ffn.b_2": "ffn.2.bias",
-              "mix.b_plu": "mix.b_plu"}  # fmt: skip
+              "mix.b_plu": "mix.b_plu", "mix.taps": "mix.taps"}  # fmt: skip
     places |= {f"mix.W_{name}": f"mix.{name}.weight" for name in ("red", "plu", "gate", "qkv", "out")}
     places |= {f"mix.b_{name}": f"mix.{name}.bias" for name in ("red", "gate")}
     places |= {f"{name}.{a}": f"{name}.{b}" for name in ("ln1", "ln2") for a, b in (("w", "weight"), ("b", "bias"))}
@@ -97,11 +97,12 @@ def test_the_count_is_that_of_the_pytorch_model():
 
 
 @pytest.mark.parametrize("offsets", [((1,), (2,), (4,)), ((1, 2, 4, 8, 12, 16),) * 3])
-def test_plain_grassmann_is_our_model(offsets):
+@pytest.mark.parametrize("paper", [True, False])
+def test_torch_grassmann_is_our_model(offsets, paper):
     """The same logits with the same weights: tokens without a partner, repeated letters and full windows included."""
     torch = need_torch()
-    config = Config(7, 24, 3, 16, 5, offsets, taps=False, normalize=True, positions=True)
-    model, params = bench.plain_grassmann(config), random_params(config)
+    config = Config(7, 24, 3, 16, 5, offsets, taps=not paper, normalize=paper, positions=paper)
+    model, params = bench.torch_grassmann(config), random_params(config)
     copy_weights(params, model)
     tokens = np.random.default_rng(1).integers(0, 7, (4, 24))
     with torch.inference_mode():
@@ -142,7 +143,7 @@ def test_key_value_cache():
 
 @pytest.mark.parametrize(("grad_clip", "tolerance"), [(1e9, 1e-10), (1.0, 1e-6)])
 def test_both_sides_train_alike(grad_clip, tolerance):
-    """Ten steps of the plain Grassmann model, in float64: the same weights and the same validation loss.
+    """Ten steps of the paper's layer, in float64: the same weights and the same validation loss.
 
     Clipping differs by design: PyTorch divides by norm + 1e-6, we divide by the norm.
     """
@@ -150,7 +151,7 @@ def test_both_sides_train_alike(grad_clip, tolerance):
     setup = tiny()
     setup.settings["grad_clip"] = grad_clip
     config = setup.config(taps=False, normalize=True, positions=True)
-    ours, theirs = bench.Ours(setup, config), bench.Theirs(setup, bench.plain_grassmann(config))
+    ours, theirs = bench.Ours(setup, config), bench.Theirs(setup, bench.torch_grassmann(config))
     ours.params = random_params(config)
     ours.optimizer = grassmann.adamw_init(ours.params)
     copy_weights(ours.params, theirs.model)
@@ -361,7 +362,7 @@ def test_bytes_of_attention_by_hand():
 def test_models_move_to_another_device():
     """Nothing stays behind: a device that holds no numbers refuses those of the CPU, as a card does."""
     torch, config = need_torch(), tiny().config(taps=False)
-    for model in (bench.gpt(config), bench.plain_grassmann(config)):
+    for model in (bench.gpt(config), bench.torch_grassmann(config)):
         logits = model.to("meta")(torch.zeros(2, 24, dtype=torch.int64, device="meta"))
         assert logits.device.type == "meta" and logits.shape == (2, 24, 7)
 
@@ -398,10 +399,9 @@ def test_gpu_command(cpu_plays_the_card, precision, tmp_path, monkeypatch, capsy
     assert results["header"]["card"] in out
     assert list(results["sections"]) == sections and set(sections) < bench_gpu.SECTIONS.keys()
     for name, rows in results["sections"].items():
-        assert [(row["model"], row["by"]) for row in rows] == [
-            (model, by) for model, ours in (("GPT", "default"), ("paper's layer", "paper's layer"))
-            for model, by in ((ours, "gpu.py"), (model, "PyTorch"), (model, "compiled, reduce-overhead"))
-        ]  # fmt: skip
+        theirs = ("PyTorch", "compiled, reduce-overhead")
+        models = {"default": ("gpu.py", *theirs), "GPT": theirs, "paper's layer": ("gpu.py", *theirs)}
+        assert [(row["model"], row["by"]) for row in rows] == [(name, by) for name in models for by in models[name]]
         for row in rows:
             assert f"{row['size']}-{row['precision']}" == name and len(row["turns, ms"]) == 2 and not row["failure"]
             assert all(value > 0 for value in row.values() if isinstance(value, (int, float)))
@@ -417,7 +417,7 @@ def test_both_sides_of_the_card_train_alike(cpu_plays_the_card, mode):
     torch, setup = need_torch(), tiny()
     config = setup.config(taps=False, normalize=True, positions=True)
     ours = bench.Ours(setup, config, backend=cpu_plays_the_card)
-    theirs = bench_gpu.OnCard(setup, bench.plain_grassmann(config), "float32", mode)
+    theirs = bench_gpu.OnCard(setup, bench.torch_grassmann(config), "float32", mode)
     params = {name: p.astype(np.float32) for name, p in random_params(config).items()}
     ours.params = cpu_plays_the_card.Flat(params)
     ours.optimizer = cpu_plays_the_card.adamw_init(ours.params)
@@ -452,8 +452,8 @@ def test_what_does_not_compile(cpu_plays_the_card, monkeypatch, broken):
     rows = bench_gpu.SECTIONS["laptop-tf32"](tiny())
     bench.print_table(rows)
     failed = [(row["model"], row["by"]) for row in rows if row["failure"]]
-    assert failed == [(model, f"compiled, {mode}") for model in ("GPT", "paper's layer") for mode in broken]
-    assert len(rows) == 6 + len(failed) - 2 * (len(broken) == 2)
+    assert failed == [(model, f"compiled, {mode}") for model in ("default", "GPT", "paper's layer") for mode in broken]
+    assert len(rows) == 8 + len(failed) - 3 * (len(broken) == 2)
     for row in rows:
         if row["failure"]:
             assert row["failure"] == ["SyntaxError: no PTX"]
@@ -466,14 +466,16 @@ def test_what_does_not_compile(cpu_plays_the_card, monkeypatch, broken):
 def test_gpu_table_with_a_known_clock(cpu_plays_the_card, monkeypatch):
     """The product takes 1 s, the copy 2, our steps 4 and 6, eager ones 12, compiled ones 9 or in the second mode 3."""
     seconds = {"product": 1.0, "copy": 2.0, ("default", "gpu.py"): 4.0, ("paper's layer", "gpu.py"): 6.0}
-    for model in ("GPT", "paper's layer"):
+    for model in ("default", "GPT", "paper's layer"):
         seconds |= {(model, "PyTorch"): 12.0, (model, "compiled, reduce-overhead"): 9.0}
         seconds[model, "compiled, max-autotune"] = 3.0
     monkeypatch.setattr(bench_gpu, "alternate", lambda runs, *_: {key: [seconds[key]] * 3 for key in runs})
     setup = tiny()
     rows = bench_gpu.SECTIONS["nanogpt-float32"](setup)
     assert [(row["model"], row["by"], row["ms"], row["x ours"]) for row in rows] == [
-        ("default", "gpu.py", 4e3, 1), ("GPT", "PyTorch", 12e3, 3), ("GPT", "compiled, max-autotune", 3e3, 0.75),
+        ("default", "gpu.py", 4e3, 1), ("default", "PyTorch", 12e3, 3),
+        ("default", "compiled, max-autotune", 3e3, 0.75),
+        ("GPT", "PyTorch", 12e3, 3), ("GPT", "compiled, max-autotune", 3e3, 0.75),
         ("paper's layer", "gpu.py", 6e3, 1), ("paper's layer", "PyTorch", 12e3, 2),
         ("paper's layer", "compiled, max-autotune", 3e3, 0.5),
     ]  # fmt: skip
@@ -497,7 +499,7 @@ def test_precision_is_that_of_both_sides(cpu_plays_the_card):
             assert torch.get_float32_matmul_precision() == theirs
             assert core.get_compute_type(np.float32) == {"float32": 1, "tf32": 7}[precision]
         assert (torch.get_float32_matmul_precision(), core.get_compute_type(np.float32)) == ("highest", 1)
-    model = bench.plain_grassmann(tiny().config(taps=False))
+    model = bench.torch_grassmann(tiny().config(taps=False))
     dtypes, layer = [], model.blocks[0].mix.plu
     layer.register_forward_hook(lambda layer, inputs, output: dtypes.append(output.dtype))
     for precision in ("float32", "bfloat16"):
