@@ -117,8 +117,8 @@ QUESTIONS = [
         ("rank 16", {"rank": 16}), ("rank 48", {"rank": 48}), ("W_red from N(0, 0.02²)", {"W_red_scale": 0.02}),
         ("dropout 0.1", {"dropout": 0.1})], same_size=False),
     Question(9, "Grassmann or attention, larger", "Is it the same with more layers, width, context and training? "
-             "12,000 steps of 1,536 characters, dropout 0.2 against overfitting, one seed.", [ATTENTION, GRASSMANN],
-             {"n_layer": 6, "d_model": 256, "context": 128, "dropout": 0.2, "iters": 12000}, large=True),
+             "6,000 steps of 1,536 characters, dropout 0.2 against overfitting, one seed.", [ATTENTION, GRASSMANN],
+             {"n_layer": 6, "d_model": 256, "context": 128, "dropout": 0.2, "iters": 6000}, large=True),
 ]  # fmt: skip
 
 # Question 6 has tasks of its own, see `recall` and `brackets`.
