@@ -21,8 +21,8 @@ from functools import partial, update_wrapper
 
 import numpy as np
 
-from bench import Ours, Setup, Theirs, alternate, gpt, middle, multiply_adds, n_parameters, products, quotient, torch
-from bench import torch_grassmann
+from bench_models import Ours, Setup, Theirs, alternate, gpt, middle, multiply_adds, n_parameters, products, quotient
+from bench_models import torch, torch_grassmann
 from grassmann import Config
 from cli import backend
 

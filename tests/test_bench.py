@@ -16,6 +16,7 @@ import bench
 import bench_gpu
 import grassmann
 from grassmann import Config
+from runs import MODEL_DEFAULTS, PACE_DEFAULTS
 
 ROOT = Path(bench.__file__).parent
 SIZES = {"n_layer": 2, "d_model": 16, "rank": 4, "context": 24, "batch_size": 3, "eval_every": 50, "warmup_iters": 5,
@@ -24,7 +25,7 @@ SIZES = {"n_layer": 2, "d_model": 16, "rank": 4, "context": 24, "batch_size": 3,
 
 def tiny(threads: int = 1, quick: bool = False) -> bench.Setup:
     """Settings of train_char.py, only smaller; 500 random letters."""
-    settings = bench.MODEL_DEFAULTS | bench.PACE_DEFAULTS | SIZES
+    settings = MODEL_DEFAULTS | PACE_DEFAULTS | SIZES
     tokens = np.random.default_rng(0).integers(0, 7, 500).astype(np.uint8)
     return bench.Setup(settings, 7, tokens[:400], tokens[400:], threads, quick)
 
@@ -40,7 +41,7 @@ def random_params(config: Config, seed: int = 0) -> dict:
 
 
 def copy_weights(params: dict, model) -> None:
-    """From grassmann.py's names to those of bench.Model; a Linear keeps its matrix transposed."""
+    """From grassmann.py's names to those of bench_models.Model; a Linear keeps its matrix transposed."""
     torch = need_torch()
     places = {"ffn.W_1": "ffn.0.weight", "ffn.b_1": "ffn.0.bias", "ffn.W_2": "ffn.2.weight", "ffn.b_2": "ffn.2.bias",
               "mix.b_plu": "mix.b_plu", "mix.taps": "mix.taps"}  # fmt: skip
@@ -77,7 +78,7 @@ def test_sizes_of_the_gpt():
     """nanoGPT's laptop recipe has 0.80M parameters, with Tiny Shakespeare's 65 letters 804,096; the wider one as many
     as our model within 1%."""
     letters = np.arange(65, dtype=np.uint8)
-    setup = bench.Setup(bench.MODEL_DEFAULTS | bench.PACE_DEFAULTS, 65, letters, letters, threads=1)
+    setup = bench.Setup(MODEL_DEFAULTS | PACE_DEFAULTS, 65, letters, letters, threads=1)
     assert bench.n_parameters(setup.gpt_config(), bias=False) == 804_096
     ours = bench.n_parameters(setup.config())
     assert ours == sum(p.size for p in grassmann.init_params(setup.config()).values())
