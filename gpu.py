@@ -25,10 +25,11 @@ try:
     import cupy as cp
 
     cp.ones((2, 2)) @ cp.ones((2, 2))  # needs all of it: the driver, a device, the compiler, cuBLAS
-except (ImportError, OSError, RuntimeError) as error:
+except Exception as error:  # each of these has its own
     raise ImportError(
         "this needs a CUDA GPU and CuPy: pip install -r requirements-gpu.txt for a driver of version 580 or newer "
-        "(nvidia-smi tells), for 525 or newer pip install 'cupy-cuda12x[ctk]' "
+        "(nvidia-smi tells) and a GTX 16, RTX 20 or newer; for a driver from 525 on or an older card "
+        "pip install 'cupy-cuda12x[ctk]' "
         f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     ) from None
 
@@ -109,18 +110,20 @@ def _per_element(name: str, n: int, *args) -> None:
 
 def _per_chunk(name: str, T: int, columns: int, *args) -> None:
     """One thread for each of `columns` in each chunk of tokens."""
-    _launch(name, (-(-columns // 256), -(-T // CHUNK)), (256,), T, CHUNK, *args)
+    _launch(name, (-(-T // CHUNK), -(-columns // 256)), (256,), T, CHUNK, *args)
 
 
-_operands = None  # the dtype to which `_matmul` rounds its operands, if any
+_operands = None  # the dtype to which linear layers round their operands, if any
 
 
 def set_precision(precision: str) -> None:
     """How float32 matrices are multiplied from now on; everything else, weights included, stays float32.
 
     float32     as they are
-    tf32        operands rounded to 10 bits after the point, on tensor cores
+    tf32        operands rounded to 10 bits after the point, on tensor cores (compute capability 8.0 or newer)
     bfloat16    in linear layers operands and results rounded to 7 bits, sums in float32; other products tf32
+
+    CuPy multiplies stacks of matrices, which only attention has, in float32 at all times.
     """
     global _operands
     _operands = None
@@ -131,11 +134,15 @@ def set_precision(precision: str) -> None:
     cp._core.set_compute_type(numpy.float32, compute_type)
 
 
-def _matmul(a: Array, b: Array) -> Array:
-    """The product of two matrices in a linear layer, in the precision that is set."""
-    if _operands is None or a.dtype != numpy.float32:
-        return a @ b
-    return (a.astype(_operands) @ b.astype(_operands)).astype(numpy.float32)
+def _rounded(a: Array) -> Array:
+    """The operand of a product in a linear layer, in the precision that is set."""
+    return a if _operands is None or a.dtype != numpy.float32 else a.astype(_operands)
+
+
+def _product(x: Array, W: Array) -> tuple[Array, tuple]:
+    """x W, and the operands, rounded once, as the cache of `linear_backward`; x (..., in), W (in, out)."""
+    rows, W = _rounded(x.reshape(-1, len(W))), _rounded(W)
+    return (rows @ W).astype(x.dtype, copy=False).reshape(*x.shape[:-1], -1), (rows, W)
 
 
 # ---- configuration ------------------------------------------------------------------------------------
@@ -157,19 +164,34 @@ pool, in_threads = grassmann.pool, grassmann.in_threads
 
 def linear_forward(x: Array, W: Array, b: Array) -> tuple[Array, tuple]:
     """y = x W + b for x (..., in), W (in, out), b (out); y is (..., out)."""
-    y = _matmul(x.reshape(-1, len(W)), W)
+    y, cache = _product(x, W)
     y += b
-    return y.reshape(*x.shape[:-1], -1), (x, W)
+    return y, cache
 
 
 def linear_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     """dx = dy Wᵀ,  dW = xᵀ dy,  db = Σ_t dy_t."""
     x, W = cache
-    dy, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, len(W))
-    return _matmul(dy, W.T).reshape(x.shape), _matmul(rows.T, dy), dy.sum(0)
+    exact = dy.reshape(-1, dy.shape[-1])
+    rows = _rounded(exact)
+    dx, dW = (a.astype(dy.dtype, copy=False) for a in (rows @ W.T, x.T @ rows))
+    return dx.reshape(*dy.shape[:-1], -1), dW, _column_sums(exact)
 
 
-mean, dot = _borrowed(grassmann.mean), _borrowed(grassmann.dot)
+def _column_sums(x: Array) -> Array:
+    """Σ_t x_t: (T, d) -> (d)."""
+    T, d = x.shape
+    parts = cp.empty((-(-T // CHUNK), d), x.dtype)
+    _per_chunk("column_sums", T, d, d, x, parts)
+    return parts.sum(0)
+
+
+mean = _borrowed(grassmann.mean)
+
+
+def dot(a: Array, b: Array) -> Array:
+    """Inner product over the last axis, kept: (..., r), (..., r) -> (..., 1)."""
+    return (a * b).sum(-1, keepdims=True)
 
 
 def layernorm_forward(x: Array, w: Array, b: Array, eps: float = 1e-5) -> tuple[Array, tuple]:
@@ -325,19 +347,19 @@ def _wedge_backward(dp: Array, cache: tuple) -> tuple[Array, Array | None]:
 def gate_forward(h: Array, g: Array, W: Array, b: Array) -> tuple[Array, tuple]:
     """α = sigmoid([h ; g] W + b), out = α ⊙ h + (1-α) ⊙ g = g + α ⊙ (h-g); h, g (..., d), W (2d, d), b (d)."""
     d, T = len(b), h.size // len(b)
-    hg = cp.concatenate([h.reshape(T, d), g.reshape(T, d)], 1)
-    alpha, out = _matmul(hg, W), cp.empty(h.shape, h.dtype)
+    hg, out = cp.concatenate([h.reshape(T, d), g.reshape(T, d)], 1), cp.empty(h.shape, h.dtype)
+    alpha, c_product = _product(hg, W)
     _per_token("gate_forward", T, d, hg, b, alpha, out)
-    return out, (hg, alpha, W)
+    return out, (hg, alpha, c_product)
 
 
 def gate_backward(dout: Array, cache: tuple) -> tuple[Array, Array, Array, Array]:
     """dα = dout ⊙ (h - g), and sigmoid' = α(1-α); h and g are reached directly and through the gate."""
-    hg, alpha, W = cache
+    hg, alpha, c_product = cache
     T, d = alpha.shape
     da, dh, dg = (cp.empty(shape, dout.dtype) for shape in (alpha.shape, dout.shape, dout.shape))
     _per_token("gate_backward_logits", T, d, dout, hg, alpha, da)
-    dhg, dW, db = linear_backward(da, (hg, W))
+    dhg, dW, db = linear_backward(da, c_product)
     _per_token("gate_backward", T, d, dout, alpha, dhg, dh, dg)
     return dh, dg, dW, db
 
@@ -386,10 +408,10 @@ attention_forward, attention_backward = _borrowed(grassmann.attention_forward), 
 
 def ffn_forward(x: Array, w: Params) -> tuple[Array, tuple]:
     """GELU(x W_1 + b_1) W_2 + b_2, each token by itself; x (..., d)."""
-    W = w["W_1"]
-    a, c_gelu = _bias_gelu_forward(_matmul(x.reshape(-1, len(W)), W).reshape(*x.shape[:-1], -1), w["b_1"])
+    a, c_1 = _product(x, w["W_1"])
+    a, c_gelu = _bias_gelu_forward(a, w["b_1"])
     out, c_2 = linear_forward(a, w["W_2"], w["b_2"])
-    return out, ((x, W), c_gelu, c_2)
+    return out, (c_1, c_gelu, c_2)
 
 
 ffn_backward = _borrowed(grassmann.ffn_backward)

@@ -519,7 +519,7 @@ def attention_forward(h: Array, w: Params, n_head: int, past: dict | None = None
         past["k"], past["v"] = k, v
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(d // n_head)  # (B, n_head, L, keys)
     future = ~np.tri(L, k.shape[2], k.shape[2] - L, dtype=bool)
-    scores[..., future] = -np.inf
+    np.copyto(scores, -np.inf, where=future)
     scores -= scores.max(-1, keepdims=True)
     a = np.exp(scores)
     a /= a.sum(-1, keepdims=True)

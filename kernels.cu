@@ -13,6 +13,9 @@ __device__ int token() { return blockIdx.x * blockDim.y + threadIdx.y; }
 
 __device__ long long element() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
 
+// Sums over tokens: a thread adds up one column of the chunk number blockIdx.x, and gpu.py adds the chunks.
+__device__ int column() { return blockIdx.y * blockDim.x + threadIdx.x; }
+
 // Sum and maximum over the 32 lanes of a warp; every lane gets the result.
 __device__ real warp_sum(real x) {
     for (int k = 16; k > 0; k /= 2) x += __shfl_xor_sync(EVERY_LANE, x, k);
@@ -22,6 +25,15 @@ __device__ real warp_sum(real x) {
 __device__ real warp_max(real x) {
     for (int k = 16; k > 0; k /= 2) x = max(x, __shfl_xor_sync(EVERY_LANE, x, k));
     return x;
+}
+
+// Σ_t x_t over one chunk of tokens: parts (chunks, d)
+extern "C" __global__ void column_sums(int T, int chunk, int d, const real* x, real* parts) {
+    const int i = column(), first = blockIdx.x * chunk;
+    if (i >= d) return;
+    real sum = 0;
+    for (int t = first; t < min(first + chunk, T); t++) sum += x[(size_t)t * d + i];
+    parts[(size_t)blockIdx.x * d + i] = sum;
 }
 
 // ---- LayerNorm ---------------------------------------------------------------------------------------
@@ -71,11 +83,11 @@ extern "C" __global__ void layernorm_backward(
     }
 }
 
-// dw = Σ_t dy ⊙ x̂,  db = Σ_t dy, each over one chunk of tokens: parts (2, chunks, d), a thread per chunk and column
+// dw = Σ_t dy ⊙ x̂,  db = Σ_t dy, each over one chunk of tokens: parts (2, chunks, d)
 extern "C" __global__ void layernorm_backward_weights(
     int T, int chunk, int d, const real* dy, const real* x, const real* mean, const real* inv_std, real* parts
 ) {
-    const int i = element(), first = blockIdx.y * chunk;
+    const int i = column(), first = blockIdx.x * chunk;
     if (i >= d) return;
     real dw = 0, db = 0;
     for (int t = first; t < min(first + chunk, T); t++) {
@@ -83,8 +95,8 @@ extern "C" __global__ void layernorm_backward_weights(
         dw += dy_ti * (x[(size_t)t * d + i] - mean[t]) * inv_std[t];
         db += dy_ti;
     }
-    parts[(size_t)blockIdx.y * d + i] = dw;
-    parts[(size_t)(gridDim.y + blockIdx.y) * d + i] = db;
+    parts[(size_t)blockIdx.x * d + i] = dw;
+    parts[(size_t)(gridDim.x + blockIdx.x) * d + i] = db;
 }
 
 // ---- GELU and dropout --------------------------------------------------------------------------------
@@ -329,17 +341,17 @@ extern "C" __global__ void partner_backward(
     }
 }
 
-// dw_Δ = Σ_t ds_t ⊙ z_{t-Δ} over one chunk of tokens: parts (chunks, m, r), a thread per chunk, offset and coordinate
+// dw_Δ = Σ_t ds_t ⊙ z_{t-Δ} over one chunk of tokens: parts (chunks, m, r), a column per offset and coordinate
 extern "C" __global__ void taps_backward(
     int T, int chunk, int L, int r, int m, const int* offsets, const real* z, const real* ds, real* parts
 ) {
-    const int e = element(), first = blockIdx.y * chunk;
+    const int e = column(), first = blockIdx.x * chunk;
     if (e >= m * r) return;
     const int delta = offsets[e / r], i = e % r;
     real dw = 0;
     for (int t = first; t < min(first + chunk, T); t++)
         if (t % L >= delta) dw += ds[(size_t)t * r + i] * z[(size_t)(t - delta) * r + i];
-    parts[(size_t)blockIdx.y * m * r + e] = dw;
+    parts[(size_t)blockIdx.x * m * r + e] = dw;
 }
 
 // ---- the gate ----------------------------------------------------------------------------------------

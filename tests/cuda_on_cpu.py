@@ -94,7 +94,7 @@ for _name in OPERATORS.split():
 
     setattr(ndarray, f"__{_name}__", _method)
 
-FUNCTIONS = "arange concatenate einsum exp ones sqrt stack tri triu_indices where zeros zeros_like"
+FUNCTIONS = "arange concatenate copyto einsum exp ones sqrt stack tri triu_indices where zeros zeros_like"
 for _name in FUNCTIONS.split():
     globals()[_name] = function(getattr(np, _name))
 inf, finfo = np.inf, np.finfo

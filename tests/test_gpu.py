@@ -191,7 +191,7 @@ def test_kernels_compile_for_a_gpu(arch, real):
 
     code = SOURCE.encode("ascii", "backslashreplace").decode()
     program = nvrtc.createProgram(code, "kernels.cu", (), ())
-    options = f"-Dreal={real}", f"-arch=sm_{arch}", "-std=c++17", "--device-as-default-execution-space"
+    options = f"-Dreal={real}", f"-arch=sm_{arch}", "-std=c++17", "-ftz=true", "--device-as-default-execution-space"
     nvrtc.compileProgram(program, options)
     binary = nvrtc.getCUBIN(program)
     assert binary.startswith(b"\x7fELF")
@@ -455,9 +455,15 @@ def test_model_in_float32(gpu):
     same(on_host(gpu, our_grads), on_host(gpu, grads), 1e-5)
 
 
+def needs_tensor_cores(gpu, precision):
+    if precision != "float32" and gpu.cp is not cuda_on_cpu and int(gpu.cp.cuda.Device().compute_capability) < 80:
+        pytest.skip("no GPU of compute capability 8.0")
+
+
 @pytest.mark.parametrize("precision, bound", [("tf32", 2e-3), ("bfloat16", 2e-2)])
 def test_precision(gpu, precision, bound):
     """Rounded products: the same gradients, within a few units of their last place."""
+    needs_tensor_cores(gpu, precision)
     if precision == "bfloat16":
         pytest.importorskip("ml_dtypes", reason="no ml_dtypes")
     config, params, x, y = fresh_model_and_batch()
@@ -498,15 +504,14 @@ def test_a_step_repeats_bit_for_bit(gpu):
 # ---- training, sampling, checkpoints ------------------------------------------------------------------
 
 
-def trained(model, config, params, steps, text, seed=None):
+def trained(model, config, params, steps, text, seed=None, lr=1e-2):
     """Losses of a few steps with everything that train_char.py does, on either side."""
     losses, state, tokens = [], model.adamw_init(params), model.np.asarray(text)
     for step in range(steps):
         x, y = model.get_batch(tokens, 4, config.context, 1, step)
         loss, grads = model.loss_and_grads(params, config, x, y, seed)
         model.clip_grads(grads, 0.5)
-        lr = model.learning_rate(step, steps, 1e-2, 1e-3, 3)
-        model.adamw_step(params, grads, state, step, lr)
+        model.adamw_step(params, grads, state, step, model.learning_rate(step, steps, lr, lr / 10, 3))
         losses.append(loss)
     return [float(loss) for loss in losses], state
 
@@ -536,13 +541,15 @@ def test_training_follows_the_cpu(gpu):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision, bound", [("float32", 2e-3), ("tf32", 2e-2), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize("precision, bound", [("float32", 1e-5), ("tf32", 2e-3), ("bfloat16", 1e-2)])
 def test_200_steps_follow_the_cpu(card, precision, bound):
+    """At a learning rate that is not too high: there rounding grows from step to step, in NumPy too."""
+    needs_tensor_cores(card, precision)
     config = tiny_config(rank=32, d_model=64, d_ff=128)
     params, ours = grassmann.init_params(config), card.init_params(config)
-    losses, _ = trained(grassmann, config, params, 200, text_of(config))
+    losses, _ = trained(grassmann, config, params, 200, text_of(config), lr=3e-3)
     card.set_precision(precision)
-    our_losses, _ = trained(card, config, ours, 200, text_of(config))
+    our_losses, _ = trained(card, config, ours, 200, text_of(config), lr=3e-3)
     card.set_precision("float32")
     assert np.abs(np.subtract(our_losses, losses)).max() < bound * losses[0]
 
@@ -636,7 +643,7 @@ def cupys(tmp_path_factory):
         "works": f"import sys\nsys.path.append({tests!r})\nimport cuda_on_cpu\nsys.modules['cupy'] = cuda_on_cpu\n",
         "missing": "raise ImportError('no such library')\n",
         "full": "import cuda_on_cpu\n\ndef empty(*_):\n    raise MemoryError\n\ncuda_on_cpu.empty = empty\n",
-        "no device": "def ones(shape):\n    raise RuntimeError('no device')\n",
+        "no device": "def ones(shape):\n    raise type('CompileException', (Exception,), {})('no device')\n",
     }
     contents["full"] = contents["works"] + contents["full"]
     folders = {}
