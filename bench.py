@@ -7,9 +7,10 @@
   python bench.py --gpu                         on a CUDA GPU instead: gpu.py against PyTorch (bench_gpu.py)
 
 What is compared runs by turns, A B A B …, so that a machine that speeds up or slows down does so for both:
-times are medians over the turns, and "x ours" is the median of the quotients within a turn. Both sides have
-the same number of threads, the same batches and the same optimiser. The other side is PyTorch as it is
-usually written, and compiled only on a GPU (pip install -r requirements-bench.txt); without it, its cells say so.
+times are medians over the turns, and "x ours" is the median of the quotients within a turn. (But for `race`, whose
+seconds are sums and whose last two runs have the machine for themselves.) Both sides have the same number of
+threads, the same batches and the same optimiser. The other side is PyTorch as it is usually written, and compiled
+only on a GPU (pip install -r requirements-bench.txt); without it, its cells say so.
 """
 
 import cpu  # noqa: I001  (before NumPy)
@@ -23,7 +24,8 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,14 +133,14 @@ def race(setup: Setup, iters: int = 2000) -> list[dict]:
     } for name, run in runs.items()]  # fmt: skip
 
 
-def product_loop(shapes: list[tuple[int, int, int]], threads: int, side: str) -> Callable[[], None]:
+def product_loop(shards: list[list[tuple[int, int, int]]], threads: int, side: str) -> Callable[[], None]:
     """A function that computes products of these shapes, each with the two products of its gradients.
 
-    NumPy: on so many threads at once, each for itself, as in the training step. PyTorch: each on all threads.
+    NumPy: the shards are dealt out to so many threads, as in the training step. PyTorch: each product on all threads.
     """
     rng = np.random.default_rng(0)
 
-    def operands() -> list[list[Array]]:
+    def operands(shapes: list[tuple[int, int, int]]) -> list[list[Array]]:
         pairs = [((m, k), (k, n), (m, n)) for m, k, n in shapes]
         return [[rng.standard_normal(shape, np.float32) for shape in three] for three in pairs]
 
@@ -146,11 +148,10 @@ def product_loop(shapes: list[tuple[int, int, int]], threads: int, side: str) ->
         for x, W, dy in work:
             _ = x @ W, dy @ W.T, x.T @ dy
 
+    work = [operands(shapes) for shapes in shards]
     if side == "PyTorch":
-        tensors = [[torch.from_numpy(a) for a in three] for three in operands()]
-        return lambda: multiply(tensors)
-    pool, work = ThreadPoolExecutor(threads), [operands() for _ in range(threads)]
-    return lambda: list(pool.map(multiply, work))
+        work = [[[torch.from_numpy(a) for a in three] for three in shard] for shard in work]
+    return lambda: list(grassmann.in_threads(multiply, work, threads if side == "NumPy" else 1))
 
 
 def efficiency(setup: Setup) -> list[dict]:
@@ -162,12 +163,12 @@ def efficiency(setup: Setup) -> list[dict]:
     batch_size, large = setup.settings["batch_size"], 1024 if setup.quick else 2048
     contestants, gigaflops, work = {}, {}, {}
     for side, config in (("NumPy", setup.config()), ("PyTorch", setup.gpt_config())):
-        copies = setup.threads if side == "NumPy" else 1
-        own = products(config, batch_size * config.context // copies)
+        shards = np.array_split(range(batch_size), min(setup.threads, batch_size) if side == "NumPy" else 1)
+        own = [products(config, len(windows) * config.context) for windows in shards]  # as in loss_and_grads
         work[side], there = multiply_adds(config, batch_size), side == "NumPy" or torch
-        for what, shapes in (("own", own), ("large", [(large, large, large)])):
+        for what, shapes in (("own", own), ("large", [[(large, large, large)]] * len(own))):
             contestants[side, what] = product_loop(shapes, setup.threads, side) if there else None
-            gigaflops[side, what] = 6e-9 * copies * sum(math.prod(shape) for shape in shapes)
+            gigaflops[side, what] = 6e-9 * sum(math.prod(shape) for shard in shapes for shape in shard)
         model = Ours(setup, config) if side == "NumPy" else Theirs(setup, gpt(config)) if torch else None
         contestants[side, "step"] = model and model.step
     times = alternate(contestants, *((2, 1) if setup.quick else (15, 2)))
@@ -296,14 +297,14 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
     def contestant(mixer: str, length: int) -> Callable | None:
         config, windows = setup.config(mixer=mixer, context=length), tokens // length
         try:
-            check_memory(config, windows, setup.threads)
+            check_memory(config, windows, threads)
         except ValueError:
             return None
         if length >= len(setup.train_tokens) or (mixer == "attention" and length > longest_table):
             return None
-        return Ours(setup, config, windows, min(2, setup.threads)).step
+        return Ours(setup, config, windows, threads).step
 
-    tokens = tokens // 8 if setup.quick else tokens
+    threads, tokens = min(2, setup.threads), tokens // 8 if setup.quick else tokens
     lengths = [64 * 2**k for k in range(20) if 128 * 2**k <= tokens]
     mixers = ("grassmann", "attention")
     contestants = {(L, mixer): contestant(mixer, L) for L in lengths for mixer in mixers}
@@ -339,6 +340,8 @@ def peak_memory() -> float:
 
 def training_memory(setup: Setup, side: str) -> float:
     """What 30 training steps and a validation add to the peak memory of this process."""
+    if side != "ours":
+        torch.optim.AdamW([torch.zeros(1)])  # the first optimiser imports another 60 MB of PyTorch
     before = peak_memory()
     model = Ours(setup, setup.config()) if side == "ours" else Theirs(setup, gpt(setup.gpt_config()))
     for _ in range(30):
@@ -355,8 +358,11 @@ def memory(setup: Setup, repeats: int = 3) -> list[dict]:
     for side in ("ours", "GPT, equal width"):
         peaks = []
         for _ in range(repeats if side == "ours" or torch else 0):
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                peaks.append(process.submit(training_memory, setup, side).result())
+            try:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                    peaks.append(process.submit(training_memory, setup, side).result())
+            except BrokenProcessPool:
+                raise ValueError("memory: the process that trains was killed, perhaps for lack of it") from None
         rows.append({"what": side, "MB": middle(peaks)})
     return rows
 
@@ -424,7 +430,7 @@ def main() -> None:
         card = bench_gpu.card() if args.gpu else {}
         setup = make_setup(args.data, args.threads, args.quick)
         results = {"header": header(setup, args.data) | card, "sections": {}}
-        args.json.write_text(json.dumps(results), encoding="utf-8")  # before the work: is it writable?
+        args.json.open("a").close()  # before the work: is it writable?
         for name, value in results["header"].items():
             print(f"{name:10s} {value}")
         for name in args.only or sections:

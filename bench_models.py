@@ -26,7 +26,7 @@ try:
     from torch.nn import functional as F
 
     Module = nn.Module
-except ImportError:
+except (ImportError, OSError):  # (OSError: installed, but one of its libraries doesn't load)
     torch, Module = None, object
 
 NEEDS_TORCH = "needs torch"

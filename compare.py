@@ -7,12 +7,14 @@
 
 The same for every model of a question: the number of parameters (within 2%, but for question 8), the batches and
 their order, the optimiser, the schedule, the number of tokens, and the validation (grassmann.validation_loss).
-Every model gets the learning rate that is best for it in short runs, without which no comparison is fair. Runs
-use one thread each, several at a time; the time of a step is measured when all are done and the machine is idle.
+Every model gets the learning rate that is best for it in short runs, without which no comparison is fair (with
+--quick, its mixer's plain model gets it for all). Runs use one thread each, several at a time; the time of a step
+is measured when all are done and the machine is idle.
 
-Writes into --out: compare.md (the tables), a figure per question, timing.json (delete it to measure again), and
-one file per finished run in runs/. It resumes after an interruption and runs what is missing; other settings or
-another text are other runs. (It can't know that grassmann.py itself has changed: then choose another --out.)
+Writes into --out: compare.md (the tables of the questions asked), a figure per question, timing.json (measured
+again on another machine, or once it is deleted), and one file per finished run in runs/. It resumes after an
+interruption and runs what is missing; other settings or another text are other runs. (It can't know that
+grassmann.py itself has changed: then choose another --out.)
 """
 
 import cpu  # noqa: I001  (before NumPy)
@@ -424,11 +426,11 @@ WARM, TIMED = 3, 30  # steps of each model, when their time is measured
 
 def timed(study: Study, answers: list[Answer]) -> list[Answer]:
     """The answers with the milliseconds of a step on all cores: medians, the models by turns, kept in timing.json."""
-    path, threads = study.out / "timing.json", cpu.available_cores()
+    path, threads, here = study.out / "timing.json", cpu.available_cores(), machine()
     specs = [a.runs[0]["spec"] for a in answers]
     known = read(path) if path.exists() else {}
-    if known.get("threads") != threads:
-        known = {"threads": threads, "ms": {}}
+    if known.get("machine") != here:
+        known = {"machine": here, "ms": {}}
     if digest(specs) not in known["ms"]:
         models, seconds = [], [[] for _ in specs]
         for step in range(WARM + TIMED):
@@ -588,11 +590,12 @@ def reach(offsets: tuple[tuple[int, ...], ...]) -> int:
     return sum(max(layer) for layer in offsets)
 
 
-def answer_recall(ask: Callable) -> list[dict]:
+def answer_recall(study: Study, ask: Callable) -> list[dict]:
     """The best run of every model on every task. Such a task is often learned all at once, after a long time
     of nothing, so that short runs would not tell the learning rates apart: all run to the end.
     """
-    results, settings = [], BASE | RECALL_SIZE | {"eval_every": RECALL_SIZE["iters"]}
+    iters = steps(study, RECALL_SIZE)
+    results, settings = [], BASE | RECALL_SIZE | {"iters": iters, "eval_every": iters}
     for task, (label, overrides) in itertools.product(TASKS, RECALL_ROWS):
         specs = [make_spec(settings, overrides | {"lr": lr}, TOKENS, task) for lr in LEARNING_RATES]
         runs = [ask(f"{task}, {label}, lr {spec['lr']:g}", spec) for spec in specs]
@@ -643,7 +646,7 @@ def make_study(args) -> Study:
     text = load_text(args.data)
     n_val, context = len(text) // 10, max((BASE | question.size)["context"] for question in QUESTIONS)
     if n_val < 2 or len(text) - n_val <= context:
-        raise ValueError(f"the text has {len(text)} characters, a context of {context} needs {context * 10 // 9 + 20}")
+        raise ValueError(f"the text has {len(text)} characters, a context of {context} needs {context * 10 // 9 + 1}")
     vocab = vocabulary(text)
     tokens, sha256 = encode(text, vocab), hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
@@ -655,9 +658,11 @@ def compare(args) -> None:
     """Answer the questions. Raises ValueError and OSError."""
     study, numbers = make_study(args), args.only or (QUICK_QUESTIONS if args.quick else range(1, 10))
     selected = [q for q in QUESTIONS if q.number in numbers and not (args.quick and q.large)]
+    if not selected and 6 not in numbers:
+        raise ValueError("question 9 is not for --quick")
 
     def everything(ask: Callable) -> tuple[list, list]:
-        return [answer(study, q, ask) for q in selected], answer_recall(ask) if 6 in numbers else []
+        return [answer(study, q, ask) for q in selected], answer_recall(study, ask) if 6 in numbers else []
 
     answers, recalled = complete(study, args.jobs, everything)
     answers = [(question, timed(study, rows)) for question, rows in zip(selected, answers, strict=True)]

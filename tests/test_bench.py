@@ -2,6 +2,8 @@
 PyTorch; on the GPU too, which the CPU plays. What the clock says is not tested."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -14,6 +16,7 @@ from test_gpu import gpu_on_cpu, needs_compiler
 
 import bench
 import bench_gpu
+import bench_models
 import grassmann
 from grassmann import Config
 from runs import MODEL_DEFAULTS, PACE_DEFAULTS
@@ -240,7 +243,7 @@ def test_race(side):
 
 
 def test_race_validates_as_the_model_does():
-    """The loss of the table is that of train_char.py's protocol, after as many steps as were asked for."""
+    """The loss of the table is that after as many steps as were asked for, at the learning rates of a whole run."""
     setup = tiny()
     row = bench.race(setup, iters=7)[0]
     run = bench.Ours(setup, setup.config())
@@ -264,8 +267,45 @@ def test_efficiency_when_everything_takes_a_second(monkeypatch):
     assert row["rate, own shapes"] == pytest.approx(2e-9 * row["multiply-adds per step"])
     assert row["of the rate"] == pytest.approx(1)
     assert row["rate, large"] == pytest.approx(2 * 3 * 2 * 2048**3 / 1e9)  # threads, products, operations
-    own, large = ({m for m, _, _ in shapes} for shapes, _, _ in loops)
-    assert own == {3 * 24 // 2} and large == {2048}
+    own, large = ([{m for m, _, _ in shapes} for shapes in shards] for shards, _, _ in loops)
+    assert own == [{2 * 24}, {24}] and large == [{2048}, {2048}]
+
+
+def test_efficiency_has_the_shards_of_the_step(monkeypatch):
+    """As many tokens in each as `loss_and_grads` gives to a thread, also with more threads than windows."""
+    loops, tokens, model_forward = [], [], grassmann.model_forward
+
+    def spy(params, config, x, **how):
+        tokens.append(x.size)
+        return model_forward(params, config, x, **how)
+
+    monkeypatch.setattr(bench, "torch", None)
+    monkeypatch.setattr(grassmann, "model_forward", spy)
+    monkeypatch.setattr(bench, "product_loop", lambda *args: loops.append(args) or (lambda: None))
+    monkeypatch.setattr(bench, "alternate", lambda runs, rounds, calls: {k: [1.0] if runs[k] else [] for k in runs})
+    for threads in (1, 2, 3, 100):
+        loops.clear()
+        tokens.clear()
+        bench.efficiency(tiny(threads))
+        bench.Ours(tiny(threads), tiny().config()).step()
+        assert sorted(tokens) == sorted(shard[0][0] for shard in loops[0][0])
+
+
+@pytest.mark.parametrize("side", ["NumPy", "PyTorch"])
+def test_product_loop(side, monkeypatch):
+    """Every product of every shard, on so many threads (of ours)."""
+    if side == "PyTorch":
+        need_torch()
+    asked, in_threads = [], grassmann.in_threads
+
+    def spy(multiply, work, threads):
+        asked.append((threads, [[[tuple(a.shape) for a in three] for three in shard] for shard in work]))
+        return in_threads(multiply, work, threads)
+
+    monkeypatch.setattr(grassmann, "in_threads", spy)
+    bench.product_loop([[(4, 3, 2), (4, 2, 5)], [(2, 3, 2)]], 3, side)()
+    first, second = [(4, 3), (3, 2), (4, 2)], [(4, 2), (2, 5), (4, 5)]
+    assert asked == [(3 if side == "NumPy" else 1, [[first, second], [[(2, 3), (3, 2), (2, 2)]]])]
 
 
 def test_ops_are_put_back():
@@ -291,9 +331,36 @@ def test_exclusive_times(monkeypatch):
     assert spent["ffn_forward"] == [1, 7 - 3]  # read at 0, then twice by each of three ops, at last at 7
 
 
+def test_both_sides_have_as_many_threads(monkeypatch):
+    """Those that were asked for in training, one in writing."""
+    torch, ours, theirs = need_torch(), set(), set()
+    loss_and_grads, forward = grassmann.loss_and_grads, bench_models.Model.forward
+
+    def our_step(params, config, x, y, seed, threads):
+        ours.add(threads)
+        return loss_and_grads(params, config, x, y, seed, threads)
+
+    def their_forward(*args):
+        theirs.add(torch.get_num_threads())
+        return forward(*args)
+
+    monkeypatch.setattr(grassmann, "loss_and_grads", our_step)
+    monkeypatch.setattr(bench_models.Model, "forward", their_forward)
+    before = torch.get_num_threads()
+    try:
+        bench.step(tiny(threads=3, quick=True))
+        assert ours == theirs == {3}
+        theirs.clear()
+        bench.generation(tiny(threads=3, quick=True))
+        assert theirs == {1}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_length_stops_where_it_does_not_fit(monkeypatch):
     """400 letters: windows of 64 to 256 fit, of 512 don't; attention is told to stop at 128. All in 1,024 tokens."""
-    steps, loss_and_grads = set(), grassmann.loss_and_grads
+    steps, loss_and_grads, checked = set(), grassmann.loss_and_grads, set()
+    monkeypatch.setattr(bench, "check_memory", lambda config, windows, threads: checked.add(threads))
 
     def spy(params, config, x, y, seed, threads):
         steps.add((*x.shape, threads))
@@ -302,6 +369,7 @@ def test_length_stops_where_it_does_not_fit(monkeypatch):
     monkeypatch.setattr(grassmann, "loss_and_grads", spy)
     rows = bench.length(tiny(threads=3), tokens=1024, longest_table=128)
     assert steps == {(16, 64, 2), (8, 128, 2), (4, 256, 2)}  # 2 threads, since 2 windows are the fewest
+    assert checked == {2}
     assert [row["length"] for row in rows] == [64, 128, 256, 512]
     assert [row["windows"] for row in rows] == [16, 8, 4, 2]
     assert [row["grassmann"] == "does not fit" for row in rows] == [False, False, False, True]
@@ -318,15 +386,38 @@ def test_offsets():
     assert [row["parameters"] - last_four for row in rows] == [-3 * taps, -2 * taps, 0, 4 * taps, 12 * taps]
 
 
+def killed(setup, side) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_memory():
-    """A new process each; no PyTorch in this test, whose import takes seconds."""
+    """A new process each. For their gradients 2,400 tokens keep what enters the products of the gate and the FFN in
+    each of 2 layers, 32 + 16 + 32 numbers of 4 bytes: 1.5 MB."""
     if sys.platform == "win32":
         pytest.skip("there is no peak memory to ask for on Windows")
+    setup = tiny()
+    setup.settings["batch_size"] = 100
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "torch", None)
-        ours, gpt = bench.memory(tiny(), repeats=1)
-    assert ours["MB"] >= 0
+        ours, gpt = bench.memory(setup, repeats=1)
+    assert ours["MB"] > 1.5
     assert gpt["MB"] == bench.NEEDS_TORCH
+
+
+def test_memory_does_not_count_imports():
+    """A tiny model trains in 20 MB at most; what PyTorch still has to import for it takes 60 more."""
+    need_torch()
+    if sys.platform == "win32":
+        pytest.skip("there is no peak memory to ask for on Windows")
+    ours, gpt = bench.memory(tiny(), repeats=1)
+    assert ours["MB"] < 40 and gpt["MB"] < 40
+
+
+def test_memory_when_the_process_is_killed(monkeypatch):
+    monkeypatch.setattr(bench, "torch", None)
+    monkeypatch.setattr(bench, "training_memory", killed)
+    with pytest.raises(ValueError, match="killed"):
+        bench.memory(tiny(), repeats=1)
 
 
 def test_peak_memory_grows():

@@ -311,7 +311,7 @@ def test_from_text_to_tables_and_figures(program, monkeypatch):
     large = saved[saved.index("## 1. Large") : saved.index("## 5.")]
     assert " to " not in large.splitlines()[-2]  # one seed
     timing = json.loads((program.out / "timing.json").read_text(encoding="utf-8"))
-    assert timing["threads"] == compare.cpu.available_cores() and len(timing["ms"]) == 3
+    assert timing["machine"] in saved and len(timing["ms"]) == 3
     assert all(f"| {ms:.1f} |" in saved for question in timing["ms"].values() for ms in question)
     assert "`python compare.py --data" in saved and np.__version__ in saved
     assert saved.count("| recall |") == saved.count("| brackets |") == 2
@@ -478,8 +478,7 @@ def test_another_text_reuses_nothing(program, tmp_path):
 
 
 def test_the_time_of_a_step_is_measured_once(program, monkeypatch):
-    """Steps of the models by turns, the first of them not counted; kept until the file or the number of cores
-    changes."""
+    """Steps of the models by turns, the first of them not counted; kept until the file or the machine changes."""
     program("--only", 5, "--seeds", 1)
     path, clock, turns = program.out / "timing.json", [0.0], []
     path.unlink()
@@ -499,9 +498,10 @@ def test_the_time_of_a_step_is_measured_once(program, monkeypatch):
     assert [pytest.approx(ms) for ms in next(iter(measured["ms"].values()))] == [2.0, 1.0]
     program("--only", 5, "--seeds", 1)
     assert len(turns) == 2 * (compare.WARM + compare.TIMED)
-    path.write_text(json.dumps(measured | {"threads": 1000}), encoding="utf-8")
+    monkeypatch.setattr(compare, "machine", lambda: "another processor")
     program("--only", 5, "--seeds", 1)
     assert len(turns) == 4 * (compare.WARM + compare.TIMED)
+    assert "another processor" in (program.out / "compare.md").read_text(encoding="utf-8")
 
 
 def test_the_quick_set(program):
@@ -511,6 +511,23 @@ def test_the_quick_set(program):
     assert {run["spec"]["seed"] for run in runs_of(program.out)} == {0}
     searches = [run["spec"] for run in runs_of(program.out) if ", lr " in run["label"]]
     assert {spec["product"] for spec in searches} == {"wedge"}  # a variant takes the plain model's learning rate
+
+
+def test_quick_runs_are_no_longer_than_the_help_says(program, monkeypatch):
+    monkeypatch.setattr(compare, "QUICK_STEPS", 1)
+    program("--quick", "--only", 1, 6)
+    assert {run["spec"]["iters"] for run in runs_of(program.out)} == {1}
+
+
+def test_quick_has_no_large_question(program, monkeypatch, capsys):
+    """And what was written before stays."""
+    monkeypatch.setattr(compare, "QUESTIONS", [ONE, replace(LARGE, number=9)])
+    program("--quick", "--only", 1)
+    before = (program.out / "compare.md").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        program("--quick", "--only", 9)
+    assert "question 9" in capsys.readouterr().err
+    assert (program.out / "compare.md").read_text(encoding="utf-8") == before
 
 
 def test_every_number_that_can_be_asked_for_has_questions():
