@@ -77,8 +77,10 @@ def plain_output() -> None:
     (Values that are not finite are noticed and reported where they matter.)
     """
     warnings.filterwarnings("ignore", category=RuntimeWarning)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (to the end)
+        getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def leave_quietly() -> None:

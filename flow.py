@@ -111,9 +111,11 @@ def mean_plane(planes: Array) -> tuple[Array, float]:
     """The extrinsic mean of planes (T, r, 2): the plane (r, 2) whose projector is nearest to the mean projector.
 
     It is spanned by that one's two leading eigenvectors. Second comes their eigenvalues' mean, the weight of the
-    mean plane: 1 if all planes are the same, 2/r if they point everywhere alike.
+    mean plane: 1 if all planes are the same, 2/r if they point everywhere alike. Raises ValueError without a plane.
     """
     planes = planes[known(planes)]
+    if not len(planes):
+        raise ValueError("a part of this text spans no plane at all; give a more varied one")
     values, vectors = np.linalg.eigh(sum_of_projectors(planes) / len(planes))
     return vectors[:, -2:], values[-2:].mean()
 

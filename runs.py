@@ -88,7 +88,7 @@ def make_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Run:
     text = load_text(settings["data"])
     n_val = len(text) // 10
     if len(text) - n_val <= settings["context"] or n_val < 2:
-        least = max(20, settings["context"] * 10 // 9 + 2)
+        least = max(20, settings["context"] * 10 // 9 + 1)
         raise ValueError(f"the text has {len(text)} characters, a context of {settings['context']} needs {least}")
     text_sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     vocab = vocabulary(text)
@@ -100,6 +100,8 @@ def make_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Run:
         saved = {"params": params, **model.adamw_init(params)}
     elif (text_sha256, config) != (saved["text_sha256"], saved["config"]):
         raise ValueError(f"--resume cannot change the text, and {settings['data'] or 'pydoc_data.topics'} has changed")
+    elif not (args.out / "best.npz").exists():
+        saved["best"] = None
     tokens = encode(text, vocab)
     return Run(
         model, args.out, args.threads, settings, text_sha256, vocab, int(np.bincount(tokens[: 1 << 20]).argmax()),
@@ -169,6 +171,21 @@ def check_memory(config: Config, batch_size: int, threads: int) -> None:
         raise ValueError(f"this needs about {needed / 1e9:.1f} GB of memory, the machine has {available / 1e9:.1f}")
 
 
+def claim(out: Path) -> None:
+    """Keep the folder for this process until it ends: two runs would mix their files. Raises ValueError."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    folder = os.open(out, os.O_RDONLY)  # never closed, and so locked to the end, however that comes
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing into {out}; give this one another --out") from None
+    except OSError:
+        return  # a file system without locks
+
+
 def set_aside(out: Path) -> None:
     """Move the files of an earlier run in `out` to out/previous-N, so that a new run overwrites nothing."""
     files = [out / name for name in ("best.npz", "last.npz", "log.csv", "loss.png") if (out / name).exists()]
@@ -209,10 +226,16 @@ def diverged(run: Run, what: str, value: float | str, step: int) -> str:
 
 
 def open_log(run: Run):
-    """log.csv, opened for more lines: a new one, or an old one cut back to where the checkpoint is."""
-    log = (run.out / "log.csv").open("a+", encoding="utf-8", newline="\n", buffering=1)
+    """log.csv, opened for more lines: a new one, or an old one cut back to where the checkpoint is.
+
+    Raises ValueError if it is not ours, as after a spreadsheet has saved it with a byte order mark.
+    """
+    log = (run.out / "log.csv").open("a+", encoding="ascii", errors="replace", newline="\n", buffering=1)
     log.seek(0)
-    keep = "".join(itertools.takewhile(lambda line: line.endswith("\n") and is_up_to(run.step, line), log))
+    lines = [line for line in log if line.endswith("\n")]
+    if lines and lines[0].partition(",")[0] != LOG_COLUMNS[0]:
+        raise ValueError(f"{log.name} is not as train_char.py wrote it; rename it, and the run goes on with a new one")
+    keep = "".join(itertools.takewhile(lambda line: is_up_to(run.step, line), lines))
     log.truncate(len(keep))  # ASCII: as many bytes as characters
     if not keep:
         log.write(",".join(LOG_COLUMNS) + "\n")

@@ -36,7 +36,7 @@ def main() -> None:
     add("--prompt", default="", help="text to go on from (default: empty, as after a line end)")
     add("--length", type=number(int, 0, 10**9), default=500, help="characters to write (default: 500)")
     add("--temperature", type=number(float, 0, 100), default=0.8,
-        help="below 1 bolder, above 1 wilder, 0 always the likeliest (default: 0.8)")  # fmt: skip
+        help="below 1 safer, above 1 wilder, 0 always the likeliest (default: 0.8)")  # fmt: skip
     add("--top-k", type=number(int, 1, 10**9), help="draw only among the k likeliest characters (default: all)")
     add("--seed", type=number(int, 0, 2**63), default=0, help="another seed, another text (default: 0)")
     add("--samples", type=number(int, 1, 10**6), default=1, help="how many, one seed after the other (default: 1)")

@@ -38,12 +38,15 @@ def load_text(data: str | None) -> str:
 def shakespeare() -> Path:
     """Tiny Shakespeare, from the cache or the network. Raises ValueError."""
     base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform)
-    cache = Path(base or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grassmann"
+    advice = "download it in a browser and give it with --data FILE, or leave --data out for the text that Python ships"
+    try:
+        cache = Path(base or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grassmann"
+    except RuntimeError:
+        raise ValueError(f"there is no home folder to keep Tiny Shakespeare in; {advice}") from None
     path = cache / "shakespeare.txt"
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
         return path
     print(f"downloading {SHAKESPEARE_URL}")
-    advice = "download it in a browser and give it with --data FILE, or leave --data out for the text that Python ships"
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
             text = response.read(10**7)

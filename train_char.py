@@ -14,6 +14,7 @@ import cpu  # noqa: I001  (before NumPy)
 import argparse
 import csv
 import math
+import shlex
 import signal
 import sys
 import time
@@ -27,7 +28,8 @@ from cli import Parser, add_gpu_option, number, plain_output, short_errors
 from sample import write_sample
 
 LOG_EVERY = 10  # steps per line of log.csv; its training loss is their mean
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+STOP_SIGNALS = [stop for stop in STOP_SIGNALS if signal.getsignal(stop) != signal.SIG_IGN]  # (as nohup has it)
 
 # ---- options ------------------------------------------------------------------------------------------
 
@@ -120,8 +122,6 @@ def train(run: Run, signals: list[int]) -> float | None:
                 if not math.isfinite(val_loss):
                     raise ValueError(runs.diverged(run, "validation loss", val_loss, run.step))
                 shown["val"] = f"{val_loss:.4f}"
-                both = f"train {train_loss:.4f}   val {val_loss:.4f} nats/char"
-                bar.write(f"step {run.step:6d}   {both}   {run.seconds:6.1f} s")
             log.write(f"{run.step},{train_loss},{val_loss if validate else ''},{lr},{run.seconds:.2f}\n")
             run.recent = []
             speed = (run.step - start_step) * s["batch_size"] * s["context"] / (run.seconds - before)
@@ -131,6 +131,8 @@ def train(run: Run, signals: list[int]) -> float | None:
                     run.best = [run.step, val_loss]
                     runs.save(run, "best.npz")
                 runs.save_last(run)
+                both = f"train {train_loss:.4f}   val {val_loss:.4f} nats/char"  # (last: the reader may have gone)
+                bar.write(f"step {run.step:6d}   {both}   {run.seconds:6.1f} s")
         if signals:
             runs.save_last(run)
     return val_loss
@@ -166,26 +168,26 @@ def plot(run: Run) -> None:
     plt.close(figure)
 
 
-def report(run: Run, val_loss: float) -> None:
-    """The numbers, the files and a sample."""
+def report(run: Run, val_loss: float, go_on: str) -> None:
+    """The numbers, the files and a sample; `go_on` is the command that trains further."""
     step, best = run.best
     for name, loss in (("best", best), ("last", val_loss)):
         at = step if name == "best" else run.step
         print(f"{name} validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {at}")
-    print(f"{run.out / 'best.npz'}   to sample from: python sample.py {run.out / 'best.npz'}")
-    print(f"{run.out / 'last.npz'}   to go on from: python train_char.py --resume --out {run.out} --iters MORE")
+    print(f"{run.out / 'best.npz'}   to sample from: python sample.py {shlex.quote(str(run.out / 'best.npz'))}")
+    print(f"{run.out / 'last.npz'}   to go on from: {go_on} --iters MORE")
     print(f"{run.out / 'log.csv'}, {run.out / 'loss.png'}   the losses\n\nA sample:\n")
     params, config, extra = run.model.load_checkpoint(run.out / "best.npz")
     write_sample(run.model, params, config, extra, "", 600, temperature=0.8)
 
 
 def catch_signals() -> list[int]:
-    """A list that Ctrl-C and SIGTERM are noted in; a second one ends the process at once."""
+    """A list that Ctrl-C, SIGTERM and a closed terminal are noted in; a second Ctrl-C ends the process at once."""
     caught = []
 
     def note(number, frame):
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if number in (signal.SIGINT, signal.SIGTERM) else signal.SIG_IGN)
 
     for stop in STOP_SIGNALS:
         signal.signal(stop, note)
@@ -200,6 +202,7 @@ def main() -> None:
     with short_errors(parser, args.out, memory):
         run = runs.make_run(args, parser)
         run.out.mkdir(parents=True, exist_ok=True)
+        runs.claim(run.out)
         if not args.resume:
             runs.set_aside(run.out)
             runs.save_last(run)  # before any work: is the folder writable?
@@ -209,12 +212,14 @@ def main() -> None:
         signals = catch_signals()
         val_loss = train(run, signals)
         plot(run)
-        if signals:
-            print(f"stopped at step {run.step} and saved; go on with: python train_char.py --resume --out {run.out}")
+        gpu = ["--gpu"] * args.gpu + (["--precision", args.precision] if args.precision else [])
+        go_on = shlex.join(["python", "train_char.py", "--resume", "--out", str(run.out), *gpu])
+        if signals and run.step < run.settings["iters"]:
+            print(f"stopped at step {run.step} and saved; go on with: {go_on}")
             sys.exit(128 + signals[0])
         for stop in STOP_SIGNALS:
             signal.signal(stop, signal.SIG_DFL)
-        report(run, val_loss)
+        report(run, val_loss, go_on)
 
 
 if __name__ == "__main__":

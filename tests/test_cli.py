@@ -5,11 +5,13 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -581,6 +583,22 @@ def test_output_folders_with_odd_names(text, tmp_path, folder):
     printed = succeeded(train("--iters", 2, data=text, out=f"./{folder}", cwd=tmp_path))
     assert f"{folder}{os.sep}best.npz" in printed
     assert (tmp_path / folder / "loss.png").stat().st_size > 0
+    if os.name == "posix":  # the commands to copy are those of a shell
+        sampling, resuming = (re.search(f"python {name}.*", printed)[0] for name in ("sample.py", "train_char.py"))
+        assert Path(shlex.split(sampling)[2]) == Path(folder, "best.npz")
+        assert Path(shlex.split(resuming)[4]) == Path(folder)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closed by a POSIX shell")
+@pytest.mark.parametrize("stream", ["1>&-", "2>&-"])
+def test_closed_streams(trained, text, tmp_path, stream):
+    """A program without output or error stream does its work all the same."""
+    for name, options in (("sample.py", [trained[0] / "best.npz"]),
+                          ("train_char.py", ["--data", text, "--out", tmp_path, "--iters", "2"])):  # fmt: skip
+        command = shlex.join(map(str, [sys.executable, ROOT / name, *options]))
+        process = subprocess.run(f"{command} {stream}", shell=True, capture_output=True, text=True)
+        assert (process.returncode, process.stderr) == (0, "")
+    assert (tmp_path / "best.npz").exists()
 
 
 # ---- numbers that go wrong ----------------------------------------------------------------------------

@@ -134,6 +134,11 @@ def test_the_nearest_plane_beats_random_and_neighbouring_ones(rng, r):
     assert overlap[0] >= overlap.max() - 1e-12
 
 
+def test_no_plane_has_no_mean():
+    with pytest.raises(ValueError, match="no plane"):
+        mean_plane(np.full((3, 4, 2), np.nan))
+
+
 def test_the_mean_plane_of_copies_and_of_planes_around_one(rng):
     A = planes(rng)
     turned = np.stack([A @ rotation(rng, 2) for _ in range(20)] + [np.full((R, 2), np.nan)])

@@ -12,6 +12,8 @@ import pytest
 from kill_and_resume import ROOT, TEXT, contents, differences, log_lines
 from test_cli import as_root, program, refused, succeeded
 
+import grassmann
+import train_char
 from grassmann import load_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
@@ -204,6 +206,92 @@ def test_folder_gone_before_the_run_is_stopped(text, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert "No such file or directory" in in_trouble(process)
     load_checkpoint(tmp_path / "moved" / "last.npz")
+
+
+def test_a_closed_terminal_loses_nothing(text, tmp_path):
+    """SIGHUP comes twice, from the terminal and from the shell, here within a step; no validation is near."""
+    process = start(text, tmp_path, "--eval-every", "1000", "--batch-size", "4000", "--threads", "1")
+    wait_for_step(process, tmp_path, 10)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.02)  # two at once would count as one
+    process.send_signal(signal.SIGHUP)
+    process = ended(process)
+    reached = load_checkpoint(tmp_path / "last.npz")[2]["step"]
+    assert (process.returncode, process.stderr) == (128 + signal.SIGHUP, "")
+    assert reached >= 10 and f"stopped at step {reached}" in process.stdout
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT])
+def test_an_ignored_signal_is_ignored(text, tmp_path, ignored):
+    """As nohup has it, or a script for what it starts in the background."""
+    command = [sys.executable, ROOT / "train_char.py", *OPTIONS.split(), "--data", text, "--out", tmp_path]
+    ignore = lambda: signal.signal(ignored, signal.SIG_IGN)  # noqa: E731
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, preexec_fn=ignore, **pipes)
+    wait_for_step(process, tmp_path, 20)
+    process.send_signal(ignored)
+    process = ended(process)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert load_checkpoint(tmp_path / "last.npz")[2]["step"] == STEPS
+
+
+def test_a_signal_at_the_end_is_too_late(text, tmp_path, monkeypatch, capsys):
+    """In the last step: the run is complete, there is nothing to go on with, and it reports as ever."""
+    caught, step = [], grassmann.adamw_step
+
+    def interrupted(*args, **how):
+        step(*args, **how)
+        caught.append(signal.SIGINT)
+
+    options = [*OPTIONS.split(), "--iters", "1", "--data", str(text), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train_char.py", *options])
+    monkeypatch.setattr(grassmann, "adamw_step", interrupted)
+    monkeypatch.setattr(train_char, "catch_signals", lambda: caught)
+    monkeypatch.setattr(train_char, "STOP_SIGNALS", [])
+    monkeypatch.setattr(train_char, "plain_output", lambda: None)  # pytest's streams stay as they are
+    train_char.main()
+    assert "at step 1\n" in capsys.readouterr().out and caught
+
+
+def test_two_runs_in_one_folder(text, alone, tmp_path):
+    """The second is refused, new or resumed; the first goes on."""
+    pytest.importorskip("fcntl")
+    process = start(text, tmp_path, "--threads", "1")
+    wait_for_step(process, tmp_path, 30)
+    for how in ("--seed=1", "--resume"):
+        assert "another run" in refused(ended(start(text, tmp_path, how)))
+    assert process.poll() is None, "too short a run for this test"
+    succeeded(ended(process))
+    assert differences(tmp_path, alone(1)) == []
+
+
+def test_what_was_printed_is_on_the_disk(text, tmp_path):
+    """The reader of the output leaves before the first validation is printed, as tee does at Ctrl-C."""
+    process = start(text, tmp_path, "--eval-every", "100")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+    assert load_checkpoint(tmp_path / "last.npz")[2]["step"] == 100
+
+
+def test_only_the_last_checkpoint_is_left(alone, tmp_path):
+    """The next validation writes another best one, whatever the lost one had."""
+    shutil.copy(alone(1) / "last.npz", tmp_path)
+    printed = resume(tmp_path, "--threads", 1, "--iters", STEPS + 20, "--lr", 5)
+    assert load_checkpoint(tmp_path / "best.npz")[2]["step"] == STEPS + 20
+    assert f"at step {STEPS + 20}\n" in printed
+
+
+@pytest.mark.parametrize("first", [b"\xef\xbb\xbf", b"\xff\xfe", b"mine,"])
+def test_a_log_that_another_program_has_changed(alone, tmp_path, first):
+    """A spreadsheet puts a byte order mark in front."""
+    shutil.copytree(alone(1), tmp_path, dirs_exist_ok=True)
+    changed = first + (tmp_path / "log.csv").read_bytes()
+    (tmp_path / "log.csv").write_bytes(changed)
+    assert "log.csv" in refused(program("train_char.py", "--resume", "--out", tmp_path, "--iters", STEPS + 20))
+    assert (tmp_path / "log.csv").read_bytes() == changed
+    (tmp_path / "log.csv").rename(tmp_path / "old.csv")
+    resume(tmp_path, "--iters", STEPS + 20)
 
 
 @pytest.fixture

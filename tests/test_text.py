@@ -289,6 +289,17 @@ def test_the_cache_is_where_xdg_says(serve, tmp_path, monkeypatch):
     assert text.shakespeare() == tmp_path / ".cache" / "grassmann" / "shakespeare.txt"
 
 
+def test_nobody_is_at_home(monkeypatch):
+    """A user without a home folder, as in some containers."""
+
+    def nowhere(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(text.Path, "expanduser", nowhere)
+    with pytest.raises(ValueError, match=r"no home folder .* --data FILE"):
+        load_text("shakespeare")
+
+
 BAD_ANSWERS = {
     "other text": (send(PLAY + b"!"), "wrong SHA-256"),
     "empty": (send(b""), "wrong SHA-256"),
