@@ -188,7 +188,7 @@ def claim(out: Path) -> None:
 
 def set_aside(out: Path) -> None:
     """Move the files of an earlier run in `out` to out/previous-N, so that a new run overwrites nothing."""
-    files = [out / name for name in ("best.npz", "last.npz", "log.csv", "loss.png") if (out / name).exists()]
+    files = [out / name for name in ("best.npz", "last.npz", "log.csv", "loss.png", "flow") if (out / name).exists()]
     if files:
         numbers = (k for k in range(1, 10**6) if not (out / f"previous-{k}").exists())
         folder = out / f"previous-{next(numbers)}"

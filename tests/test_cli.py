@@ -144,12 +144,17 @@ def test_two_runs_are_equal_and_another_seed_is_not(text, trained, tmp_path):
 def test_a_second_run_moves_the_first_one_aside(text, trained, tmp_path):
     out, files = tmp_path / "out", ["best.npz", "last.npz", "log.csv", "loss.png"]
     shutil.copytree(trained[0], out)
+    (out / "flow").mkdir()  # flow.py's pictures of it
+    (out / "flow" / "map.png").write_bytes(b"")
     for number in (1, 2):
         before = {name: (out / name).read_bytes() for name in files}
         assert str(out / f"previous-{number}") in succeeded(train("--iters", 2, data=text, out=out))
-        assert {file.name: file.read_bytes() for file in (out / f"previous-{number}").iterdir()} == before
+        moved = [file for file in (out / f"previous-{number}").iterdir() if file.is_file()]
+        assert {file.name: file.read_bytes() for file in moved} == before
+        assert not (out / "flow").exists()
         assert sorted(f.name for f in out.iterdir() if f.is_file()) == files
     assert (out / "previous-1" / "best.npz").read_bytes() == (trained[0] / "best.npz").read_bytes()
+    assert (out / "previous-1" / "flow" / "map.png").exists()
 
 
 def test_a_refused_run_leaves_the_earlier_one_alone(text, trained):
