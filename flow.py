@@ -476,8 +476,9 @@ def look(checkpoint: Path, given: list[str | Path], out: Path) -> None:
     maps = [flat_map(planes[:SHOWN]) for planes in flow.planes]
     flows = {"trained": flow, "untrained": untrained, "trained, shuffled text": shuffled}
     measured = {name: [coastline(f, i) for i in layers] for name, f in flows.items()}
+    written = [c.replace("\0", "\\x00") for c in text]  # (Python 3.10 can't write a NUL into a CSV file)
     rows = ((i + 1, t, c, kind, flow.step[i, t], flow.gate[i, t], *(maps[i][0][t] if t < SHOWN else ("", "")))
-            for i in layers for t, (c, kind) in enumerate(zip(text, kinds(text), strict=True)))  # fmt: skip
+            for i in layers for t, (c, kind) in enumerate(zip(written, kinds(text), strict=True)))  # fmt: skip
     write_csv(out / "characters.csv", "layer position character kind step gate map_x map_y", rows)
     rows = [(name, i + 1, kind, steps[i]) for name in by_kind for kind, steps in by_kind[name].items() for i in layers]
     write_csv(out / "kinds.csv", "model layer kind step", [*rows, ("random planes", "", "", random)])
