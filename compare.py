@@ -1,6 +1,6 @@
 """Does geometry replace attention? Both, and variants of both, trained on one text under the same conditions.
 
-  python compare.py --quick                     questions 1, 3 and 5, one seed: ten to fifteen minutes on two cores
+  python compare.py --quick                     questions 1, 3 and 5, one seed: ten to twenty minutes on two cores
   python compare.py                             all questions, full length: some hours, unattended
   python compare.py --only 3 4                  some of the questions
   python compare.py --data shakespeare          on Tiny Shakespeare
