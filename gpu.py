@@ -7,13 +7,18 @@ are cuBLAS's. Parameters, gradients and Adam's means are views of one flat buffe
 runs over all of them is one kernel. The loss stays on the device until somebody looks at it.
 
 All arrays are CuPy arrays, except tokens, which may lie on either side. Batches and initial weights are drawn on
-the host, the same numbers as in grassmann.py; dropout is drawn on the device, from a key that the host draws. A
-checkpoint of either module loads in the other. A token outside the vocabulary goes unnoticed on a GPU. A step is
-not captured as a CUDA graph: each of its kernels is launched from here.
+the host, the same numbers as in grassmann.py; dropout is drawn on the device, from keys that the host draws. A
+checkpoint of either module loads in the other. A token outside the vocabulary goes unnoticed on a GPU.
+
+To start a kernel costs the host more than a small kernel costs the card. The pass forward and backward, two hundred
+of them, is therefore recorded as a CUDA graph when it is run for the second time, and launched as one from then on.
 """
 
+import ctypes
 import functools
 import math
+import os
+import warnings
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 
@@ -37,6 +42,7 @@ np = SimpleNamespace(**vars(cp) | {"random": numpy.random})  # what borrowed fun
 Array = cp.ndarray
 Params = dict[str, Array]
 SHARD_TOKENS = 8192  # at most so many at a time in a validation: bounds the memory for activations
+GRAPHS = 4  # CUDA graphs at a time, each with its own memory for activations
 
 
 def _borrowed(function):
@@ -67,16 +73,16 @@ class Flat(dict):
 CHUNK = 64  # tokens whose gradients one thread adds up
 
 
-@functools.lru_cache
-def _kernels(real: str):
-    """kernels.cu, compiled at its first use for real = "float32" or "float64"."""
+@functools.cache
+def _kernels(real: numpy.dtype):
+    """kernels.cu, compiled at its first use for real = float32 or float64."""
     code = Path(__file__).with_name("kernels.cu").read_text(encoding="utf-8")
     code = code.encode("ascii", "backslashreplace").decode()  # CuPy writes it to a file, in the locale's encoding
-    return cp.RawModule(code=code, options=(f"-Dreal={'float' if real == 'float32' else 'double'}",))
+    return cp.RawModule(code=code, options=(f"-Dreal={'float' if real == numpy.float32 else 'double'}",))
 
 
-@functools.lru_cache
-def _kernel(name: str, real: str):
+@functools.cache
+def _kernel(name: str, real: numpy.dtype):
     return _kernels(real).get_function(name)
 
 
@@ -95,7 +101,7 @@ def _launch(name: str, grid: tuple, block: tuple, *args) -> None:
             return numpy.intp(0)
         return numpy.int32(a) if isinstance(a, int) else real.type(a) if isinstance(a, float) else a
 
-    _kernel(name, real.name)(grid, block, tuple(map(typed, args)))
+    _kernel(name, real)(grid, block, tuple(map(typed, args)))
 
 
 def _per_token(name: str, T: int, *args) -> None:
@@ -113,36 +119,115 @@ def _per_chunk(name: str, T: int, columns: int, *args) -> None:
     _launch(name, (-(-T // CHUNK), -(-columns // 256)), (256,), T, CHUNK, *args)
 
 
-_operands = None  # the dtype to which linear layers round their operands, if any
+_precision = "float32"
 
 
 def set_precision(precision: str) -> None:
-    """How float32 matrices are multiplied from now on; everything else, weights included, stays float32.
+    """How float32 matrices are multiplied from now on; everything else, sums and weights included, is float32.
 
     float32     as they are
-    tf32        operands rounded to 10 bits after the point, on tensor cores (compute capability 8.0 or newer)
-    bfloat16    in linear layers operands and results rounded to 7 bits, sums in float32; other products tf32
+    tf32        rounded to 10 bits after the point, on tensor cores (compute capability 8.0 or newer)
+    bfloat16    rounded to 7 bits, likewise
 
-    CuPy multiplies stacks of matrices, which only attention has, in float32 at all times.
+    Products of stacks of matrices, which only attention has, are CuPy's, in float32 at all times.
     """
-    global _operands
-    _operands = None
-    if precision == "bfloat16":
-        from ml_dtypes import bfloat16 as _operands
-    linalg = cp._core._routines_linalg
-    compute_type = linalg.COMPUTE_TYPE_DEFAULT if precision == "float32" else linalg.COMPUTE_TYPE_TF32
-    cp._core.set_compute_type(numpy.float32, compute_type)
+    global _precision
+    _precision = precision
 
 
 def _rounded(a: Array) -> Array:
-    """The operand of a product in a linear layer, in the precision that is set."""
-    return a if _operands is None or a.dtype != numpy.float32 else a.astype(_operands)
+    """The operand of a product, in the precision that is set."""
+    if _precision != "bfloat16" or a.dtype != numpy.float32:
+        return a
+    from ml_dtypes import bfloat16
+
+    return a.astype(bfloat16)
 
 
-def _product(x: Array, W: Array) -> tuple[Array, tuple]:
-    """x W, and the operands, rounded once, as the cache of `linear_backward`; x (..., in), W (in, out)."""
-    rows, W = _rounded(x.reshape(-1, len(W))), _rounded(W)
-    return (rows @ W).astype(x.dtype, copy=False).reshape(*x.shape[:-1], -1), (rows, W)
+WORKSPACE = 2**25  # bytes of memory that cuBLAS may use, as much as it takes by itself on an H100
+
+
+@functools.cache
+def _cublas() -> tuple[ctypes.CDLL, Array]:
+    """The library of matrix products, which CuPy has loaded, and its workspace."""
+    version = cp.cuda.cublas.getVersion(cp.cuda.get_cublas_handle()) // 10000
+    library = ctypes.CDLL(f"cublas64_{version}.dll" if os.name == "nt" else f"libcublas.so.{version}")
+    return library, cp.empty(WORKSPACE, numpy.uint8)
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    """a b for matrices (T, in), (in, out) of one dtype; the result and the sums in it are not rounded.
+
+    CuPy's own product refuses to be recorded in a CUDA graph, and rounds the result as the operands are. cuBLAS takes
+    columns for rows, so it is asked for (a b)ᵀ = bᵀ aᵀ; a transposed array is read where it lies.
+    """
+    library, workspace = _cublas()
+    runtime, cublas, pointer = cp.cuda.runtime, cp.cuda.cublas, ctypes.c_void_p
+    if a.dtype == numpy.float64:
+        real, kind, compute = ctypes.c_double, runtime.CUDA_R_64F, cublas.CUBLAS_COMPUTE_64F
+    else:
+        real, kind, compute = ctypes.c_float, runtime.CUDA_R_32F, cublas.CUBLAS_COMPUTE_32F
+        if _precision == "tf32":
+            compute = cublas.CUBLAS_COMPUTE_32F_FAST_TF32
+
+    def operand(x: Array) -> tuple[bool, Array, int, int]:
+        """Whether what lies in memory is the transpose of x, then that, its type and the length of its rows."""
+        transposed = x.flags.f_contiguous and not x.flags.c_contiguous
+        memory = x.T if transposed else cp.ascontiguousarray(x)
+        return transposed, memory, runtime.CUDA_R_16BF if x.dtype.itemsize == 2 else kind, memory.shape[1]
+
+    (a_transposed, a_memory, *a_type), (b_transposed, b_memory, *b_type) = operand(a), operand(b)
+    out, one, zero = cp.empty((len(a), b.shape[1]), numpy.dtype(real)), real(1), real(0)
+    handle = pointer(cp.cuda.get_cublas_handle())
+    status = (
+        library.cublasSetStream_v2(handle, pointer(cp.cuda.get_current_stream().ptr)),
+        library.cublasSetWorkspace_v2(handle, pointer(workspace.data.ptr), ctypes.c_size_t(WORKSPACE)),
+        library.cublasGemmEx(
+            handle, int(b_transposed), int(a_transposed), b.shape[1], len(a), len(b),
+            ctypes.byref(one), pointer(b_memory.data.ptr), *b_type, pointer(a_memory.data.ptr), *a_type,
+            ctypes.byref(zero), pointer(out.data.ptr), kind, out.shape[1], compute, cublas.CUBLAS_GEMM_DEFAULT,
+        ),
+    )  # fmt: skip
+    if any(status):
+        raise RuntimeError(f"cuBLAS refuses a product of {a.shape} and {b.shape}, {a.dtype}: {status}")
+    return out
+
+
+class _Graph:
+    """What function(*inputs) starts on the card, as a CUDA graph: all of it costs the host no more than one kernel.
+
+    The first call runs as it is, which compiles the kernels; the second one records. From then on every array has its
+    place: inputs are copied to theirs, the outputs of a call are overwritten by the next one, and what lies in between
+    is from a pool that nobody else draws from. Recording computes nothing yet.
+    """
+
+    def __init__(self):
+        self.calls, self.graph = 0, None
+
+    def __call__(self, function, *inputs: Array):
+        self.calls += 1
+        if self.calls == 2:
+            try:
+                self.record(function, inputs)
+            except (RuntimeError, MemoryError) as error:
+                warnings.warn(f"without a CUDA graph, kernel by kernel: {error}", stacklevel=3)
+        if self.graph is None:
+            return function(*inputs)
+        for place, a in zip(self.inputs, inputs, strict=True):
+            place[...] = a
+        self.graph.launch()
+        return self.outputs
+
+    def record(self, function, inputs: tuple[Array, ...]) -> None:
+        cp.get_default_memory_pool().free_all_blocks()  # what the first call needed
+        places, pool, stream = [a.copy() for a in inputs], cp.cuda.MemoryPool(), cp.cuda.Stream(non_blocking=True)
+        with stream, cp.cuda.using_allocator(pool.malloc):
+            stream.begin_capture()
+            try:
+                outputs = function(*places)
+            finally:
+                graph = stream.end_capture()
+        self.graph, self.inputs, self.outputs, self.pool = graph, places, outputs, pool
 
 
 # ---- configuration ------------------------------------------------------------------------------------
@@ -162,6 +247,12 @@ pool, in_threads = grassmann.pool, grassmann.in_threads
 # ---- small ops ----------------------------------------------------------------------------------------
 
 
+def _product(x: Array, W: Array) -> tuple[Array, tuple]:
+    """x W, and the operands, rounded once, as the cache of `linear_backward`; x (..., in), W (in, out)."""
+    rows, W = _rounded(x.reshape(-1, len(W))), _rounded(W)
+    return _matmul(rows, W).reshape(*x.shape[:-1], -1), (rows, W)
+
+
 def linear_forward(x: Array, W: Array, b: Array) -> tuple[Array, tuple]:
     """y = x W + b for x (..., in), W (in, out), b (out); y is (..., out)."""
     y, cache = _product(x, W)
@@ -174,8 +265,7 @@ def linear_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     x, W = cache
     exact = dy.reshape(-1, dy.shape[-1])
     rows = _rounded(exact)
-    dx, dW = (a.astype(dy.dtype, copy=False) for a in (rows @ W.T, x.T @ rows))
-    return dx.reshape(*dy.shape[:-1], -1), dW, _column_sums(exact)
+    return _matmul(rows, W.T).reshape(*dy.shape[:-1], -1), _matmul(x.T, rows), _column_sums(exact)
 
 
 def _column_sums(x: Array) -> Array:
@@ -248,11 +338,11 @@ def _bias_gelu_forward(x: Array, b: Array | None) -> tuple[Array, tuple]:
 def dropout_forward(x: Array, rate: float, rng: numpy.random.Generator | None) -> tuple[Array, tuple | None]:
     """Zero a fraction `rate` of x and divide the rest by 1 - rate, so the mean stays; rng None: x itself.
 
-    `rng` draws one key on the host, the device hashes it with the place of each element.
+    `rng` draws one key, the device hashes it with the place of each element.
     """
     if rng is None or rate == 0:
         return x, None
-    keep = rng.integers(2**63), float(rate)
+    keep = cp.asarray(rng.integers(2**63)), float(rate)
     return dropout_backward(x, keep), keep
 
 
@@ -307,13 +397,13 @@ unit_area_backward = _borrowed(grassmann.unit_area_backward)
 partner_forward, partner_backward = _borrowed(grassmann.partner_forward), _borrowed(grassmann.partner_backward)
 
 
-@functools.lru_cache
+@functools.cache
 def _deltas(offsets: tuple[int, ...]) -> Array:
     """The offsets, on the device."""
     return cp.asarray(offsets, numpy.int32)
 
 
-@functools.lru_cache
+@functools.cache
 def _index_pairs(r: int) -> tuple[Array, Array]:
     """`pairs`, on the device."""
     i, j = grassmann.pairs(r)
@@ -460,8 +550,36 @@ paper_block_backward = _borrowed(grassmann.paper_block_backward)
 
 # ---- the model and its loss ---------------------------------------------------------------------------
 
+def head_forward(h: Array, E: Array) -> tuple[Array, tuple]:
+    """logits = h Eᵀ; h (B, L, d), E (V, d) -> (B, L, V)."""
+    logits, operands = _product(h, E.T)
+    return logits, (h.shape, operands)
+
+
+def head_backward(dlogits: Array, cache: tuple) -> tuple[Array, Array]:
+    """dh = dlogits E,  dE = dlogitsᵀ h."""
+    shape, (h, E_T) = cache
+    rows = _rounded(dlogits.reshape(-1, dlogits.shape[-1]))
+    return _matmul(rows, E_T.T).reshape(shape), _matmul(rows.T, h)
+
+
 model_forward, model_backward = _borrowed(grassmann.model_forward), _borrowed(grassmann.model_backward)
 forward = _borrowed(grassmann.forward)
+
+
+def _forward_and_backward(params: Params, config: Config, x: Array, y: Array, keys: Array | None = None):
+    """The loss and its gradients, each in an array of its own; the dropouts take `keys` one after the other."""
+    rest = iter(() if keys is None else keys)
+    rng = None if keys is None else SimpleNamespace(integers=lambda high: next(rest))
+    logits, cache = model_forward(params, config, x, rng=rng)
+    loss, c_loss = cross_entropy_forward(logits, y)
+    return loss, model_backward(cross_entropy_backward(1.0, c_loss), cache)
+
+
+@functools.lru_cache(maxsize=GRAPHS)
+def _graph(*key) -> _Graph:
+    """A graph of its own for all that decides what is launched where."""
+    return _Graph()
 
 
 def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None, threads: int = 1):
@@ -469,12 +587,18 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
 
     `seed` (a whole number or a tuple of them) drives dropout; None switches it off. The loss is an array of
     the device, and float(loss) waits for it. `threads` is not used.
+
+    From the second call for the same parameters and shapes on, a CUDA graph does it. With attention it cannot be
+    recorded: CuPy's products of stacks of matrices refuse.
     """
-    rng = None if seed is None else numpy.random.default_rng(seed)
-    logits, cache = model_forward(params, config, cp.asarray(x), rng=rng)
-    loss, c_loss = cross_entropy_forward(logits, cp.asarray(y))
-    grads = model_backward(cross_entropy_backward(1.0, c_loss), cache)
-    return loss, Flat({name: grads[name] for name in params})
+    run, inputs = functools.partial(_forward_and_backward, params, config), [cp.asarray(x), cp.asarray(y)]
+    if seed is not None and config.dropout:
+        inputs.append(cp.asarray(numpy.random.default_rng(seed).integers(2**63, size=2 * config.n_layer + 1)))
+    if config.mixer == "grassmann":
+        arrays = [(a.data.ptr, a.dtype) for a in params.values()], [(a.shape, a.dtype) for a in inputs]
+        run = functools.partial(_graph(config, _precision, *map(tuple, arrays)), run)
+    loss, grads = run(*inputs)
+    return loss.copy(), Flat({name: grads[name] for name in params})
 
 
 # ---- optimiser ----------------------------------------------------------------------------------------

@@ -634,6 +634,18 @@ def paper_block_backward(dout: Array, cache: tuple, config: Config) -> tuple[Arr
 # ---- the model and its loss ---------------------------------------------------------------------------
 
 
+def head_forward(h: Array, E: Array) -> tuple[Array, tuple]:
+    """logits = h Eᵀ: a state is compared with every token's embedding; h (B, L, d), E (V, d) -> (B, L, V)."""
+    return (h.reshape(-1, E.shape[1]) @ E.T).reshape(*h.shape[:-1], -1), (h, E)
+
+
+def head_backward(dlogits: Array, cache: tuple) -> tuple[Array, Array]:
+    """dh = dlogits E,  dE = dlogitsᵀ h."""
+    h, E = cache
+    dlogits, rows = dlogits.reshape(-1, len(E)), h.reshape(-1, E.shape[1])
+    return (dlogits @ E).reshape(h.shape), dlogits.T @ rows
+
+
 def model_forward(params: Params, config: Config, tokens: Array, past=None, start: int = 0, rng=None):
     """Embed, N blocks, project onto the embedding: tokens (B, L) -> logits (B, L, V), cache.
 
@@ -654,16 +666,14 @@ def model_forward(params: Params, config: Config, tokens: Array, past=None, star
         c_blocks.append(cache)
     if config.block == "prenorm":
         h, c_ln = layernorm_forward(h, params["ln_f.w"], params["ln_f.b"])
-    E = params["E"]
-    logits = (h.reshape(-1, E.shape[1]) @ E.T).reshape(*tokens.shape, -1)
-    return logits, (config, E, c_embed, keep, c_blocks, c_ln, h)
+    logits, c_head = head_forward(h, params["E"])
+    return logits, (config, c_embed, keep, c_blocks, c_ln, c_head)
 
 
 def model_backward(dlogits: Array, cache: tuple) -> Params:
     """Gradients of all parameters. E is used twice, as embedding and as head: its two gradients add up."""
-    config, E, c_embed, keep, c_blocks, c_ln, h = cache
-    dlogits = dlogits.reshape(-1, len(E))
-    dh, dE = (dlogits @ E).reshape(h.shape), dlogits.T @ h.reshape(-1, E.shape[1])
+    config, c_embed, keep, c_blocks, c_ln, c_head = cache
+    dh, dE = head_backward(dlogits, c_head)
     grads = {}
     if c_ln is not None:
         dh, grads["ln_f.w"], grads["ln_f.b"] = layernorm_backward(dh, c_ln)
@@ -673,8 +683,8 @@ def model_backward(dlogits: Array, cache: tuple) -> Params:
         grads |= prefixed(f"blocks.{i}.", block)
     dh = dropout_backward(dh, keep)
     if config.positions:
-        grads["P"] = np.zeros((config.context, h.shape[-1]), h.dtype)
-        grads["P"][: h.shape[1]] = dh.sum(0)
+        grads["P"] = np.zeros((config.context, dh.shape[-1]), dh.dtype)
+        grads["P"][: dh.shape[1]] = dh.sum(0)
     grads["E"] = dE + embedding_backward(dh, c_embed)
     return grads
 

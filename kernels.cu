@@ -138,10 +138,10 @@ extern "C" __global__ void bias_gelu_backward(
 
 // y = keep ⊙ x / (1 - rate), where keep_i = [random_i >= rate] is a function of the key and i alone (SplitMix64,
 // Steele, Lea and Flood 2014), so that the backward draws it again instead of storing it
-extern "C" __global__ void dropout(long long n, long long key, real rate, const real* x, real* y) {
+extern "C" __global__ void dropout(long long n, const long long* key, real rate, const real* x, real* y) {
     const long long i = element();
     if (i >= n) return;
-    unsigned long long bits = key + (i + 1) * 0x9e3779b97f4a7c15ull;
+    unsigned long long bits = *key + (i + 1) * 0x9e3779b97f4a7c15ull;
     bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9ull;
     bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebull;
     bits ^= bits >> 31;

@@ -3,10 +3,14 @@
 Its arrays are NumPy's inside, but like CuPy's they refuse to meet an array of the host: what would raise on a
 card raises here. New memory holds NaN, and kernels see their arguments between guards, so that what is not
 written, or beside an array, does not go unnoticed. Kernels are the same file, compiled by the host's C++
-compiler behind cuda_on_cpu.h. Only what gpu.py uses is here; a test compares the names with the real CuPy.
+compiler behind cuda_on_cpu.h. cuBLAS is a library that ctypes loads, as on a card. What runs while a stream
+captures is remembered and done again at each launch of the graph; copies between the sides raise, as on a card.
+Only what gpu.py uses is here; a test compares the names with the real CuPy.
 """
 
+import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -33,7 +37,7 @@ class ndarray:
         raise TypeError("implicit conversion to a NumPy array is not allowed; use asnumpy")
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):  # NumPy's scalars come here: np.float32(2) * array
-        return device(getattr(ufunc, method)(*map(host, inputs), **{key: host(a) for key, a in kwargs.items()}))
+        return function(getattr(ufunc, method))(*inputs, **kwargs)
 
     def __getattr__(self, name):
         if name.startswith("__"):  # above all __array_interface__, a way around __array__
@@ -41,14 +45,18 @@ class ndarray:
         found = getattr(self.host, name)
         return function(found) if callable(found) else device(found)
 
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=self.host.ctypes.data)
+
     def __getitem__(self, key):
-        return device(self.host[host(key)])
+        return function(self.host.__getitem__)(key)
 
     def __setitem__(self, key, value):
-        self.host[host(key)] = host(value)
+        function(self.host.__setitem__)(key, value)
 
     def __iter__(self):
-        return map(device, iter(self.host))
+        return (self[k] for k in range(len(self)))
 
     def __len__(self):
         return len(self.host)
@@ -77,9 +85,35 @@ def device(value):
 
 def function(of_numpy):
     def of_device(*args, **kwargs):
-        return device(of_numpy(*map(host, args), **{name: host(value) for name, value in kwargs.items()}))
+        args, kwargs = host(args), {name: host(value) for name, value in kwargs.items()}
+        return launched(lambda: of_numpy(*args, **kwargs))
 
     return of_device
+
+
+captured = None  # while a stream captures: what its graph is to do
+
+
+def launched(compute):
+    """What compute() gives, on the device; a graph that is being captured will compute it anew, into the same place."""
+    result = device(compute())
+
+    def again():
+        parts = [(result, compute())]
+        for place, new in parts:  # grows
+            if isinstance(place, ndarray) and not np.shares_memory(place.host, new):
+                place.host[...] = new
+            elif isinstance(place, (tuple, list)):
+                parts.extend(zip(place, new, strict=True))
+
+    if captured is not None:
+        captured.append(again)
+    return result
+
+
+def not_while_capturing():
+    if captured is not None:
+        raise RuntimeError("cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing")
 
 
 OPERATORS = (
@@ -89,8 +123,10 @@ OPERATORS = (
 for _name in OPERATORS.split():
 
     def _method(self, *others, name=f"__{_name}__"):
-        result = getattr(self.host, name)(*map(host, others))
-        return self if result is self.host else device(result)
+        if name in ("__float__", "__int__", "__bool__"):
+            not_while_capturing()
+        result = function(getattr(self.host, name))(*others)
+        return self if name.startswith("__i") and result.host is self.host else result
 
     setattr(ndarray, f"__{_name}__", _method)
 
@@ -102,19 +138,23 @@ inf, finfo = np.inf, np.finfo
 
 def asarray(value, dtype=None):
     """From either side, without a copy if it is on the device already."""
+    if not isinstance(value, ndarray):
+        not_while_capturing()
     return ndarray(np.asarray(value.host, dtype) if isinstance(value, ndarray) else np.array(value, dtype))
 
 
 def array(value, dtype=None):
-    return ndarray(np.array(value.host if isinstance(value, ndarray) else value, dtype))
+    not_while_capturing()
+    return ndarray(np.array(value, dtype))
 
 
 def asnumpy(value):
+    not_while_capturing()
     return np.array(value.host if isinstance(value, ndarray) else value)
 
 
 def ascontiguousarray(value):
-    return ndarray(np.ascontiguousarray(host(value)))
+    return function(np.ascontiguousarray)(value)
 
 
 def empty(shape, dtype=float):
@@ -152,6 +192,19 @@ def signatures(source: str) -> dict[str, list[tuple[str, str]]]:
     }
 
 
+def compiled(source: str, name: str, flags: list[str]) -> Path:
+    """A shared library, made once for a source and kept beside the compiled Python files."""
+    key = hashlib.sha256((source + HEADER.read_text() + str(flags)).encode()).hexdigest()[:16]
+    library = HEADER.parent / "__pycache__" / f"{name}-{key}.so"
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        command = [COMPILER, "-x", "c++", *flags, "-shared", "-fPIC", "-o", unfinished, "-"]
+        subprocess.run(command, input=source, text=True, check=True)
+        unfinished.replace(library)
+    return library
+
+
 class RawModule:
     """CUDA source, compiled for the CPU."""
 
@@ -160,16 +213,8 @@ class RawModule:
         self.signatures = signatures(code)
         launchers = "".join(f"LAUNCHER({name})\n" for name in self.signatures)
         source = f'#include "{HEADER}"\n{code}\n{launchers}'
-        key = hashlib.sha256((source + HEADER.read_text() + str(options)).encode()).hexdigest()[:16]
-        library = HEADER.parent / "__pycache__" / f"kernels-{key}.so"
-        if not library.exists():
-            library.parent.mkdir(exist_ok=True)
-            unfinished = library.with_suffix(f".{os.getpid()}")
-            flags = ["-x", "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-sign-compare"]
-            command = [COMPILER, *flags, "-shared", "-fPIC", *options, "-o", unfinished, "-"]
-            subprocess.run(command, input=source, text=True, check=True)
-            unfinished.replace(library)
-        self.library = ctypes.CDLL(str(library))
+        flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-sign-compare", *options]
+        self.library = ctypes.CDLL(str(compiled(source, "kernels", flags)))
 
     def get_function(self, name: str):
         launch, parameters = self.library[f"launch_{name}"], self.signatures[name]
@@ -177,6 +222,9 @@ class RawModule:
         dtypes = {"real": self.real, "int": "i4", "double": "f8", "long long": "i8"}
 
         def kernel(grid: tuple, block: tuple, args: tuple) -> None:
+            launched(lambda: run(grid, block, args))
+
+        def run(grid: tuple, block: tuple, args: tuple) -> None:
             assert len(args) == len(parameters), f"{name}: {len(args)} arguments for {len(parameters)} parameters"
             guarded, pointers = {}, []
             for value, (*kind, parameter) in zip(args, parameters, strict=True):
@@ -211,11 +259,125 @@ class RawModule:
         return kernel
 
 
+# ---- cuBLAS -------------------------------------------------------------------------------------------
+
+VERSION = 99  # of a libcublas.so that nobody has
+PARAMETERS = """void* handle, int transa, int transb, int m, int n, int k, const void* alpha,
+    const void* A, int Atype, int lda, const void* B, int Btype, int ldb, const void* beta, void* C, int Ctype, int ldc,
+    int computeType, int algo"""  # as NVIDIA's cublas_api.h declares cublasGemmEx; its enumerations are int
+GEMM = f"""
+#include <stddef.h>
+typedef int Gemm({PARAMETERS});
+static Gemm* gemm;
+extern "C" void in_python(Gemm* f) {{ gemm = f; }}
+extern "C" int cublasSetStream_v2(void* handle, void* stream) {{ return handle ? 0 : 1; }}
+extern "C" int cublasSetWorkspace_v2(void* handle, void* p, size_t size) {{ return p && size > 4096 ? 0 : 7; }}
+extern "C" int cublasGemmEx({PARAMETERS}) {{
+    return gemm({", ".join(parameter.split()[-1] for parameter in PARAMETERS.split(","))});
+}}
+"""
+REALS = {0: np.float32, 1: np.float64, 14: np.uint16}  # CUDA_R_32F, CUDA_R_64F; the upper half of a float: CUDA_R_16BF
+COMPUTE_32F, COMPUTE_64F, COMPUTE_TF32 = 68, 70, 77
+
+
+def matrix(address: int, kind: int, rows: int, columns: int, ld: int, transposed: int = 0) -> np.ndarray:
+    """A matrix (rows, columns) as cuBLAS sees it: column by column, each `ld` numbers from the last."""
+    if transposed:
+        return matrix(address, kind, columns, rows, ld).T
+    assert ld >= rows > 0 and columns > 0, "CUBLAS_STATUS_INVALID_VALUE"
+    item = ctypes.POINTER(np.ctypeslib.as_ctypes_type(REALS[kind]))
+    memory = np.ctypeslib.as_array(ctypes.cast(address, item), ((columns - 1) * ld + rows,))
+    return np.lib.stride_tricks.as_strided(memory, (rows, columns), (memory.itemsize, memory.itemsize * ld))
+
+
+def gemm(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, compute, algo):
+    """C = alpha op(A) op(B) + beta C, for those combinations of types that cuBLAS has."""
+    wide = np.float64 if compute == COMPUTE_64F else np.float32
+    if (Atype, Btype, Ctype, compute) not in [
+        (0, 0, 0, COMPUTE_32F), (0, 0, 0, COMPUTE_TF32), (1, 1, 1, COMPUTE_64F), (14, 14, 0, COMPUTE_32F)
+    ]:  # fmt: skip
+        return 15  # CUBLAS_STATUS_NOT_SUPPORTED
+    a, b = matrix(A, Atype, m, k, lda, transa), matrix(B, Btype, k, n, ldb, transb)
+    c = matrix(C, Ctype, m, n, ldc)
+    factors = [ctypes.cast(p, ctypes.POINTER(np.ctypeslib.as_ctypes_type(wide)))[0] for p in (alpha, beta)]
+    assert factors == [1, 0]
+
+    def exact(x):
+        if Atype == 14:
+            return (x.astype(np.uint32) << 16).view(np.float32)
+        if compute == COMPUTE_TF32:  # to nearest, in the bits
+            return ((np.ascontiguousarray(x).view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+        return x
+
+    launched(lambda: np.matmul(exact(a), exact(b), out=c) is None)
+    return 0
+
+
+pointer, whole = ctypes.c_void_p, ctypes.c_int
+_types = [pointer, *[whole] * 5, pointer, pointer, whole, whole, pointer, whole, whole, pointer, pointer, *[whole] * 4]
+_gemm_in_python = ctypes.CFUNCTYPE(whole, *_types)(gemm)
+
+
+@functools.cache
+def cublas_library() -> ctypes.CDLL:
+    """Loaded under the name by which gpu.py asks for it."""
+    name = f"libcublas.so.{VERSION}"
+    library = ctypes.CDLL(str(compiled(GEMM, name, ["-O1", f"-Wl,-soname,{name}"])))
+    library.in_python(_gemm_in_python)
+    return library
+
+
 # ---- the rest of the library that gpu.py touches --------------------------------------------------------
 
-_compute_types = {}
-_core = types.SimpleNamespace(
-    set_compute_type=lambda dtype, kind: _compute_types.update({np.dtype(dtype): kind}),
-    get_compute_type=lambda dtype: _compute_types[np.dtype(dtype)],
-    _routines_linalg=types.SimpleNamespace(COMPUTE_TYPE_DEFAULT=1, COMPUTE_TYPE_TF32=7),
-)
+
+class Stream:
+    """Work is done at once, whatever the stream."""
+
+    def __init__(self, non_blocking: bool = False):
+        self.ptr = id(self)
+
+    def __enter__(self):
+        streams.append(self)
+
+    def __exit__(self, *_):
+        streams.pop()
+
+    def begin_capture(self):
+        global captured
+        assert get_current_stream() is self and captured is None
+        captured = []
+
+    def end_capture(self):
+        global captured
+        work, captured = captured, None
+        return types.SimpleNamespace(launch=lambda: [again() for again in work])
+
+
+streams = [types.SimpleNamespace(ptr=0)]  # the current one last
+
+
+def get_current_stream():
+    return streams[-1]
+
+
+class MemoryPool:
+    def malloc(self, size: int):
+        raise NotImplementedError("memory is NumPy's here")
+
+    def free_all_blocks(self):
+        not_while_capturing()
+
+
+def get_default_memory_pool():
+    return MemoryPool()
+
+
+cuda = types.SimpleNamespace(
+    Stream=Stream, get_current_stream=get_current_stream, MemoryPool=MemoryPool,
+    using_allocator=lambda malloc: contextlib.nullcontext(), get_cublas_handle=lambda: cublas_library() and 0xB1A5,
+    runtime=types.SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16BF=14),
+    cublas=types.SimpleNamespace(
+        getVersion=lambda handle: VERSION * 10000, CUBLAS_GEMM_DEFAULT=-1, CUBLAS_COMPUTE_32F=COMPUTE_32F,
+        CUBLAS_COMPUTE_64F=COMPUTE_64F, CUBLAS_COMPUTE_32F_FAST_TF32=COMPUTE_TF32,
+    ),
+)  # fmt: skip

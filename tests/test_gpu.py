@@ -167,10 +167,18 @@ def test_every_name_is_one_of_cupy():
     """What the stand-in offers, and what gpu.py uses, exists in the real library."""
     cupy = pytest.importorskip("cupy", reason="no CuPy")
     for name in used_names() | set(cuda_on_cpu.FUNCTIONS.split()):
-        assert found(cupy, name) is not None, name
         assert found(cuda_on_cpu, name) is not None, name
-    linalg = cuda_on_cpu._core._routines_linalg
-    assert {name: getattr(cupy._core._routines_linalg, name) for name in vars(linalg)} == vars(linalg)
+        if not name.startswith("cuda.cublas"):
+            assert found(cupy, name) is not None, name
+    runtime, cublas = vars(cuda_on_cpu.cuda.runtime), vars(cuda_on_cpu.cuda.cublas)
+    assert {name: getattr(cupy.cuda.runtime, name) for name in runtime} == runtime
+    try:
+        from cupy.cuda import cublas as real
+    except ImportError:  # it needs NVIDIA's library, which is large: is there such a name at least?
+        binary = Path(importlib.util.find_spec("cupy_backends.cuda.libs.cublas").origin).read_bytes()
+        assert all(name.encode() in binary for name in cublas) and b"no such name" not in binary
+    else:
+        assert all(getattr(real, name) == value for name, value in cublas.items() if name != "getVersion")
     for name in cuda_on_cpu.OPERATORS.split():
         assert hasattr(cupy.ndarray, f"__{name}__"), name
     assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)  # which the programs report
@@ -291,6 +299,7 @@ ATTENTION = {"W_qkv": (36, 108), "b_qkv": (108,), "W_out": (36, 36), "b_out": (3
 # (op, variant): the shapes of its inputs (a dict is a dict of parameters) and its other arguments
 OPS = {
     ("linear", ""): ([(*T, 5), (5, D), (D,)], []),
+    ("head", ""): ([(*T, D), (V, D)], []),
     ("layernorm", ""): ([(*T, D), (D,), (D,)], []),
     ("layernorm", "narrow"): ([(1, 3), (3,), (3,)], []),
     ("layernorm", "many tokens"): ([(130, 300), (300,), (300,)], []),
@@ -469,11 +478,11 @@ def test_precision(gpu, precision, bound):
     config, params, x, y = fresh_model_and_batch()
     loss, grads = grassmann.loss_and_grads(params, config, x, y)
     gpu.set_precision(precision)
-    core = gpu.cp._core
-    assert core.get_compute_type(np.float32) == core._routines_linalg.COMPUTE_TYPE_TF32
     our_loss, our_grads = gpu.loss_and_grads(gpu.Flat(params), config, x, y)
     assert math.isclose(our_loss, loss, rel_tol=bound)
     same(on_host(gpu, our_grads), on_host(gpu, grads), bound)
+    W = grads["blocks.0.ffn.W_1"]
+    assert relative_error(gpu.cp.asnumpy(our_grads["blocks.0.ffn.W_1"]), W) > 1e-5, "nothing is rounded"
     _, exact, *_ = fresh_model_and_batch(np.float64)  # is never rounded
     same(on_host(gpu, gpu.forward(gpu.Flat(exact), config, x)), [grassmann.forward(exact, config, x)], 1e-12)
 
@@ -499,6 +508,91 @@ def test_a_step_repeats_bit_for_bit(gpu):
     runs = [gpu.loss_and_grads(gpu.Flat(params), config, x, y, 7) for _ in range(2)]
     for a, b in zip(*(on_host(gpu, run) for run in runs), strict=True):
         assert a.tobytes() == b.tobytes()
+
+
+# ---- products and the CUDA graph ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [(3, 5, 7), (1, 5, 1), (64, 1, 2)])
+def test_products_of_transposed_matrices(gpu, rng, precision, sizes):
+    needs_tensor_cores(gpu, precision)
+    if precision == "bfloat16":
+        pytest.importorskip("ml_dtypes", reason="no ml_dtypes")
+    T, inner, d = sizes
+    a, b = rng.standard_normal((T, inner)), rng.standard_normal((inner, d))
+    bound = {"float64": 1e-15, "float32": 1e-6, "tf32": 1e-3, "bfloat16": 1e-2}[precision]
+    gpu.set_precision(precision if precision != "float64" else "float32")
+    real = np.float64 if precision == "float64" else np.float32
+
+    def laid_out(x):
+        """As it is, as the transpose of what lies in memory, and as every other column of it."""
+        x = gpu._rounded(on_device(gpu, x.astype(real)))
+        return x, gpu.cp.ascontiguousarray(x.T).T, gpu.cp.concatenate([x, x], 1)[:, : x.shape[1]]
+
+    for ours in itertools.product(laid_out(a), laid_out(b)):
+        same(on_host(gpu, gpu._matmul(*ours)), [(a @ b).astype(real)], bound)
+
+
+def test_a_product_that_is_refused(gpu, monkeypatch):
+    a = gpu.cp.asarray(np.ones((3, 3)))
+    monkeypatch.setattr(gpu.cp.cuda.cublas, "CUBLAS_COMPUTE_64F", 64)  # half precision: not for float64
+    with pytest.raises(RuntimeError, match=r"cuBLAS refuses a product of \(3, 3\) and \(3, 3\), float64"):
+        gpu._matmul(a, a)
+
+
+GRAPHS = {
+    "taps": {}, "dropout": {"dropout": 0.3}, "positions": {"taps": False, "normalize": True, "positions": True},
+    "paper": {"block": "paper", "taps": False, "dropout": 0.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", GRAPHS.values(), ids=GRAPHS)
+def test_the_graph_does_what_it_recorded(gpu, variant, monkeypatch):
+    """With other batches, other keys for dropout and parameters that have changed; what it gave before stays."""
+    config, params, *_ = model_and_batch(variant)
+    ours, state, rng = gpu.Flat(params), gpu.adamw_init(gpu.Flat(params)), np.random.default_rng(8)
+    gpu._graph.cache_clear()
+    expected, found, launched = [], [], gpu._forward_and_backward
+    for step in range(5):
+        if step == 2:  # from here on it is not needed any more
+            monkeypatch.setattr(gpu, "_forward_and_backward", lambda *_: pytest.fail("kernel by kernel"))
+        x, y = rng.integers(0, config.vocab_size, (2, 3, config.context))
+        keys = np.random.default_rng(step).integers(2**63, size=2 * config.n_layer + 1)
+        arrays = [gpu.cp.asarray(a) for a in ((x, y, keys) if config.dropout else (x, y))]
+        expected.append(on_host(gpu, launched(ours, config, *arrays)))
+        found.append(gpu.loss_and_grads(ours, config, x, y, step))
+        gpu.adamw_step(ours, found[-1][1], state, step, 0.1)
+    for step in range(5):
+        same(on_host(gpu, found[step]), expected[step], 0)
+    assert len({float(loss) for loss, _ in found}) == 5
+
+
+def test_without_a_graph(gpu, monkeypatch):
+    """Where it cannot be recorded it is said once, and the numbers are the same."""
+    config, params, x, y = model_and_batch({})
+    ours, expected, matmul = gpu.Flat(params), grassmann.loss_and_grads(params, config, x, y), gpu._matmul
+
+    def refuses(a, b):
+        if gpu.cp.cuda.get_current_stream().ptr:
+            raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+        return matmul(a, b)
+
+    gpu._graph.cache_clear()
+    monkeypatch.setattr(gpu, "_matmul", refuses)
+    with pytest.warns(UserWarning, match="without a CUDA graph.*unsupported") as warned:
+        for _ in range(4):
+            same(on_host(gpu, gpu.loss_and_grads(ours, config, x, y)), on_host(gpu, expected), 1e-12)
+    assert len(warned) == 1
+
+
+def test_graphs_do_not_pile_up(gpu):
+    config, params, x, y = model_and_batch({})
+    models = [gpu.Flat(params) for _ in range(gpu.GRAPHS + 2)]
+    gpu._graph.cache_clear()
+    for ours in models * 3:
+        gpu.loss_and_grads(ours, config, x, y)
+    assert gpu._graph.cache_info().currsize == gpu.GRAPHS
 
 
 # ---- training, sampling, checkpoints ------------------------------------------------------------------
