@@ -123,7 +123,7 @@ OPERATORS = (
 for _name in OPERATORS.split():
 
     def _method(self, *others, name=f"__{_name}__"):
-        if name in ("__float__", "__int__", "__bool__"):
+        if name in ("__float__", "__int__", "__bool__", "__matmul__", "__rmatmul__"):  # CuPy refuses its products too
             not_while_capturing()
         result = function(getattr(self.host, name))(*others)
         return self if name.startswith("__i") and result.host is self.host else result
@@ -269,8 +269,10 @@ GEMM = f"""
 #include <stddef.h>
 typedef int Gemm({PARAMETERS});
 static Gemm* gemm;
+static void* stream;
 extern "C" void in_python(Gemm* f) {{ gemm = f; }}
-extern "C" int cublasSetStream_v2(void* handle, void* stream) {{ return handle ? 0 : 1; }}
+extern "C" void* current_stream() {{ return stream; }}
+extern "C" int cublasSetStream_v2(void* handle, void* s) {{ return stream = s, handle ? 0 : 1; }}
 extern "C" int cublasSetWorkspace_v2(void* handle, void* p, size_t size) {{ return p && size > 4096 ? 0 : 7; }}
 extern "C" int cublasGemmEx({PARAMETERS}) {{
     return gemm({", ".join(parameter.split()[-1] for parameter in PARAMETERS.split(","))});
@@ -297,6 +299,7 @@ def gemm(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, b
         (0, 0, 0, COMPUTE_32F), (0, 0, 0, COMPUTE_TF32), (1, 1, 1, COMPUTE_64F), (14, 14, 0, COMPUTE_32F)
     ]:  # fmt: skip
         return 15  # CUBLAS_STATUS_NOT_SUPPORTED
+    assert (cublas_library().current_stream() or 0) == get_current_stream().ptr
     a, b = matrix(A, Atype, m, k, lda, transa), matrix(B, Btype, k, n, ldb, transb)
     c = matrix(C, Ctype, m, n, ldc)
     factors = [ctypes.cast(p, ctypes.POINTER(np.ctypeslib.as_ctypes_type(wide)))[0] for p in (alpha, beta)]
@@ -324,6 +327,7 @@ def cublas_library() -> ctypes.CDLL:
     name = f"libcublas.so.{VERSION}"
     library = ctypes.CDLL(str(compiled(GEMM, name, ["-O1", f"-Wl,-soname,{name}"])))
     library.in_python(_gemm_in_python)
+    library.current_stream.restype = pointer
     return library
 
 

@@ -65,6 +65,7 @@ def gpu(request):
     module = request.getfixturevalue(request.param)
     yield module
     module.set_precision("float32")
+    module._graph.cache_clear()
 
 
 def on_device(gpu, value):
@@ -552,7 +553,6 @@ def test_the_graph_does_what_it_recorded(gpu, variant, monkeypatch):
     """With other batches, other keys for dropout and parameters that have changed; what it gave before stays."""
     config, params, *_ = model_and_batch(variant)
     ours, state, rng = gpu.Flat(params), gpu.adamw_init(gpu.Flat(params)), np.random.default_rng(8)
-    gpu._graph.cache_clear()
     expected, found, launched = [], [], gpu._forward_and_backward
     for step in range(5):
         if step == 2:  # from here on it is not needed any more
@@ -578,7 +578,6 @@ def test_without_a_graph(gpu, monkeypatch):
             raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
         return matmul(a, b)
 
-    gpu._graph.cache_clear()
     monkeypatch.setattr(gpu, "_matmul", refuses)
     with pytest.warns(UserWarning, match="without a CUDA graph.*unsupported") as warned:
         for _ in range(4):
@@ -586,10 +585,57 @@ def test_without_a_graph(gpu, monkeypatch):
     assert len(warned) == 1
 
 
+def test_attention_is_not_recorded(gpu, recwarn):
+    config, params, x, y = model_and_batch({"mixer": "attention"})
+    ours, expected = gpu.Flat(params), grassmann.loss_and_grads(params, config, x, y)
+    for _ in range(3):
+        same(on_host(gpu, gpu.loss_and_grads(ours, config, x, y)), on_host(gpu, expected), 1e-12)
+    assert not recwarn.list
+
+
+def test_a_graph_that_does_not_fit_into_memory(gpu, monkeypatch):
+    """Its arrays come on top of what the first call needed."""
+    config, params, x, y = model_and_batch({})
+    ours, expected, empty = gpu.Flat(params), grassmann.loss_and_grads(params, config, x, y), gpu.cp.empty
+
+    def full(*args):
+        if gpu.cp.cuda.get_current_stream().ptr:
+            raise MemoryError("out of memory")
+        return empty(*args)
+
+    monkeypatch.setattr(gpu.cp, "empty", full)
+    with pytest.warns(UserWarning, match="out of memory"):
+        for _ in range(2):
+            same(on_host(gpu, gpu.loss_and_grads(ours, config, x, y)), on_host(gpu, expected), 1e-12)
+
+
+def test_each_shape_and_precision_has_its_graph(gpu):
+    config, params, x, y = fresh_model_and_batch()
+    ours = gpu.Flat(params)
+    for rows, precision in itertools.product([slice(0, 2), slice(0, 5), slice(3, 5)], ["float32", "tf32"]):
+        needs_tensor_cores(gpu, precision)
+        gpu.set_precision(precision)
+        expected = on_host(gpu, gpu._forward_and_backward(ours, config, *(gpu.cp.asarray(a[rows]) for a in (x, y))))
+        for _ in range(3):
+            same(on_host(gpu, gpu.loss_and_grads(ours, config, x[rows], y[rows])), expected, 0)
+
+
+def test_every_dropout_has_its_key(gpu):
+    config, params, x, y = model_and_batch({"dropout": 0.3})
+    ours, arrays = gpu.Flat(params), [gpu.cp.asarray(a) for a in (x, y)]
+
+    def loss(changed=None):
+        keys = np.arange(2 * config.n_layer + 1)
+        if changed is not None:
+            keys[changed] = 77
+        return float(gpu._forward_and_backward(ours, config, *arrays, gpu.cp.asarray(keys))[0])
+
+    assert len({loss(), *map(loss, range(2 * config.n_layer + 1))}) == 2 * config.n_layer + 2
+
+
 def test_graphs_do_not_pile_up(gpu):
     config, params, x, y = model_and_batch({})
     models = [gpu.Flat(params) for _ in range(gpu.GRAPHS + 2)]
-    gpu._graph.cache_clear()
     for ours in models * 3:
         gpu.loss_and_grads(ours, config, x, y)
     assert gpu._graph.cache_info().currsize == gpu.GRAPHS
