@@ -125,6 +125,7 @@ MUTATIONS = [
      '_, c_ln = layernorm_forward(h, params["ln_f.w"]'),
     ("model: positions from 0 in a stream", 'params["P"][start:end]', 'params["P"][: end - start]'),
     ("model: context one shorter", "if end > config.context", "if end >= config.context"),
+    ("head backward: dlogits subtracted from E", "dlogits.T @ rows", "-dlogits.T @ rows"),
     ("model backward: head not tied", 'grads["E"] = dE + emb', 'grads["E"] = emb'),
     ("model backward: embedding not tied", "dE + embedding_backward(dh, c_embed)", "dE"),
     ("model backward: mean over positions", "= dh.sum(0)", "= dh.mean(0)"),

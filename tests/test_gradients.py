@@ -34,6 +34,7 @@ OPS = {
     ("partner", "taps"): ([(2, 6, R), (3, R)], [(1, 2, 4), False]),
     ("partner", "taps, normalized"): ([(2, 6, R), (3, R)], [(1, 2, 4), True]),
     ("partner", "taps, far"): ([(2, 6, R), (3, R)], [(5, 6, 9), False]),
+    ("head", ""): ([(2, 3, D), (5, D)], []),
     ("gate", ""): ([(2, 3, D), (2, 3, D), (2 * D, D), (D,)], []),
     ("mix", "average"): ([(2, 6, D), MIX], [(1, 3), True]),
     ("mix", "taps"): ([(2, 6, D), MIX | {"taps": (2, R)}], [(1, 3), False]),
