@@ -8,7 +8,7 @@ of MODES, of which the faster is quoted (--quick tries the first). Each precisio
 
   float32     nothing is rounded
   tf32        operands to 10 bits after the point: `gpu.set_precision`; float32_matmul_precision "high"
-  bfloat16    operands and results to 7 bits, the weights stay float32: `gpu.set_precision`; torch.autocast
+  bfloat16    operands to 7 bits, in PyTorch results too, the weights stay float32: `gpu.set_precision`; torch.autocast
 """
 
 import cpu  # noqa: F401, I001  (before NumPy)

@@ -119,7 +119,7 @@ def _per_chunk(name: str, T: int, columns: int, *args) -> None:
     _launch(name, (-(-T // CHUNK), -(-columns // 256)), (256,), T, CHUNK, *args)
 
 
-_precision = "float32"
+_precision, _bfloat16 = "float32", None
 
 
 def set_precision(precision: str) -> None:
@@ -129,19 +129,20 @@ def set_precision(precision: str) -> None:
     tf32        rounded to 10 bits after the point, on tensor cores (compute capability 8.0 or newer)
     bfloat16    rounded to 7 bits, likewise
 
-    Products of stacks of matrices, which only attention has, are CuPy's, in float32 at all times.
+    Products of stacks of matrices, which only attention has, are CuPy's, in float32 at all times. Raises ValueError
+    on an older card, ImportError without ml_dtypes, which has the dtype.
     """
-    global _precision
+    global _precision, _bfloat16
+    if precision != "float32" and int(cp.cuda.Device().compute_capability) < 80:
+        raise ValueError(f"{precision} needs compute capability 8.0, this card has an older one")
+    if precision == "bfloat16":
+        from ml_dtypes import bfloat16 as _bfloat16
     _precision = precision
 
 
 def _rounded(a: Array) -> Array:
     """The operand of a product, in the precision that is set."""
-    if _precision != "bfloat16" or a.dtype != numpy.float32:
-        return a
-    from ml_dtypes import bfloat16
-
-    return a.astype(bfloat16)
+    return a.astype(_bfloat16) if _precision == "bfloat16" and a.dtype == numpy.float32 else a
 
 
 WORKSPACE = 2**25  # bytes of memory that cuBLAS may use, as much as it takes by itself on an H100

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cuda_on_cpu
 import numpy as np
@@ -468,6 +469,15 @@ def test_model_in_float32(gpu):
 def needs_tensor_cores(gpu, precision):
     if precision != "float32" and gpu.cp is not cuda_on_cpu and int(gpu.cp.cuda.Device().compute_capability) < 80:
         pytest.skip("no GPU of compute capability 8.0")
+
+
+@needs_compiler
+def test_an_older_card_is_refused(stand_in, monkeypatch):
+    monkeypatch.setattr(cuda_on_cpu.cuda, "Device", lambda: SimpleNamespace(compute_capability="75"))
+    for precision in ["tf32", "bfloat16"]:
+        with pytest.raises(ValueError, match=f"{precision} needs compute capability 8.0"):
+            stand_in.set_precision(precision)
+    stand_in.set_precision("float32")
 
 
 @pytest.mark.parametrize("precision, bound", [("tf32", 2e-3), ("bfloat16", 2e-2)])
