@@ -203,7 +203,14 @@ class _Graph:
     """
 
     def __init__(self):
-        self.calls, self.graph = 0, None
+        memory = []
+
+        def malloc(size: int):
+            """For the pool. What it has got stays in `memory`: on a full card it would return what the graph needs."""
+            memory.append(cp.cuda.Memory(size))
+            return cp.cuda.MemoryPointer(memory[-1], 0)
+
+        self.calls, self.graph, self.outputs, self.memory, self.pool = 0, None, None, memory, cp.cuda.MemoryPool(malloc)
 
     def __call__(self, function, *inputs: Array):
         self.calls += 1
@@ -212,6 +219,8 @@ class _Graph:
                 self.record(function, inputs)
             except (RuntimeError, MemoryError) as error:
                 warnings.warn(f"without a CUDA graph, kernel by kernel: {error}", stacklevel=3)
+            if self.graph is None:
+                self.release()
         if self.graph is None:
             return function(*inputs)
         for place, a in zip(self.inputs, inputs, strict=True):
@@ -221,14 +230,22 @@ class _Graph:
 
     def record(self, function, inputs: tuple[Array, ...]) -> None:
         cp.get_default_memory_pool().free_all_blocks()  # what the first call needed
-        places, pool, stream = [a.copy() for a in inputs], cp.cuda.MemoryPool(), cp.cuda.Stream(non_blocking=True)
-        with stream, cp.cuda.using_allocator(pool.malloc):
+        self.inputs, stream = [a.copy() for a in inputs], cp.cuda.Stream(non_blocking=True)
+        with stream, cp.cuda.using_allocator(self.pool.malloc):
             stream.begin_capture()
             try:
-                outputs = function(*places)
+                self.outputs = function(*self.inputs)
             finally:
                 graph = stream.end_capture()
-        self.graph, self.inputs, self.outputs, self.pool = graph, places, outputs, pool
+        self.graph = graph
+
+    def release(self) -> None:
+        """A pool that is dropped does not return its memory to the card."""
+        self.graph = self.outputs = None
+        self.memory.clear()
+        self.pool.free_all_blocks()
+
+    __del__ = release
 
 
 # ---- configuration ------------------------------------------------------------------------------------

@@ -365,8 +365,10 @@ def get_current_stream():
 
 
 class MemoryPool:
-    def malloc(self, size: int):
-        raise NotImplementedError("memory is NumPy's here")
+    """Memory is NumPy's here, whatever the allocator."""
+
+    def __init__(self, malloc=None):
+        self.malloc = malloc
 
     def free_all_blocks(self):
         not_while_capturing()
@@ -378,7 +380,7 @@ def get_default_memory_pool():
 
 cuda = types.SimpleNamespace(
     Device=lambda: types.SimpleNamespace(compute_capability="90"),
-    Stream=Stream, get_current_stream=get_current_stream, MemoryPool=MemoryPool,
+    Stream=Stream, get_current_stream=get_current_stream, MemoryPool=MemoryPool, Memory=bytearray, MemoryPointer=tuple,
     using_allocator=lambda malloc: contextlib.nullcontext(), get_cublas_handle=lambda: cublas_library() and 0xB1A5,
     runtime=types.SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16BF=14),
     cublas=types.SimpleNamespace(

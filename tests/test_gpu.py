@@ -6,6 +6,7 @@ compiled for GPUs by NVRTC, which needs none. On a card, `python -m pytest -m gp
 
 import ast
 import builtins
+import contextlib
 import dis
 import importlib.util
 import inspect
@@ -614,9 +615,12 @@ def test_a_graph_that_does_not_fit_into_memory(gpu, monkeypatch):
         return empty(*args)
 
     monkeypatch.setattr(gpu.cp, "empty", full)
+    released, release = [], gpu._Graph.release
+    monkeypatch.setattr(gpu._Graph, "release", lambda graph: released.append(release(graph)))
     with pytest.warns(UserWarning, match="out of memory"):
-        for _ in range(2):
+        for _ in range(3):
             same(on_host(gpu, gpu.loss_and_grads(ours, config, x, y)), on_host(gpu, expected), 1e-12)
+    assert len(released) == 1
 
 
 def test_each_shape_and_precision_has_its_graph(gpu):
@@ -649,6 +653,37 @@ def test_graphs_do_not_pile_up(gpu):
     for ours in models * 3:
         gpu.loss_and_grads(ours, config, x, y)
     assert gpu._graph.cache_info().currsize == gpu.GRAPHS
+
+
+@pytest.mark.gpu
+def test_memory_of_graphs_is_given_back(card):
+    """Of those that are dropped, and of one that was begun when the card was full."""
+    runtime, empty_pool = card.cp.cuda.runtime, card.cp.get_default_memory_pool().free_all_blocks
+    config = tiny_config(d_model=64, context=64)
+    params, x, y = card.init_params(config), *np.random.default_rng(0).integers(0, config.vocab_size, (2, 64, 64))
+
+    def in_use():
+        empty_pool()
+        free, total = runtime.memGetInfo()
+        return total - free
+
+    card.loss_and_grads(params, config, x, y)
+    card._graph.cache_clear()
+    before = in_use()
+    for _ in range(3):
+        for _ in range(3):
+            card.loss_and_grads(params, config, x, y)
+        assert in_use() > before + 2**22
+        card._graph.cache_clear()
+        assert in_use() < before + 2**22
+    card.loss_and_grads(params, config, x, y)
+    in_use()
+    full = card.cp.cuda.Memory(runtime.memGetInfo()[0] - 2**21)
+    with pytest.warns(UserWarning, match="without a CUDA graph"), contextlib.suppress(MemoryError):
+        card.loss_and_grads(params, config, x, y)
+    del full
+    card.loss_and_grads(params, config, x, y)
+    assert in_use() < before + 2**22
 
 
 # ---- training, sampling, checkpoints ------------------------------------------------------------------
