@@ -93,6 +93,7 @@ def both_sides(precision: str):
         yield gpu
     finally:
         gpu.set_precision("float32")
+        gpu._graph.cache_clear()
         torch.set_float32_matmul_precision("highest")
         torch.compiler.reset()
 

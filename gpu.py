@@ -8,7 +8,8 @@ runs over all of them is one kernel. The loss stays on the device until somebody
 
 All arrays are CuPy arrays, except tokens, which may lie on either side. Batches and initial weights are drawn on
 the host, the same numbers as in grassmann.py; dropout is drawn on the device, from keys that the host draws. A
-checkpoint of either module loads in the other. A token outside the vocabulary goes unnoticed on a GPU.
+checkpoint of either module loads in the other. A token outside the vocabulary goes unnoticed on a GPU. All of this
+is for one device and one thread.
 
 To start a kernel costs the host more than a small kernel costs the card. The pass forward and backward, two hundred
 of them, is therefore recorded as a CUDA graph when it is run for the second time, and launched as one from then on.
@@ -41,7 +42,7 @@ except Exception as error:  # each of these has its own
 np = SimpleNamespace(**vars(cp) | {"random": numpy.random})  # what borrowed functions find under this name
 Array = cp.ndarray
 Params = dict[str, Array]
-SHARD_TOKENS = 8192  # at most so many at a time in a validation: bounds the memory for activations
+SHARD_TOKENS = 2048  # at most so many at a time in a validation: its activations come on top of a graph's
 GRAPHS = 4  # CUDA graphs at a time, each with its own memory for activations
 
 
@@ -78,7 +79,8 @@ def _kernels(real: numpy.dtype):
     """kernels.cu, compiled at its first use for real = float32 or float64."""
     code = Path(__file__).with_name("kernels.cu").read_text(encoding="utf-8")
     code = code.encode("ascii", "backslashreplace").decode()  # CuPy writes it to a file, in the locale's encoding
-    return cp.RawModule(code=code, options=(f"-Dreal={'float' if real == numpy.float32 else 'double'}",))
+    in_c = {"float32": "float", "float64": "double"}[real.name]
+    return cp.RawModule(code=code, options=(f"-Dreal={in_c}",))
 
 
 @functools.cache
@@ -130,9 +132,11 @@ def set_precision(precision: str) -> None:
     bfloat16    rounded to 7 bits, likewise
 
     Products of stacks of matrices, which only attention has, are CuPy's, in float32 at all times. Raises ValueError
-    on an older card, ImportError without ml_dtypes, which has the dtype.
+    on another word or an older card, ImportError without ml_dtypes, which has the dtype.
     """
     global _precision, _bfloat16
+    if precision not in ("float32", "tf32", "bfloat16"):
+        raise ValueError(f"precision must be float32, tf32 or bfloat16, not {precision!r}")
     if precision != "float32" and int(cp.cuda.Device().compute_capability) < 80:
         raise ValueError(f"{precision} needs compute capability 8.0, this card has an older one")
     if precision == "bfloat16":
@@ -141,7 +145,7 @@ def set_precision(precision: str) -> None:
 
 
 def _rounded(a: Array) -> Array:
-    """The operand of a product, in the precision that is set."""
+    """The operand of a product, in bfloat16 if that is set. (To tf32 cuBLAS rounds by itself.)"""
     return a.astype(_bfloat16) if _precision == "bfloat16" and a.dtype == numpy.float32 else a
 
 
@@ -164,38 +168,41 @@ def _matmul(a: Array, b: Array) -> Array:
     """
     library, workspace = _cublas()
     runtime, cublas, pointer = cp.cuda.runtime, cp.cuda.cublas, ctypes.c_void_p
+    types = {"float32": runtime.CUDA_R_32F, "float64": runtime.CUDA_R_64F, "bfloat16": runtime.CUDA_R_16BF}
     if a.dtype == numpy.float64:
-        real, kind, compute = ctypes.c_double, runtime.CUDA_R_64F, cublas.CUBLAS_COMPUTE_64F
+        real, compute = ctypes.c_double, cublas.CUBLAS_COMPUTE_64F
+    elif _precision == "tf32":
+        real, compute = ctypes.c_float, cublas.CUBLAS_COMPUTE_32F_FAST_TF32
     else:
-        real, kind, compute = ctypes.c_float, runtime.CUDA_R_32F, cublas.CUBLAS_COMPUTE_32F
-        if _precision == "tf32":
-            compute = cublas.CUBLAS_COMPUTE_32F_FAST_TF32
+        real, compute = ctypes.c_float, cublas.CUBLAS_COMPUTE_32F
+    out, one, zero = cp.empty((len(a), b.shape[1]), numpy.dtype(real)), real(1), real(0)
 
-    def operand(x: Array) -> tuple[bool, Array, int, int]:
+    def operand(x: Array) -> tuple[int, Array, int, int]:
         """Whether what lies in memory is the transpose of x, then that, its type and the length of its rows."""
         transposed = x.flags.f_contiguous and not x.flags.c_contiguous
         memory = x.T if transposed else cp.ascontiguousarray(x)
-        return transposed, memory, runtime.CUDA_R_16BF if x.dtype.itemsize == 2 else kind, memory.shape[1]
+        return int(transposed), memory, types[x.dtype.name], memory.shape[1]
 
-    (a_transposed, a_memory, *a_type), (b_transposed, b_memory, *b_type) = operand(a), operand(b)
-    out, one, zero = cp.empty((len(a), b.shape[1]), numpy.dtype(real)), real(1), real(0)
+    a_transposed, a_memory, a_type, a_row = operand(a)
+    b_transposed, b_memory, b_type, b_row = operand(b)
     handle = pointer(cp.cuda.get_cublas_handle())
     status = (
         library.cublasSetStream_v2(handle, pointer(cp.cuda.get_current_stream().ptr)),
         library.cublasSetWorkspace_v2(handle, pointer(workspace.data.ptr), ctypes.c_size_t(WORKSPACE)),
         library.cublasGemmEx(
-            handle, int(b_transposed), int(a_transposed), b.shape[1], len(a), len(b),
-            ctypes.byref(one), pointer(b_memory.data.ptr), *b_type, pointer(a_memory.data.ptr), *a_type,
-            ctypes.byref(zero), pointer(out.data.ptr), kind, out.shape[1], compute, cublas.CUBLAS_GEMM_DEFAULT,
+            handle, b_transposed, a_transposed, b.shape[1], len(a), len(b),
+            ctypes.byref(one), pointer(b_memory.data.ptr), b_type, b_row, pointer(a_memory.data.ptr), a_type, a_row,
+            ctypes.byref(zero), pointer(out.data.ptr), types[out.dtype.name], out.shape[1],
+            compute, cublas.CUBLAS_GEMM_DEFAULT,
         ),
     )  # fmt: skip
     if any(status):
-        raise RuntimeError(f"cuBLAS refuses a product of {a.shape} and {b.shape}, {a.dtype}: {status}")
+        raise RuntimeError(f"cuBLAS refuses a product of {a.shape} and {b.shape}, {a.dtype} and {b.dtype}: {status}")
     return out
 
 
 class _Graph:
-    """What function(*inputs) starts on the card, as a CUDA graph: all of it costs the host no more than one kernel.
+    """What function(*inputs) starts on the card, as a CUDA graph: the host then starts it all at once.
 
     The first call runs as it is, which compiles the kernels; the second one records. From then on every array has its
     place: inputs are copied to theirs, the outputs of a call are overwritten by the next one, and what lies in between
@@ -206,11 +213,12 @@ class _Graph:
         memory = []
 
         def malloc(size: int):
-            """For the pool. What it has got stays in `memory`: on a full card it would return what the graph needs."""
+            """For the pool. That gives unused blocks back when the card is full, but the graph still writes to them."""
             memory.append(cp.cuda.Memory(size))
             return cp.cuda.MemoryPointer(memory[-1], 0)
 
-        self.calls, self.graph, self.outputs, self.memory, self.pool = 0, None, None, memory, cp.cuda.MemoryPool(malloc)
+        self.calls, self.memory, self.pool = 0, memory, cp.cuda.MemoryPool(malloc)
+        self.graph = self.stream = self.inputs = self.outputs = None
 
     def __call__(self, function, *inputs: Array):
         self.calls += 1
@@ -219,6 +227,7 @@ class _Graph:
                 self.record(function, inputs)
             except (RuntimeError, MemoryError) as error:
                 warnings.warn(f"without a CUDA graph, kernel by kernel: {error}", stacklevel=3)
+                self.graph = None
             if self.graph is None:
                 self.release()
         if self.graph is None:
@@ -230,18 +239,19 @@ class _Graph:
 
     def record(self, function, inputs: tuple[Array, ...]) -> None:
         cp.get_default_memory_pool().free_all_blocks()  # what the first call needed
-        self.inputs, stream = [a.copy() for a in inputs], cp.cuda.Stream(non_blocking=True)
-        with stream, cp.cuda.using_allocator(self.pool.malloc):
-            stream.begin_capture()
+        self.inputs, self.stream = [a.copy() for a in inputs], cp.cuda.Stream(non_blocking=True)
+        with self.stream, cp.cuda.using_allocator(self.pool.malloc):
+            self.stream.begin_capture()
             try:
                 self.outputs = function(*self.inputs)
             finally:
-                graph = stream.end_capture()
-        self.graph = graph
+                self.graph = self.stream.end_capture()
+        _, grads = self.outputs
+        cp.empty(sum(a.nbytes for a in grads.values()), numpy.uint8)  # is there room for the copies of the outputs?
 
     def release(self) -> None:
-        """A pool that is dropped does not return its memory to the card."""
-        self.graph = self.outputs = None
+        """Give up the graph and its memory, which a pool that is dropped does not return to the card."""
+        self.graph = self.inputs = self.outputs = None
         self.memory.clear()
         self.pool.free_all_blocks()
 
@@ -588,7 +598,7 @@ forward = _borrowed(grassmann.forward)
 def _forward_and_backward(params: Params, config: Config, x: Array, y: Array, keys: Array | None = None):
     """The loss and its gradients, each in an array of its own; the dropouts take `keys` one after the other."""
     rest = iter(() if keys is None else keys)
-    rng = None if keys is None else SimpleNamespace(integers=lambda high: next(rest))
+    rng = None if keys is None else SimpleNamespace(integers=lambda high: next(rest))  # as if it drew them
     logits, cache = model_forward(params, config, x, rng=rng)
     loss, c_loss = cross_entropy_forward(logits, y)
     return loss, model_backward(cross_entropy_backward(1.0, c_loss), cache)
@@ -606,16 +616,18 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
     `seed` (a whole number or a tuple of them) drives dropout; None switches it off. The loss is an array of
     the device, and float(loss) waits for it. `threads` is not used.
 
-    From the second call for the same parameters and shapes on, a CUDA graph does it. With attention it cannot be
-    recorded: CuPy's products of stacks of matrices refuse.
+    A CUDA graph does it, from the second call on with parameters in the same place in memory, the same configuration,
+    precision and shapes. Attention cannot be recorded: CuPy's products of stacks of matrices refuse.
     """
-    run, inputs = functools.partial(_forward_and_backward, params, config), [cp.asarray(x), cp.asarray(y)]
+    inputs = [cp.asarray(x), cp.asarray(y)]
     if seed is not None and config.dropout:
         inputs.append(cp.asarray(numpy.random.default_rng(seed).integers(2**63, size=2 * config.n_layer + 1)))
-    if config.mixer == "grassmann":
-        arrays = [(a.data.ptr, a.dtype) for a in params.values()], [(a.shape, a.dtype) for a in inputs]
-        run = functools.partial(_graph(config, _precision, *map(tuple, arrays)), run)
-    loss, grads = run(*inputs)
+    run = functools.partial(_forward_and_backward, params, config)
+    if config.mixer == "attention":
+        loss, grads = run(*inputs)
+    else:
+        places, shapes = [(a.data.ptr, a.dtype) for a in params.values()], [(a.shape, a.dtype) for a in inputs]
+        loss, grads = _graph(config, _precision, tuple(places), tuple(shapes))(run, *inputs)
     return loss.copy(), Flat({name: grads[name] for name in params})
 
 

@@ -380,8 +380,10 @@ def get_default_memory_pool():
 
 cuda = types.SimpleNamespace(
     Device=lambda: types.SimpleNamespace(compute_capability="90"),
-    Stream=Stream, get_current_stream=get_current_stream, MemoryPool=MemoryPool, Memory=bytearray, MemoryPointer=tuple,
-    using_allocator=lambda malloc: contextlib.nullcontext(), get_cublas_handle=lambda: cublas_library() and 0xB1A5,
+    Stream=Stream, get_current_stream=get_current_stream, MemoryPool=MemoryPool, Memory=bytearray,
+    MemoryPointer=lambda memory, offset: (memory, offset),
+    using_allocator=lambda malloc: contextlib.nullcontext(malloc(512)),
+    get_cublas_handle=lambda: cublas_library() and 0xB1A5,
     runtime=types.SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16BF=14),
     cublas=types.SimpleNamespace(
         getVersion=lambda handle: VERSION * 10000, CUBLAS_GEMM_DEFAULT=-1, CUBLAS_COMPUTE_32F=COMPUTE_32F,

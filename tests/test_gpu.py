@@ -479,6 +479,8 @@ def test_an_older_card_is_refused(stand_in, monkeypatch):
         with pytest.raises(ValueError, match=f"{precision} needs compute capability 8.0"):
             stand_in.set_precision(precision)
     stand_in.set_precision("float32")
+    with pytest.raises(ValueError, match="not 'float16'"):
+        stand_in.set_precision("float16")
 
 
 @pytest.mark.parametrize("precision, bound", [("tf32", 2e-3), ("bfloat16", 2e-2)])
@@ -548,6 +550,12 @@ def test_products_of_transposed_matrices(gpu, rng, precision, sizes):
 
 def test_a_product_that_is_refused(gpu, monkeypatch):
     a = gpu.cp.asarray(np.ones((3, 3)))
+    with pytest.raises(KeyError, match="float16"):
+        gpu._matmul(a.astype(np.float16), a.astype(np.float16))
+    with pytest.raises(RuntimeError, match="float64 and float32"):
+        gpu._matmul(a, a.astype(np.float32))
+    with pytest.raises(RuntimeError, match="float32 and float64"):
+        gpu._matmul(a.astype(np.float32), a)
     monkeypatch.setattr(gpu.cp.cuda.cublas, "CUBLAS_COMPUTE_64F", 64)  # half precision: not for float64
     with pytest.raises(RuntimeError, match=r"cuBLAS refuses a product of \(3, 3\) and \(3, 3\), float64"):
         gpu._matmul(a, a)
@@ -604,16 +612,18 @@ def test_attention_is_not_recorded(gpu, recwarn):
     assert not recwarn.list
 
 
-def test_a_graph_that_does_not_fit_into_memory(gpu, monkeypatch):
+@pytest.mark.parametrize("when", ["recording", "the outputs are to be copied"])
+def test_a_graph_that_does_not_fit_into_memory(gpu, monkeypatch, when):
     """Its arrays come on top of what the first call needed."""
     config, params, x, y = model_and_batch({})
     ours, expected, empty = gpu.Flat(params), grassmann.loss_and_grads(params, config, x, y), gpu.cp.empty
 
-    def full(*args):
-        if gpu.cp.cuda.get_current_stream().ptr:
+    def full(shape, dtype):
+        if gpu.cp.cuda.get_current_stream().ptr if when == "recording" else dtype == np.uint8:
             raise MemoryError("out of memory")
-        return empty(*args)
+        return empty(shape, dtype)
 
+    gpu.loss_and_grads(gpu.Flat(params), config, x, y)  # (cuBLAS has its workspace)
     monkeypatch.setattr(gpu.cp, "empty", full)
     released, release = [], gpu._Graph.release
     monkeypatch.setattr(gpu._Graph, "release", lambda graph: released.append(release(graph)))
@@ -659,8 +669,10 @@ def test_graphs_do_not_pile_up(gpu):
 def test_memory_of_graphs_is_given_back(card):
     """Of those that are dropped, and of one that was begun when the card was full."""
     runtime, empty_pool = card.cp.cuda.runtime, card.cp.get_default_memory_pool().free_all_blocks
+    if os.name == "nt":
+        pytest.skip("Windows lends a full card the computer's memory")
     config = tiny_config(d_model=64, context=64)
-    params, x, y = card.init_params(config), *np.random.default_rng(0).integers(0, config.vocab_size, (2, 64, 64))
+    params, x, y = card.init_params(config), *np.random.default_rng(0).integers(0, config.vocab_size, (2, 512, 64))
 
     def in_use():
         empty_pool()
@@ -673,17 +685,17 @@ def test_memory_of_graphs_is_given_back(card):
     for _ in range(3):
         for _ in range(3):
             card.loss_and_grads(params, config, x, y)
-        assert in_use() > before + 2**22
+        assert in_use() > before + 2**24
         card._graph.cache_clear()
-        assert in_use() < before + 2**22
+        assert in_use() < before + 2**24
     card.loss_and_grads(params, config, x, y)
     in_use()
-    full = card.cp.cuda.Memory(runtime.memGetInfo()[0] - 2**21)
+    full = card.cp.cuda.Memory(runtime.memGetInfo()[0] - 2**25)
     with pytest.warns(UserWarning, match="without a CUDA graph"), contextlib.suppress(MemoryError):
         card.loss_and_grads(params, config, x, y)
     del full
     card.loss_and_grads(params, config, x, y)
-    assert in_use() < before + 2**22
+    assert in_use() < before + 2**24
 
 
 # ---- training, sampling, checkpoints ------------------------------------------------------------------
