@@ -585,12 +585,14 @@ def test_gpu_table_with_a_known_clock(cpu_plays_the_card, monkeypatch):
 
 @needs_compiler
 def test_precision_is_that_of_both_sides(cpu_plays_the_card):
-    torch, core = need_torch(), cuda_on_cpu._core
+    torch, gpu = need_torch(), cpu_plays_the_card
     for precision, theirs in (("float32", "highest"), ("tf32", "high")):
         with bench_gpu.both_sides(precision):
             assert torch.get_float32_matmul_precision() == theirs
-            assert core.get_compute_type(np.float32) == {"float32": 1, "tf32": 7}[precision]
-        assert (torch.get_float32_matmul_precision(), core.get_compute_type(np.float32)) == ("highest", 1)
+            assert gpu._precision == precision
+            gpu._graph("a model that was measured")
+        assert (torch.get_float32_matmul_precision(), gpu._precision) == ("highest", "float32")
+        assert gpu._graph.cache_info().currsize == 0
     model = bench.torch_grassmann(tiny().config(taps=False))
     dtypes, layer = [], model.blocks[0].mix.plu
     layer.register_forward_hook(lambda layer, inputs, output: dtypes.append(output.dtype))
