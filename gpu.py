@@ -228,7 +228,7 @@ class _Graph:
             except (RuntimeError, MemoryError) as error:
                 warnings.warn(f"without a CUDA graph, kernel by kernel: {error}", stacklevel=3)
                 self.graph = None
-            if self.graph is None:
+            if self.graph is None:  # not above, where the error still holds what the function had
                 self.release()
         if self.graph is None:
             return function(*inputs)
@@ -276,7 +276,7 @@ pool, in_threads = grassmann.pool, grassmann.in_threads
 
 
 def _product(x: Array, W: Array) -> tuple[Array, tuple]:
-    """x W, and the operands, rounded once, as the cache of `linear_backward`; x (..., in), W (in, out)."""
+    """x W, and the operands, rounded once, for the backward; x (..., in), W (in, out)."""
     rows, W = _rounded(x.reshape(-1, len(W))), _rounded(W)
     return _matmul(rows, W).reshape(*x.shape[:-1], -1), (rows, W)
 
