@@ -1,14 +1,38 @@
-"""What the programs share: options, errors in one line, the choice between NumPy and CuPy."""
+"""What the programs share: settings for NumPy, options, errors in one line, NumPy or CuPy.
+
+Import it before NumPy: a BLAS reads its settings once, as it loads. Neither of the two changes what
+is computed.
+
+1. One BLAS thread. The matrices of a small model are too small to share between cores; training.py
+   splits the batch instead. (A variable that is set already stays as it is.)
+2. With glibc, keep freed memory. By default the space of large temporaries goes back to the system
+   when they are freed, and the next step has to fault it in anew: a third of a step on one thread.
+"""
 
 import argparse
+import ctypes
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
-import grassmann
+for _variable in ("OPENBLAS", "MKL", "BLIS"):
+    os.environ.setdefault(f"{_variable}_NUM_THREADS", "1")
+os.environ.setdefault("VECLIB_MAXIMUM_THREADS", "1")
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # musl has none
+    for _option, _bytes in ((-1, (1 << 31) - 1), (-2, 1 << 26), (-3, 1 << 25)):
+        ctypes.CDLL(None).mallopt(_option, _bytes)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+
+import grassmann  # noqa: E402
+from checkpoint import load_checkpoint  # noqa: E402
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,8 +67,8 @@ def add_gpu_option(parser) -> None:
         help="of matrix products on the GPU: tf32 and bfloat16 are faster and coarser (default: float32)")  # fmt: skip
 
 
-def backend(gpu: bool, precision: str | None):
-    """The module that computes: grassmann (NumPy) or gpu (CuPy), the same names in both. Raises ValueError."""
+def backend(gpu: bool, precision: str | None = None) -> ModuleType:
+    """The module that computes: grassmann (NumPy) or gpu (CuPy), same names. Raises ValueError."""
     if not gpu:
         if precision is not None:
             raise ValueError("--precision is a choice for GPUs, it needs --gpu")
@@ -58,16 +82,19 @@ def backend(gpu: bool, precision: str | None):
     return cuda
 
 
-def load_trained(model, checkpoint: Path) -> tuple:
-    """(params, config, extra) of a checkpoint that train_char.py wrote; model: grassmann or gpu. Raises ValueError."""
+def load_trained(model: ModuleType, checkpoint: Path) -> tuple:
+    """(params, config, extra) of a checkpoint that train_char.py wrote, for model, grassmann or gpu.
+
+    Raises ValueError.
+    """
     try:
-        params, config, extra = model.load_checkpoint(checkpoint)
+        params, config, extra = load_checkpoint(checkpoint, getattr(model, "Flat", dict))
     except FileNotFoundError:
         raise ValueError(f"{checkpoint} does not exist; train_char.py writes it") from None
     except OSError as error:
         raise ValueError(f"{checkpoint}: {error.strerror}") from None
-    if extra.get("vocab") is None:
-        raise ValueError(f"{checkpoint} has no vocabulary, it was not written by train_char.py")
+    if extra.get("vocab") is None or extra.get("most_common") not in range(config.vocab_size):
+        raise ValueError(f"{checkpoint} was not written by train_char.py")
     return params, config, extra
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 import urllib.request
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,31 @@ Array = np.ndarray
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text as tokens: the last tenth is held out for validation."""
+
+    sha256: str  # of the text
+    vocab: list[int]  # its code points, in order
+    train: Array
+    val: Array
+    most_common: int  # token
+
+
+def read_corpus(data: str | None, context: int) -> Corpus:
+    """The text behind --data, as tokens. Raises ValueError, also if it is too short for the context."""
+    text = load_text(data)
+    n_val = len(text) // 10
+    if len(text) - n_val <= context or n_val < 2:
+        least = max(20, context * 10 // 9 + 1)
+        raise ValueError(f"the text has {len(text)} characters, a context of {context} needs {least}")
+    vocab = vocabulary(text)
+    tokens = encode(text, vocab)
+    most_common = int(np.bincount(tokens[: 1 << 20]).argmax())
+    sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return Corpus(sha256, vocab, tokens[:-n_val], tokens[-n_val:], most_common)
 
 
 def load_text(data: str | None) -> str:

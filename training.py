@@ -1,0 +1,89 @@
+"""One step of training, on all cores: what train_char.py, the comparison and the benchmark repeat.
+
+`model` is the module that computes, grassmann or gpu.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from grassmann import Array, Config, Params
+
+SHARD_TOKENS = 4096  # at most so many at a time in a thread: bounds the memory for activations
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained; the defaults are those of train_char.py."""
+
+    iters: int = 5000
+    batch_size: int = 12  # windows of Config.context tokens a step
+    lr: float = 3e-3  # at its peak
+    min_lr: float | None = None  # at the end; unless given lr / 10
+    warmup_iters: int = 100
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0  # largest norm of all gradients together; 0: any
+    seed: int = 0  # drives initial weights, batches and dropout
+
+
+def train_step(
+    model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
+    step: int, x: Array, y: Array, threads: int = 1,
+) -> float:
+    """One step on the batch x, y (B, L), in place: rate, gradients, clipping, AdamW. The loss."""
+    t, seed = training, (training.seed, step)
+    min_lr = t.lr / 10 if t.min_lr is None else t.min_lr
+    lr = learning_rate(step, t.iters, t.lr, min_lr, t.warmup_iters)
+    loss, grads = loss_and_grads(model, params, config, x, y, seed, threads)
+    if t.grad_clip:
+        model.clip_grads(grads, t.grad_clip)
+    model.adamw_step(params, grads, optimizer, step, lr, weight_decay=t.weight_decay)
+    return loss
+
+
+def learning_rate(step: int, iters: int, lr: float, min_lr: float, warmup_iters: int) -> float:
+    """Linear warm-up from lr / (warmup_iters + 1) to lr, then half a cosine down to min_lr."""
+    if step < warmup_iters:
+        return lr * (step + 1) / (warmup_iters + 1)
+    progress = (step - warmup_iters) / max(1, iters - warmup_iters)
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
+    """map(function, items), on so many threads (NumPy releases the interpreter lock)."""
+    if threads == 1:
+        yield from map(function, items)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(function, items)
+
+
+def loss_and_grads(
+    model: ModuleType, params: Params, config: Config, x: Array, y: Array, seed: tuple | None, threads: int
+) -> tuple[float, Params]:
+    """The model's `loss_and_grads` on so many threads: rows are dealt out in shards of bounded size.
+
+    Their gradients are added in a fixed order: a run repeats bit for bit with as many threads. (A
+    card, which has no `threads`, takes the batch whole.)
+    """
+    if not threads:
+        return model.loss_and_grads(params, config, x, y, seed)
+    n_shards = threads * math.ceil(x.size / (threads * SHARD_TOKENS))
+
+    def shard(rows: Array) -> tuple[float, Params]:
+        own = None if seed is None else [*seed, rows[0]]
+        return model.loss_and_grads(params, config, x[rows], y[rows], own, len(rows) / len(x))
+
+    results = in_threads(shard, np.array_split(np.arange(len(x)), min(n_shards, len(x))), threads)
+    loss, grads = next(results)
+    for shard_loss, shard_grads in results:
+        loss += shard_loss
+        for name, g in shard_grads.items():
+            grads[name] += g
+    return loss, grads
