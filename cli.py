@@ -9,25 +9,48 @@ is computed.
    when they are freed, and the next step has to fault it in anew: a third of a step on one thread.
 """
 
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 10):
+    sys.exit(f"this needs Python 3.10 or newer, not {sys.version.split()[0]}")
+
 import argparse
 import ctypes
 import os
-import sys
+import shlex
+import shutil
+import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-for _variable in ("OPENBLAS", "MKL", "BLIS"):
-    os.environ.setdefault(f"{_variable}_NUM_THREADS", "1")
-os.environ.setdefault("VECLIB_MAXIMUM_THREADS", "1")
+
+def without_traceback(kind: type, error: BaseException, trace: object) -> None:
+    """What ends a program during its imports: Ctrl-C in silence, a missing package with a sentence."""
+    if issubclass(kind, ModuleNotFoundError):
+        install = shlex.join([sys.executable, "-m", "pip", "install", "-r", "requirements.txt"])
+        print(f"{Path(sys.argv[0]).name}: {error.name} is not installed; {install}", file=sys.stderr)
+    elif not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = without_traceback
+for _variable in ("OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):
+    os.environ.setdefault(f"{_variable}_THREADS", "1")
 if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # musl has none
     for _option, _bytes in ((-1, (1 << 31) - 1), (-2, 1 << 26), (-3, 1 << 25)):
         ctypes.CDLL(None).mallopt(_option, _bytes)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
+import numpy as np  # noqa: E402
+
 import grassmann  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
+
+VERSION = "2.0"
 
 
 def available_cores() -> int:
@@ -35,36 +58,44 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+# ---- options ---------------------------------------------------------------------------------------
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, exit code 2."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str | None):
         plain = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=plain, allow_abbrev=False)
+        versions = f"{VERSION} (Python {sys.version.split()[0]}, NumPy {np.__version__})"
+        self.add_argument("--version", action="version", version=f"grassmann {versions}")
 
-    def error(self, message: str):
+    def error(self, message: str) -> None:
+        if "expected one argument" in message:
+            message += " (one that begins with a dash is written --option=-value)"
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
-def number(kind: type, least: float, most: float, *, above: bool = False):
+def number(kind: type, least: float, most: float, *, above: bool = False) -> Callable:
     """A type for argparse: an int or float from least to most (`above`: greater than least)."""
 
-    def parse(text: str):
+    def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
         if not least <= value <= most or (above and value == least):
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'from'} {least:g}, up to {most:g}")
+            rule = f"above {least:,} and at most" if above else f"between {least:,} and"
+            raise argparse.ArgumentTypeError(f"{text} is not {rule} {most:,}")
         return value
 
     return parse
 
 
-def add_gpu_option(parser) -> None:
+def add_gpu_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--gpu", action="store_true", help="run on a CUDA GPU, with CuPy (requirements-gpu.txt)")
     parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default=None,
-        help="of matrix products on the GPU: tf32 and bfloat16 are faster and coarser (default: float32)")  # fmt: skip
+        help="of matrix products on the GPU: tf32 and bfloat16 are faster and coarser (default: float32)")
 
 
 def backend(gpu: bool, precision: str | None = None) -> ModuleType:
@@ -85,8 +116,13 @@ def backend(gpu: bool, precision: str | None = None) -> ModuleType:
 def load_trained(model: ModuleType, checkpoint: Path) -> tuple:
     """(params, config, extra) of a checkpoint that train_char.py wrote, for model, grassmann or gpu.
 
+    Of a run that was stopped before its first validation, last.npz is read in place of best.npz.
     Raises ValueError.
     """
+    last = checkpoint.with_name("last.npz")
+    if checkpoint.name == "best.npz" and not checkpoint.exists() and last.exists():
+        print(f"there is no {checkpoint} yet, so this is {last}", file=sys.stderr)
+        checkpoint = last
     try:
         params, config, extra = load_checkpoint(checkpoint, getattr(model, "Flat", dict))
     except FileNotFoundError:
@@ -98,8 +134,45 @@ def load_trained(model: ModuleType, checkpoint: Path) -> tuple:
     return params, config, extra
 
 
+# ---- words and errors ------------------------------------------------------------------------------
+
+
+def count(n: int, what: str) -> str:
+    """1 thread, 2 threads."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+def command(script: str, *args: object) -> str:
+    """A command line to copy: with the interpreter that runs, and the script as it was found."""
+    python = shutil.which("python")
+    same = python is not None and os.path.realpath(python) == os.path.realpath(sys.executable) \
+        and os.path.dirname(python) == os.path.dirname(sys.executable)
+    words = ["python" if same else sys.executable, str(Path(sys.argv[0]).with_name(script)), *map(str, args)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+class Patient:
+    """A stream whose reader may leave (`| head`) or whose disk may fill: then it is silent."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                print(f"standard output: {error.strerror}; going on without it", file=sys.stderr)
+            leave_quietly()
+        return len(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
 def plain_output() -> None:
-    """No surprises: escape what the terminal cannot show, and let no NumPy warning of an overflow in between.
+    """No surprises: escape what the terminal cannot show, and let no NumPy warning in between.
 
     (Values that are not finite are noticed and reported where they matter.)
     """
@@ -111,13 +184,15 @@ def plain_output() -> None:
 
 
 def leave_quietly() -> None:
-    """Whoever read our output has had enough (`| head`): write the rest nowhere."""
+    """Whoever read our output has had enough: write the rest nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def short_errors(parser: Parser, where: object, memory: str = "not enough memory", stopped: str = "") -> Iterator[None]:
-    """Within the `with` block, what a user can mend ends the program with one line and exit code 2, Ctrl-C with 130.
+    """Within the `with` block, what a user can mend ends the program with one line and exit code 2.
+
+    Ctrl-C ends it with 130.
 
     where     what could not be read or written, if the error names no file
     memory    what to say when there is not enough
@@ -133,5 +208,9 @@ def short_errors(parser: Parser, where: object, memory: str = "not enough memory
         parser.error(f"{error.filename or where}: {error.strerror}")
     except MemoryError:
         parser.error(memory)
+    except RuntimeError as error:
+        if "thread" not in str(error):
+            raise
+        parser.error(f"{error}; --threads 1 needs none")
     except KeyboardInterrupt:
         parser.exit(130, stopped)

@@ -3,55 +3,100 @@
 Characters appear as they are drawn. train_char.py, which trains the model, ends with such a sample too.
 """
 
-import cpu  # noqa: F401, I001  (before NumPy)
-
+import sys
 from pathlib import Path
 
-from cli import Parser, add_gpu_option, backend, load_trained, number, plain_output, short_errors
-from text import encode
+sys.path.insert(0, str(Path(__file__).parent))  # python -P and -I leave it out
+
+import cli  # noqa: I001  (before NumPy)
+
+import random
+from types import ModuleType
+
+from cli import Parser, number, short_errors
+from text import encode, read_file, visible
 
 
-def write_sample(model, params, config, extra: dict, prompt: str, length: int, **how) -> None:
-    """Print the prompt and `length` characters after it, each as it is drawn.
+def write_sample(
+    model: ModuleType, params: dict, config: object, extra: dict, prompt: str, length: int, **how
+) -> str:
+    """Print the prompt and `length` characters after it, each as it is drawn; returns all of it.
 
-    `extra` is the checkpoint's. An empty prompt starts from a newline, or from the most common character
-    if the model knows none; that start is not printed. `how`: temperature, top_k, seed. Raises ValueError
-    on a character that the model never saw.
+    `extra` is the checkpoint's. An empty prompt starts from a newline, or from the most common
+    character if the model knows none; that start is not printed. `how`: temperature, top_k, seed.
+    On a terminal control characters are escaped. Raises ValueError on a character that the model
+    never saw.
     """
-    vocab = extra["vocab"]
+    vocab, written = extra["vocab"], [prompt]
     start = encode(prompt, vocab).tolist() or [vocab.index(10) if 10 in vocab else extra["most_common"]]
     tokens = model.generate(params, config, start, length, **how)
-    print(prompt, end="")
+    show = visible if sys.stdout.isatty() else str
+    print(show(prompt), end="")
     for token in tokens:
-        print(chr(vocab[token]), end="", flush=True)
+        written.append(chr(vocab[token]))
+        print(show(written[-1]), end="", flush=True)
     print()
+    return "".join(written)
+
+
+def read_prompt(prompt: str, escapes: bool) -> str:
+    """--prompt: the text itself, - for the standard input, @FILE for a file. Raises ValueError."""
+    if prompt == "-":
+        return sys.stdin.read()
+    if prompt.startswith("@"):
+        return read_file(Path(prompt[1:]))
+    return prompt.replace("\\n", "\n").replace("\\t", "\t") if escapes else prompt
+
+
+def converse(model: ModuleType, params: dict, config: object, extra: dict, args) -> None:
+    """--interactive: what is typed is appended to the text, and the model goes on from there."""
+    print("type something, and the model goes on; an empty line lets it write on, Ctrl-D ends")
+    text, seed = read_prompt(args.prompt, args.escapes), args.seed
+    while True:
+        try:
+            typed = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        how = {"temperature": args.temperature, "top_k": args.top_k, "seed": seed}
+        try:
+            text = write_sample(model, params, config, extra, text + typed, args.length, **how)[-100_000:]
+        except ValueError as error:
+            print(error)
+        seed += 1
 
 
 def main() -> None:
-    plain_output()
+    cli.plain_output()
     parser = Parser(__doc__)
     add = parser.add_argument
     best = Path("out/best.npz")
     add("checkpoint", nargs="?", type=Path, default=best, help=f"what to sample from (default: {best})")
-    add("--prompt", default="", help="text to go on from (default: empty, as after a line end)")
+    add("--prompt", default="", help="text to go on from; - reads the standard input, @FILE a file "
+        "(default: empty, as after a line end)")
+    add("--escapes", action="store_true", help=r"\n and \t in --prompt are a line end and a tab")
+    add("--interactive", action="store_true", help="type, it goes on, and so forth")
     add("--length", type=number(int, 0, 10**9), default=500, help="characters to write (default: 500)")
     add("--temperature", type=number(float, 0, 100), default=0.8,
-        help="below 1 safer, above 1 wilder, 0 always the likeliest (default: 0.8)")  # fmt: skip
+        help="below 1 safer, above 1 wilder, 0 always the likeliest (default: 0.8)")
     add("--top-k", type=number(int, 1, 10**9), help="draw only among the k likeliest characters (default: all)")
-    add("--seed", type=number(int, 0, 2**63), default=0, help="another seed, another text (default: 0)")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="the same seed, the same text (default: a new one)")
     add("--samples", type=number(int, 1, 10**6), default=1, help="how many, one seed after the other (default: 1)")
-    add_gpu_option(parser)
+    cli.add_gpu_option(parser)
     args = parser.parse_args()
+    if args.seed is None:
+        args.seed = random.SystemRandom().randrange(10**6)
+        print(f"--seed {args.seed} writes this again", file=sys.stderr)
     with short_errors(parser, "standard output", "not enough memory for this model"):
-        model = backend(args.gpu, args.precision)
-        params, config, extra = load_trained(model, args.checkpoint)
-        if extra.get("most_common") not in range(config.vocab_size):
-            raise ValueError(f"{args.checkpoint} was not written by train_char.py")
+        model = cli.backend(args.gpu, args.precision)
+        params, config, extra = cli.load_trained(model, args.checkpoint)
+        if args.interactive:
+            return converse(model, params, config, extra, args)
+        prompt = read_prompt(args.prompt, args.escapes)
         for k in range(args.samples):
             if k:
                 print("-" * 40)
             how = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed + k}
-            write_sample(model, params, config, extra, args.prompt, args.length, **how)
+            write_sample(model, params, config, extra, prompt, args.length, **how)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 A token is a Unicode code point of the text, numbered by its place in the vocabulary.
 """
 
+from __future__ import annotations
+
 import hashlib
 import http.client
 import os
 import sys
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ Array = np.ndarray
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+MOST_BYTES = 1 << 30  # of one file; a device like /dev/zero never ends
 
 
 @dataclass(frozen=True)
@@ -31,40 +34,72 @@ class Corpus:
     most_common: int  # token
 
 
-def read_corpus(data: str | None, context: int) -> Corpus:
-    """The text behind --data, as tokens. Raises ValueError, also if it is too short for the context."""
+def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
+    """The text behind --data as tokens. Raises ValueError, also if it is too short for the context."""
     text = load_text(data)
     n_val = len(text) // 10
     if len(text) - n_val <= context or n_val < 2:
         least = max(20, context * 10 // 9 + 1)
-        raise ValueError(f"the text has {len(text)} characters, a context of {context} needs {least}")
+        raise ValueError(f"the text has {len(text):,} characters, a context of {context} needs {least}")
     vocab = vocabulary(text)
     tokens = encode(text, vocab)
     most_common = int(np.bincount(tokens[: 1 << 20]).argmax())
-    sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return Corpus(sha256, vocab, tokens[:-n_val], tokens[-n_val:], most_common)
+    return Corpus(text_sha256(text), vocab, tokens[:-n_val], tokens[-n_val:], most_common)
 
 
-def load_text(data: str | None) -> str:
-    """The text behind --data. Raises ValueError."""
+def text_sha256(text: str) -> str:
+    """By which a checkpoint knows its text again."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def load_text(data: str | Sequence[str] | None) -> str:
+    """The text behind --data: files, folders, "shakespeare", or Python's documentation if None.
+
+    Of a folder all files below that are UTF-8 text are read, in order of their names. Raises
+    ValueError.
+    """
     if data is None:
-        from pydoc_data.topics import topics
-
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            raise ValueError("this Python came without its documentation; give a text: --data FILE") from None
         return "\n\n".join(text.strip() for _, text in sorted(topics.items())) + "\n"
-    path = shakespeare() if data == "shakespeare" else Path(data)
+    texts = []
+    for name in [data] if isinstance(data, str) else data:
+        path = shakespeare() if name == "shakespeare" else Path(name)
+        files = sorted(file for file in path.rglob("[!.]*") if file.is_file()) if path.is_dir() else [path]
+        for file in files:
+            try:
+                texts.append(read_file(file))
+            except ValueError:
+                if not path.is_dir():  # in a folder there may be other things
+                    raise
+        if not texts:
+            raise ValueError(f"there is no UTF-8 text in {path}")
+    return texts[0] if len(texts) == 1 else "".join(t if t.endswith("\n") else t + "\n" for t in texts)
+
+
+def read_file(path: Path) -> str:
+    """A UTF-8 file, without a byte order mark. Raises ValueError."""
     try:
-        text = path.read_bytes().decode("utf-8", "surrogatepass")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"{path} is larger than {MOST_BYTES >> 30} GB")
+        return content.decode("utf-8", "surrogatepass").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})") from None
+        place = f"byte {error.start} is {error.object[error.start]:#04x}"
+        raise ValueError(f"{path} is not UTF-8 text ({place}); save it as UTF-8 in an editor, or: "
+                         f"iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    return text.removeprefix("\ufeff")  # a byte order mark is no part of the text
 
 
 def shakespeare() -> Path:
     """Tiny Shakespeare, from the cache or the network. Raises ValueError."""
     base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform)
-    advice = "download it in a browser and give it with --data FILE, or leave --data out for the text that Python ships"
+    advice = ("download it in a browser and give it with --data FILE, or leave --data out for the "
+              "text that Python ships")
     try:
         cache = Path(base or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grassmann"
     except RuntimeError:
@@ -72,7 +107,7 @@ def shakespeare() -> Path:
     path = cache / "shakespeare.txt"
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
         return path
-    print(f"downloading {SHAKESPEARE_URL}")
+    print(f"downloading {SHAKESPEARE_URL}", flush=True)
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
             text = response.read(10**7)
@@ -104,14 +139,14 @@ def vocabulary(text: str) -> list[int]:
 
 
 def encode(text: str, vocab: list[int]) -> Array:
-    """Text -> tokens, integers as small as they can be. Raises ValueError naming what is not in the vocabulary."""
+    """Text -> tokens, integers as small as they can be. Raises ValueError, naming what is unknown."""
     known, tokens = np.array(vocab, np.uint32), np.empty(len(text), np.min_scalar_type(len(vocab)))
     for k in range(0, len(text), 1 << 20):
         points = code_points(text[k : k + (1 << 20)])
         ids = np.searchsorted(known, points).clip(0, len(known) - 1)
         if (known[ids] != points).any():
             missing = sorted({chr(c) for c in points[known[ids] != points]})
-            raise ValueError(f"not in the vocabulary: {' '.join(map(ascii, missing[:10]))}")
+            raise ValueError(f"not in the model's vocabulary: {' '.join(map(repr, missing[:10]))}")
         tokens[k : k + len(ids)] = ids
     return tokens
 
@@ -119,3 +154,8 @@ def encode(text: str, vocab: list[int]) -> Array:
 def decode(tokens: Iterable[int], vocab: list[int]) -> str:
     """Tokens -> text."""
     return "".join(chr(vocab[token]) for token in tokens)
+
+
+def visible(text: str) -> str:
+    """For a terminal: control characters escaped, but for line ends and tabs."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

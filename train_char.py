@@ -1,37 +1,62 @@
 """Train a character-level Grassmann-flow model on any text, on a laptop.
 
-  python train_char.py                          the text that every Python ships, a few minutes on two cores
-  python train_char.py --data my.txt            your own text, UTF-8
+  python train_char.py                          the text that every Python ships, some minutes
+  python train_char.py --data my.txt            your own text, UTF-8: files, folders
   python train_char.py --data shakespeare       Tiny Shakespeare, downloaded once
+  python train_char.py --paper                  the paper's own model instead of ours
   python train_char.py --resume                 go on after Ctrl-C, or with a larger --iters
 
-Writes into --out: best.npz (lowest validation loss, for sample.py), last.npz (for --resume), log.csv, loss.png.
-The last tenth of the text is held out for validation. Ctrl-C loses nothing.
+Writes into --out: best.npz (lowest validation loss, for sample.py), last.npz (for --resume),
+log.csv, loss.png. The last tenth of the text is held out for validation. Ctrl-C loses nothing.
+If nobody reads the output any more (| head), the run goes on in silence.
 """
 
-import cpu  # noqa: I001  (before NumPy)
+from __future__ import annotations
 
-import argparse
-import csv
-import math
-import shlex
-import signal
 import sys
-import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # python -P and -I leave it out
+
+import cli  # noqa: I001  (before NumPy)
+
+import argparse
+import itertools
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from types import ModuleType
+from typing import TextIO
+
+import numpy as np
 from tqdm import tqdm
 
-import runs
-from runs import MODEL_DEFAULTS, PACE_DEFAULTS, Run
-from cli import Parser, add_gpu_option, number, plain_output, short_errors
+from checkpoint import load_checkpoint, save_checkpoint
+from cli import Parser, command, count, number, short_errors
+from grassmann import Config, param_shapes
 from sample import write_sample
+from text import read_corpus, visible
+from training import SHARD_TOKENS, Training, in_threads, train_step
 
+LOG_COLUMNS = ["step", "train_loss", "val_loss", "lr", "seconds"]
 LOG_EVERY = 10  # steps per line of log.csv; its training loss is their mean
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-STOP_SIGNALS = [stop for stop in STOP_SIGNALS if signal.getsignal(stop) != signal.SIG_IGN]  # (as nohup has it)
+MOST_VALIDATED = 1_000_000  # characters; of more held out, evenly spread pieces are read
+PACE = ("iters", "lr", "min_lr", "warmup_iters", "eval_every")  # what a resumed run may change
+DEFAULTS = {f.name: f.default for f in fields(Config)[1:] + fields(Training)} | {"data": None, "eval_every": 250}
+PRESETS = {
+    "laptop": ("the defaults: some minutes on two cores", {}),
+    "tiny": ("under a minute, to see that it learns", {"iters": 1000, "d_model": 64, "eval_every": 100}),
+    "best": ("for a megabyte of text: half an hour or more", {
+        "iters": 8000, "eval_every": 500, "n_layer": 6, "d_model": 224, "context": 1024, "batch_size": 2,
+        "dropout": 0.25, "min_lr": 1e-4, "offsets": (
+            (1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 6, 8), (1, 2, 4, 8, 12, 16),
+            (1, 2, 4, 8, 16, 32, 64))}),
+}
 
-# ---- options ------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------
 
 
 def parse_offsets(text: str) -> tuple[tuple[int, ...], ...]:
@@ -43,182 +68,446 @@ def parse_offsets(text: str) -> tuple[tuple[int, ...], ...]:
 
 
 def build_parser() -> Parser:
-    """Options are absent unless given (a resumed run must know which); the help texts name the defaults."""
+    """Options are absent unless given (a resumed run must know which); help texts name defaults."""
     parser = Parser(__doc__)
     parser.argument_default = argparse.SUPPRESS
-    parser.set_defaults(out=Path("out"), resume=False, gpu=False, threads=cpu.available_cores())
-    default = {name: value for name, value in (MODEL_DEFAULTS | PACE_DEFAULTS).items() if value is not None}
+    parser.set_defaults(out=Path("out"), resume=False, paper=False, preset="laptop", gpu=False)
+    parser.set_defaults(threads=cli.available_cores())
 
-    def add(group, flag: str, text: str, **how) -> None:
-        name = flag.lstrip("-").replace("-", "_")
-        group.add_argument(flag, help=f"{text} (default: {default[name]})" if name in default else text, **how)
+    def add(group: argparse._ArgumentGroup, flag: str, text: str, kind: Callable | None = None, **how) -> None:
+        default = DEFAULTS.get(flag.lstrip("-").replace("-", "_"))
+        if kind is not None:
+            how["type"] = kind
+        group.add_argument(flag, help=text if default is None else f"{text} (default: {default})", **how)
 
+    whole, size, switch = number(int, 1, 10**9), number(int, 1, 10**6), {"action": argparse.BooleanOptionalAction}
     run = parser.add_argument_group("the run")
-    add(run, "--data", "a UTF-8 text file, or 'shakespeare' (default: Python's own documentation, pydoc_data.topics)")
-    add(run, "--out", "folder for checkpoints, log and plot (default: out)", type=Path)
-    add(run, "--seed", "drives initial weights, batches and dropout", type=number(int, 0, 2**63))
+    add(run, "--data", "UTF-8 files, folders of them, or 'shakespeare' (default: Python's own documentation)", nargs="+")
+    add(run, "--out", "folder for checkpoints, log and plot (default: out)", Path)
+    add(run, "--preset", "; ".join(f"{name}: {what}" for name, (what, _) in PRESETS.items()), choices=PRESETS)
+    add(run, "--seed", "drives initial weights, batches and dropout", number(int, 0, 2**63 - 1))
     add(run, "--resume", "go on from last.npz; only how long and how fast may change", action="store_true")
-    add(run, "--threads", "CPU threads (default: all cores)", type=number(int, 1, 1024))
-    add_gpu_option(run)
+    add(run, "--threads", "CPU threads (default: all cores)", number(int, 1, 1024))
+    cli.add_gpu_option(run)
     train = parser.add_argument_group("training")
-    size = number(int, 1, 10**6)
-    add(train, "--iters", "training steps", type=number(int, 1, 10**9))
-    add(train, "--batch-size", "windows of text per step", type=size)
-    add(train, "--lr", "peak learning rate", type=number(float, 0, 10, above=True))
-    add(train, "--min-lr", "learning rate at the end (default: lr / 10)", type=number(float, 0, 10))
-    add(train, "--warmup-iters", "steps until the peak", type=number(int, 0, 10**9))
-    add(train, "--weight-decay", "AdamW's, on matrices only", type=number(float, 0, 10))
-    add(train, "--grad-clip", "largest global norm of the gradient, 0 for none", type=number(float, 0, 1e9))
-    add(train, "--dropout", "fraction of activations dropped", type=number(float, 0, 0.99))
-    add(train, "--eval-every", "steps between validations and checkpoints", type=number(int, 1, 10**9))
+    add(train, "--iters", "training steps", whole)
+    add(train, "--batch-size", "windows of text per step", size)
+    add(train, "--lr", "peak learning rate", number(float, 0, 10, above=True))
+    add(train, "--min-lr", "learning rate at the end (default: lr / 10)", number(float, 0, 10))
+    add(train, "--warmup-iters", "steps until the peak", number(int, 0, 10**9))
+    add(train, "--weight-decay", "AdamW's, on matrices only", number(float, 0, 10))
+    add(train, "--grad-clip", "largest global norm of the gradient, 0 for none", number(float, 0, 10**9))
+    add(train, "--dropout", "fraction of activations dropped", number(float, 0, 0.99))
+    add(train, "--eval-every", "steps between validations and checkpoints", whole)
     model = parser.add_argument_group("the model")
-    add(model, "--context", "characters per window", type=size)
-    add(model, "--n-layer", "blocks", type=number(int, 1, 1000))
-    add(model, "--d-model", "width of the hidden states", type=size)
-    add(model, "--d-ff", "inner width of the feed-forward network (default: 2 * d_model; 4 * d_model with attention)",
-        type=size)  # fmt: skip
-    add(model, "--rank", "width of the reduced states that span the planes", type=number(int, 2, 10**4))
+    add(model, "--paper", "the paper's: its block, average, normalisation, positions, one offset a "
+        "layer, d_ff = 4 d_model", action="store_true")
+    add(model, "--context", "characters per window", size)
+    add(model, "--n-layer", "blocks", number(int, 1, 1000))
+    add(model, "--d-model", "width of the hidden states", size)
+    add(model, "--d-ff", "inner width of the feed-forward network (default: 2 d_model; 4 d_model with "
+        "attention)", size)
+    add(model, "--rank", "width of the reduced states that span the planes", number(int, 2, 10**4))
     add(model, "--offsets", 'how far back each layer looks, e.g. "1,2;1,2;4;8" (default: from 1,2 in the '
-        "first layers to 1,2,4,8,12,16 in the last; without taps 1;2;4;8;1;…)", type=parse_offsets)  # fmt: skip
+        "first layers to 1,2,4,8,12,16 in the last; without taps 1;2;4;8;1;…)", parse_offsets)
     add(model, "--block", "residual block, or the paper's", choices=["prenorm", "paper"])
-    add(model, "--taps", "learned weights per offset, or their plain average", action=argparse.BooleanOptionalAction)
-    add(model, "--normalize", "divide bivectors by their length", action=argparse.BooleanOptionalAction)
-    add(model, "--positions", "learned position vectors; sampling beyond the context then re-reads its last half",
-        action=argparse.BooleanOptionalAction)  # fmt: skip
+    add(model, "--taps", "learned weights per offset, or their plain average", **switch)
+    add(model, "--normalize", "divide bivectors by their length", **switch)
+    add(model, "--positions", "learned position vectors; sampling beyond the context then re-reads its "
+        "last half", **switch)
     add(model, "--mixer", "what mixes the tokens", choices=["grassmann", "attention"])
-    add(model, "--n-head", "attention heads", type=size)
+    add(model, "--n-head", "attention heads", size)
     return parser
 
 
-# ---- training -----------------------------------------------------------------------------------------
+def paper(n_layer: int, d_model: int, context: int) -> dict:
+    """--paper at any size; with twelve layers each offset serves two in a row, as in the paper."""
+    offsets = [(1, 2, 4, 8, 12, 16)[i * 6 // max(6, n_layer)] for i in range(n_layer)]
+    return {"block": "paper", "taps": False, "normalize": True, "positions": True, "d_ff": 4 * d_model,
+            "offsets": tuple((delta if delta < context else 1,) for delta in offsets)}
+
+
+# ---- a run -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far a run is: what last.npz holds besides parameters and settings."""
+
+    step: int = 0
+    seconds: float = 0.0  # spent so far
+    recent: list[float] = field(default_factory=list)  # training losses since the last line of the log
+    best: list | None = None  # step and validation loss of best.npz
+    log: list[list] = field(default_factory=list)  # the rows of log.csv
+
+    @classmethod
+    def read(cls, extra: dict) -> Progress:
+        """From a checkpoint, whole or not at all. Raises ValueError and TypeError."""
+        p = cls(extra["step"], extra["seconds"], extra["recent"], extra["best"], extra.get("log", []))
+        rows = [[value or 0 for value in row] for row in [*p.log, [0] * 5] if len(row) == len(LOG_COLUMNS)]
+        steps, losses = zip(p.best or (0, 0), (p.step, p.seconds), *(row[:2] for row in rows), strict=True)
+        numbers = [*losses, *p.recent, *(value for row in rows for value in row[2:])]
+        if len(rows) <= len(p.log) or not all(type(n) is int and 0 <= n < 2**63 for n in steps) \
+                or not all(type(n) in (int, float) and abs(n) < 1e300 for n in numbers):
+            raise ValueError("its progress makes no sense")
+        return p
+
+
+@dataclass
+class Run:
+    """What is trained, with what, and how far it is."""
+
+    model: ModuleType  # grassmann or gpu
+    out: Path
+    threads: int  # 0: on a card
+    settings: dict  # of all options that --resume keeps or may change
+    corpus: object  # text.Corpus
+    config: Config
+    training: Training
+    params: dict
+    optimizer: dict
+    progress: Progress
+
+    def save(self, name: str, **more) -> None:
+        """Write a checkpoint. Raises OSError, and ValueError if the weights are not finite."""
+        p, corpus = self.progress, self.corpus
+        known = {"vocab": corpus.vocab, "most_common": corpus.most_common, "text_sha256": corpus.sha256}
+        try:
+            save_checkpoint(self.out / name, self.params, self.config, **known, **more,
+                            step=p.step, best=p.best, settings=self.settings)
+        except ValueError as error:
+            raise ValueError(f"{error}; {self.diverged('run', 'unstable', p.step)}") from None
+
+    def save_last(self) -> None:
+        """last.npz: all that --resume needs."""
+        p = self.progress
+        self.save("last.npz", **self.optimizer, seconds=p.seconds, log=p.log, recent=self.checked_losses())
+
+    def checked_losses(self) -> list[float]:
+        """The training losses since the last line of the log, as numbers. Raises ValueError."""
+        losses = [float(loss) for loss in self.progress.recent]
+        for step, loss in enumerate(losses, self.progress.step - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise ValueError(self.diverged("loss", loss, step))
+        return losses
+
+    def diverged(self, what: str, value: float | str, step: int) -> str:
+        last = self.out / "last.npz"
+        return f"the {what} became {value} at step {step}: lower --lr; {last} is the last good checkpoint"
+
+
+def make_run(args: argparse.Namespace) -> Run:
+    """A new run, or with --resume the one in last.npz. Raises ValueError and OSError."""
+    model, last = cli.backend(args.gpu, args.precision), args.out / "last.npz"
+    given = PRESETS[args.preset][1] | {k: v for k, v in vars(args).items() if k in DEFAULTS}
+    if given.get("data"):
+        given["data"] = [name if name == "shakespeare" else os.path.abspath(name) for name in given["data"]]
+    saved = resume_point(model, last) if args.resume else {"settings": {}}
+    settings = DEFAULTS | saved["settings"] | given
+    if args.paper:
+        own = paper(settings["n_layer"], settings["d_model"], settings["context"])
+        given, settings = own | given, settings | own | given
+    if settings["min_lr"] is not None and settings["min_lr"] > settings["lr"]:
+        raise ValueError(f"--min-lr ({settings['min_lr']}) must not exceed --lr ({settings['lr']})")
+    corpus = read_corpus(settings["data"], settings["context"])
+    config = Config(len(corpus.vocab), **{f.name: settings[f.name] for f in fields(Config)[1:]})
+    training = Training(**{f.name: settings[f.name] for f in fields(Training)})
+    settings |= {name: value for name, value in asdict(config).items() if name != "vocab_size"}
+    settings["offsets"] = [list(layer) for layer in config.offsets]  # as JSON has them
+    if args.resume:
+        may_go_on(args, saved, settings, corpus.sha256, config)
+    if not args.gpu:  # a GPU has memory of its own, and says when it is full
+        check_memory(config, training.batch_size, args.threads)
+    if not args.resume:
+        params = model.init_params(config, training.seed)
+        saved |= {"params": params, "progress": Progress(), **model.adamw_init(params)}
+    optimizer = {name: saved[name] for name in ("adam_m", "adam_v")}
+    threads = 0 if args.gpu else args.threads
+    return Run(model, args.out, threads, settings, corpus, config, training, saved["params"], optimizer,
+               saved["progress"])
+
+
+def resume_point(model: ModuleType, last: Path) -> dict:
+    """What last.npz holds, and best.npz is whole if it is there. Raises ValueError and OSError."""
+    if not last.exists():
+        raise ValueError(f"nothing to resume: {last} does not exist")
+    params, config, extra = load_checkpoint(last, getattr(model, "Flat", dict))
+    try:
+        settings = dict(extra["settings"])
+        if settings.keys() != DEFAULTS.keys() or not {"adam_m", "adam_v"} <= extra.keys():
+            raise ValueError("settings or optimiser are missing")
+        data = settings["data"]
+        settings["data"] = [data] if isinstance(data, str) else data  # (older runs have one text)
+        saved = extra | {"settings": settings, "progress": Progress.read(extra), "sha256": extra["text_sha256"]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{last} cannot be resumed: {error!s:.200}") from None
+    best = last.with_name("best.npz")
+    if best.exists():
+        load_checkpoint(best)
+    else:
+        saved["progress"].best = None
+    return saved | {"params": params, "config": config}
+
+
+def may_go_on(args: argparse.Namespace, saved: dict, settings: dict, sha256: str, config: Config) -> None:
+    """Does the command ask for the run that was saved? Raises ValueError, saying what differs."""
+    last, before, step = args.out / "last.npz", saved["settings"], saved["progress"].step
+    if step >= settings["iters"]:
+        raise ValueError(f"{last} is at step {step} of {settings['iters']}; to go on, give a larger --iters")
+    for name in DEFAULTS.keys() - {*PACE, "data"}:
+        if settings[name] != before[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--resume cannot change {flag}: {last} has {before[name]}, not {settings[name]}")
+    if sha256 != saved["sha256"]:
+        where = " ".join(settings["data"] or ["pydoc_data.topics"])
+        raise ValueError(f"--resume cannot change the text, and {where} is not what {last} was trained on")
+    if config != saved["config"]:
+        raise ValueError(f"{last} cannot be resumed: its settings are not those of its model")
+
+
+def check_memory(config: Config, batch_size: int, threads: int) -> None:
+    """Refuse, before anything is allocated, what this machine cannot hold. Raises ValueError."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    n_params = sum(math.prod(shape) for shape in param_shapes(config).values())
+    per_token = 16 * config.d_model + 6 * config.d_ff + 3 * config.rank**2
+    if config.mixer == "attention":
+        per_token += 4 * config.n_head * config.context
+    tokens = batch_size * config.context
+    at_a_time = max(min(tokens, threads * SHARD_TOKENS), min(threads, batch_size) * config.context)
+    activations = at_a_time * (config.n_layer * per_token + 4 * config.vocab_size) + 6 * tokens
+    needed = 4 * (n_params * (5 + threads) + activations)  # weights, two means, an update, gradients
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise ValueError(f"this needs about {needed / 1e9:.1f} GB of memory, the machine has {available / 1e9:.1f}")
+
+
+def claim(out: Path) -> None:
+    """Keep the folder for this process until it ends: two runs would mix their files. Raises ValueError."""
+    try:
+        import fcntl
+
+        folder = os.open(out, os.O_RDONLY)  # never closed, and so locked to the end, however that comes
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing into {out}; give this one another --out") from None
+    except (ImportError, OSError):
+        return  # Windows, or a file system without locks
+
+
+def set_aside(out: Path) -> None:
+    """Move the files of an earlier run in `out` to out/previous-N, so that nothing is overwritten."""
+    files = [out / name for name in ("best.npz", "last.npz", "log.csv", "loss.png", "flow") if (out / name).exists()]
+    if files:
+        number = next(k for k in range(1, 10**6) if not (out / f"previous-{k}").exists())
+        folder = out / f"previous-{number}"
+        folder.mkdir()
+        for file in files:
+            file.rename(folder / file.name)
+        print(f"the earlier run in {out} is now in {folder} (--resume would have gone on with it)")
+
+
+def open_log(run: Run) -> TextIO:
+    """log.csv, written anew up to where the checkpoint is, for more lines. One that is not ours is kept."""
+    path = run.out / "log.csv"
+    lines = "".join(log_line(row) for row in [LOG_COLUMNS, *run.progress.log])
+    if path.exists() and not path.read_bytes().startswith(lines.encode()):
+        path.replace(path.with_name("log.old.csv"))
+        print(f"{path} is not as train_char.py wrote it; it is now log.old.csv")
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(lines, encoding="ascii", newline="\n")
+    unfinished.replace(path)
+    return path.open("a", encoding="ascii", newline="\n", buffering=1)
+
+
+def log_line(row: list) -> str:
+    return ",".join("" if cell is None else str(cell) for cell in row) + "\n"
+
+
+# ---- training --------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """Ctrl-C or its like, in the middle of a validation."""
+
+
+def validate(run: Run, signals: list[int]) -> float:
+    """The validation loss, of all that is held out or of MOST_VALIDATED characters. Raises Stopped."""
+    tokens, n = run.model.np.asarray(run.corpus.val), max(1, MOST_VALIDATED // 10_000)
+    pieces = [tokens]
+    if len(tokens) > MOST_VALIDATED:
+        starts = np.linspace(0, len(tokens) - 10_001, n).astype(int)
+        pieces = [tokens[start : start + 10_001] for start in starts.tolist()]
+    total = sum(len(piece) for piece in pieces) // run.config.context
+
+    def each(function: Callable, chunks: Iterable) -> Iterator:
+        for chunk in in_threads(function, chunks, run.threads or 1):
+            if signals:
+                raise Stopped
+            yield chunk
+            bar.update(max(1, 512 // run.config.context))
+
+    with tqdm(total=total, desc="validating", unit="window", leave=False, delay=2, disable=None) as bar:
+        losses = [run.model.validation_loss(run.params, run.config, piece, each) for piece in pieces]
+    return math.fsum(losses) / len(losses)
 
 
 def train(run: Run, signals: list[int]) -> float | None:
     """Steps until --iters or a signal; returns the last validation loss. Raises ValueError, OSError."""
-    model, s = run.model, run.settings
-    min_lr = s["lr"] / 10 if s["min_lr"] is None else s["min_lr"]
-    start_step, started, before = run.step, time.perf_counter(), run.seconds
-    bar = tqdm(total=s["iters"], initial=run.step, unit="step", disable=None, dynamic_ncols=True)
-    val_loss, shown = None, {}
-    with bar, runs.open_log(run) as log:
-        while run.step < s["iters"] and not signals:
-            x, y = model.get_batch(run.train_tokens, s["batch_size"], s["context"], s["seed"], run.step)
-            lr = model.learning_rate(run.step, s["iters"], s["lr"], min_lr, s["warmup_iters"])
-            loss, grads = model.loss_and_grads(run.params, run.config, x, y, (s["seed"], run.step), run.threads)
-            if s["grad_clip"]:
-                model.clip_grads(grads, s["grad_clip"])
-            model.adamw_step(run.params, grads, run.optimizer, run.step, lr, weight_decay=s["weight_decay"])
-            run.step += 1
-            run.recent.append(loss)
-            run.seconds = before + time.perf_counter() - started
+    p, t, model, eval_every = run.progress, run.training, run.model, run.settings["eval_every"]
+    tokens, val_loss, warned = model.np.asarray(run.corpus.train), None, False
+    first, started, before = p.step, time.perf_counter(), p.seconds
+    bar = tqdm(total=t.iters, initial=p.step, unit="step", disable=None, dynamic_ncols=True)
+    with bar, open_log(run) as log:
+        while True:
+            due = p.step % eval_every == 0 or p.step == t.iters
+            if p.recent and (due or p.step % LOG_EVERY == 0):  # (or a stop came in a validation)
+                losses = run.checked_losses()
+                train_loss = math.fsum(losses) / len(losses)
+                try:
+                    val_loss = validate(run, signals) if due else val_loss
+                except Stopped:
+                    break
+                p.log.append([p.step, train_loss, val_loss if due else None, t.rate(p.step - 1), round(p.seconds, 2)])
+                p.recent = []
+                log.write(log_line(p.log[-1]))
+                shown = f"loss {train_loss:.4f}" + (f" val {val_loss:.4f}" if val_loss else "")
+                bar.set_description_str(shown, refresh=False)
+                if due:
+                    keep(run, val_loss)
+                    bar.write(f"step {p.step:6d}   train {train_loss:.4f}   val {val_loss:.4f} nats/char"
+                              f"   {p.seconds:6.1f} s\n  {line_of(run)}")
+                    if not warned and (warned := overfits(p.log)):
+                        bar.write("The validation loss rises while the training loss falls: the model learns "
+                                  "the text by heart. More text, more --dropout or fewer --iters help; "
+                                  "best.npz is from before.")
+            if signals or p.step >= t.iters:
+                break
+            x, y = model.get_batch(tokens, t.batch_size, run.config.context, t.seed, p.step)
+            p.recent.append(train_step(model, run.params, run.config, t, run.optimizer, p.step, x, y, run.threads))
+            p.step += 1
+            p.seconds = before + time.perf_counter() - started
             bar.update()
-            validate = run.step % s["eval_every"] == 0 or run.step == s["iters"]
-            if not validate and run.step % LOG_EVERY:
-                continue
-            losses = runs.checked_losses(run)
-            train_loss = math.fsum(losses) / len(losses)
-            if validate:
-                val_loss = model.validation_loss(run.params, run.config, run.val_tokens, run.threads)
-                if not math.isfinite(val_loss):
-                    raise ValueError(runs.diverged(run, "validation loss", val_loss, run.step))
-                shown["val"] = f"{val_loss:.4f}"
-            log.write(f"{run.step},{train_loss},{val_loss if validate else ''},{lr},{run.seconds:.2f}\n")
-            run.recent = []
-            speed = (run.step - start_step) * s["batch_size"] * s["context"] / (run.seconds - before)
-            bar.set_postfix(loss=f"{train_loss:.4f}", **shown, chars_per_s=f"{speed:,.0f}", refresh=False)
-            if validate:
-                if run.best is None or val_loss < run.best[1]:
-                    run.best = [run.step, val_loss]
-                    runs.save(run, "best.npz")
-                runs.save_last(run)
-                both = f"train {train_loss:.4f}   val {val_loss:.4f} nats/char"  # (last: the reader may have gone)
-                bar.write(f"step {run.step:6d}   {both}   {run.seconds:6.1f} s")
+            if p.step == first + 10 and p.step < t.iters:
+                left = (p.seconds - before) / 10 * (t.iters - p.step)
+                bar.write(f"about {duration(left)} to go")
         if signals:
-            runs.save_last(run)
+            run.save_last()
     return val_loss
 
 
-# ---- afterwards ---------------------------------------------------------------------------------------
+def keep(run: Run, val_loss: float) -> None:
+    """After a validation: last.npz, and best.npz if it is the best so far. Raises ValueError, OSError."""
+    p = run.progress
+    if not math.isfinite(val_loss):
+        raise ValueError(run.diverged("validation loss", val_loss, p.step))
+    if p.best is None or val_loss < p.best[1]:
+        p.best = [p.step, val_loss]
+        run.save("best.npz")
+    run.save_last()
+    plot(run)
+
+
+def line_of(run: Run) -> str:
+    """70 characters that the model writes by now, always from the same start and seed."""
+    vocab, config = run.corpus.vocab, run.config
+    start = [vocab.index(10) if 10 in vocab else run.corpus.most_common]
+    tokens = run.model.generate(run.params, config, start, 70, temperature=0.8, seed=0)
+    return visible("".join(chr(vocab[token]) for token in tokens)).replace("\n", "⏎").replace("\t", " ")
+
+
+def overfits(log: list[list]) -> bool:
+    """Has the validation loss risen three times in a row, while the training loss fell?"""
+    last = [row for row in log if row[2] is not None][-4:]
+    rises = all(a[2] < b[2] for a, b in itertools.pairwise(last))
+    return len(last) == 4 and rises and last[-1][1] < last[0][1]
+
+
+def duration(seconds: float) -> str:
+    return count(round(seconds), "second") if seconds < 100 else f"{seconds / 60:.0f} minutes"
+
+
+# ---- afterwards ------------------------------------------------------------------------------------
 
 
 def plot(run: Run) -> None:
-    """loss.png from log.csv."""
-    import matplotlib
+    """loss.png. Training goes on without it: a font cache, LaTeX, a backend are matplotlib's own."""
+    try:
+        from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with open(run.out / "log.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    curves = {"train_loss": {"label": "training", "lw": 0.8, "alpha": 0.6},
-              "val_loss": {"label": "validation", "marker": "o", "ms": 3}}  # fmt: skip
-    for column, style in curves.items():
-        points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
-        axes.plot([step for step, _ in points], [loss for _, loss in points], **style)
-    axes.set(xlabel="step", ylabel="loss (nats per character)")
-    if run.best:
-        axes.axhline(run.best[1], color="gray", lw=0.8, ls=":")
-        axes.annotate(f"best {run.best[1]:.3f}", run.best, xytext=(0, 6), textcoords="offset points", ha="right")
-    top = axes.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2)))
-    top.set_ylabel("bits per character")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(run.out / "loss.png", dpi=130)
-    plt.close(figure)
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for column, name, style in ((1, "training", {"lw": 0.8, "alpha": 0.6}),
+                                    (2, "validation", {"marker": "o", "ms": 3})):
+            points = [(row[0], row[column]) for row in run.progress.log if row[column] is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, **style)
+        if run.progress.best:
+            axes.axhline(run.progress.best[1], color="gray", lw=0.8, ls=":", label=f"best {run.progress.best[1]:.3f}")
+        axes.set(xlabel="step", ylabel="loss (nats per character)")
+        bits = axes.secondary_yaxis("right", functions=(lambda x: x / math.log(2), lambda x: x * math.log(2)))
+        bits.set_ylabel("bits per character")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(run.out / "loss.png", dpi=130, transparent=True)
+    except Exception as error:
+        tqdm.write(f"no loss.png: {type(error).__name__}: {str(error).splitlines()[0]:.100}")
 
 
 def report(run: Run, val_loss: float, go_on: str) -> None:
     """The numbers, the files and a sample; `go_on` is the command that trains further."""
-    step, best = run.best
-    for name, loss in (("best", best), ("last", val_loss)):
-        at = step if name == "best" else run.step
-        print(f"{name} validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {at}")
-    print(f"{run.out / 'best.npz'}   to sample from: python sample.py {shlex.quote(str(run.out / 'best.npz'))}")
-    print(f"{run.out / 'last.npz'}   to go on from: {go_on} --iters MORE")
+    best, last = run.out / "best.npz", run.out / "last.npz"
+    for name, (step, loss) in {"best": run.progress.best, "last": [run.progress.step, val_loss]}.items():
+        print(f"{name} validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}")
+    print(f"{best}   to sample from: {command('sample.py', best)}")
+    print(f"{last}   to go on from: {go_on} --iters MORE")
     print(f"{run.out / 'log.csv'}, {run.out / 'loss.png'}   the losses\n\nA sample:\n")
-    params, config, extra = run.model.load_checkpoint(run.out / "best.npz")
+    params, config, extra = load_checkpoint(best, getattr(run.model, "Flat", dict))
     write_sample(run.model, params, config, extra, "", 600, temperature=0.8)
 
 
 def catch_signals() -> list[int]:
-    """A list that Ctrl-C, SIGTERM and a closed terminal are noted in; a second Ctrl-C ends the process at once."""
-    caught = []
+    """A list that Ctrl-C, SIGTERM and a closed terminal are noted in; a second Ctrl-C ends it at once."""
+    caught, names = [], [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-    def note(number, frame):
+    def note(number: int, frame: object) -> None:
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL if number in (signal.SIGINT, signal.SIGTERM) else signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN if number == getattr(signal, "SIGHUP", 0) else signal.SIG_DFL)
+        os.write(2, b"\nstopping, to be resumed; once more ends it at once\n")
 
-    for stop in STOP_SIGNALS:
-        signal.signal(stop, note)
+    for stop in (getattr(signal, name) for name in names):
+        if signal.getsignal(stop) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(stop, note)
     return caught
 
 
 def main() -> None:
-    plain_output()
+    cli.plain_output()
+    sys.stdout = cli.Patient(sys.stdout)
     parser = build_parser()
     args = parser.parse_args()
     memory = "not enough memory; a smaller --batch-size, --context, --d-model or --n-layer needs less"
     with short_errors(parser, args.out, memory):
-        run = runs.make_run(args, parser)
+        run = make_run(args)
         run.out.mkdir(parents=True, exist_ok=True)
-        runs.claim(run.out)
+        claim(run.out)
         if not args.resume:
-            runs.set_aside(run.out)
-            runs.save_last(run)  # before any work: is the folder writable?
-        n_params = sum(p.size for p in run.params.values())
-        print(f"{len(run.train_tokens):,} characters to train on, {len(run.val_tokens):,} to validate, "
-              f"{len(run.vocab)} different ones; {n_params / 1e6:.2f}M parameters; {run.threads} threads")  # fmt: skip
+            set_aside(run.out)
+            run.save_last()  # before any work: is the folder writable?
+        corpus, n_params = run.corpus, sum(p.size for p in run.params.values())
+        text = " ".join(run.settings["data"] or ["Python's documentation"])
+        print(f"{text}: {count(len(corpus.train), 'character')} to train on, {len(corpus.val):,} to validate"
+              + (f" (on {MOST_VALIDATED:,} of them)" if len(corpus.val) > MOST_VALIDATED else "")
+              + f", {len(corpus.vocab)} different ones; {n_params / 1e6:.2f}M parameters; "
+              f"{count(args.threads, 'thread')}; writing into {run.out}")
         signals = catch_signals()
         val_loss = train(run, signals)
-        plot(run)
         gpu = ["--gpu"] * args.gpu + (["--precision", args.precision] if args.precision else [])
-        go_on = shlex.join(["python", "train_char.py", "--resume", "--out", str(run.out), *gpu])
-        if signals and run.step < run.settings["iters"]:
-            print(f"stopped at step {run.step} and saved; go on with: {go_on}")
+        go_on = command("train_char.py", "--resume", "--out", run.out, *gpu)
+        if signals and run.progress.step < run.training.iters:
+            print(f"stopped at step {run.progress.step} and saved; go on with: {go_on}")
+            plot(run)
             sys.exit(128 + signals[0])
-        for stop in STOP_SIGNALS:
-            signal.signal(stop, signal.SIG_DFL)
         report(run, val_loss, go_on)
 
 

@@ -31,28 +31,27 @@ class Training:
     grad_clip: float = 1.0  # largest norm of all gradients together; 0: any
     seed: int = 0  # drives initial weights, batches and dropout
 
+    def rate(self, step: int) -> float:
+        """The learning rate: linear up to lr, from its (warmup_iters + 1)-th part, then half a cosine
+        down to min_lr."""
+        if step < self.warmup_iters:
+            return self.lr * (step + 1) / (self.warmup_iters + 1)
+        progress = (step - self.warmup_iters) / max(1, self.iters - self.warmup_iters)
+        min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
+        return min_lr + 0.5 * (self.lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+
 
 def train_step(
     model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
     step: int, x: Array, y: Array, threads: int = 1,
 ) -> float:
     """One step on the batch x, y (B, L), in place: rate, gradients, clipping, AdamW. The loss."""
-    t, seed = training, (training.seed, step)
-    min_lr = t.lr / 10 if t.min_lr is None else t.min_lr
-    lr = learning_rate(step, t.iters, t.lr, min_lr, t.warmup_iters)
-    loss, grads = loss_and_grads(model, params, config, x, y, seed, threads)
+    t = training
+    loss, grads = loss_and_grads(model, params, config, x, y, (t.seed, step), threads)
     if t.grad_clip:
         model.clip_grads(grads, t.grad_clip)
-    model.adamw_step(params, grads, optimizer, step, lr, weight_decay=t.weight_decay)
+    model.adamw_step(params, grads, optimizer, step, t.rate(step), weight_decay=t.weight_decay)
     return loss
-
-
-def learning_rate(step: int, iters: int, lr: float, min_lr: float, warmup_iters: int) -> float:
-    """Linear warm-up from lr / (warmup_iters + 1) to lr, then half a cosine down to min_lr."""
-    if step < warmup_iters:
-        return lr * (step + 1) / (warmup_iters + 1)
-    progress = (step - warmup_iters) / max(1, iters - warmup_iters)
-    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
