@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit(f"this needs Python 3.10 or newer, not {sys.version.split()[0]}")
 
 import argparse
@@ -137,7 +137,7 @@ def load_trained(model: ModuleType, checkpoint: Path) -> tuple:
 # ---- words and errors ------------------------------------------------------------------------------
 
 
-def count(n: int, what: str) -> str:
+def plural(n: int, what: str) -> str:
     """1 thread, 2 threads."""
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 

@@ -376,8 +376,8 @@ def attention_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
     dh, dW_qkv, db_qkv = linear_backward(dqkv, cache["qkv"])
     return dh, {"W_qkv": dW_qkv, "b_qkv": db_qkv, "W_out": dW_out, "b_out": db_out}
 
-MIXERS = {"grassmann": (mix_forward, mix_backward)}
-MIXERS["attention"] = attention_forward, attention_backward
+MIXERS = {"grassmann": (mix_forward, mix_backward),
+          "attention": (attention_forward, attention_backward)}
 
 # ---- the block -----------------------------------------------------------------------------------
 
@@ -456,8 +456,8 @@ def paper_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Arra
         dh += dmix
     return dh, grads | prefixed("mix.", mix) | prefixed("ffn.", ffn)
 
-BLOCKS = {"prenorm": (prenorm_block_forward, prenorm_block_backward)}
-BLOCKS["paper"] = paper_block_forward, paper_block_backward
+BLOCKS = {"prenorm": (prenorm_block_forward, prenorm_block_backward),
+          "paper": (paper_block_forward, paper_block_backward)}
 
 # ---- configuration and parameters ----------------------------------------------------------------
 

@@ -35,7 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint, save_checkpoint
-from cli import Parser, command, count, number, short_errors
+from cli import Parser, command, number, plural, short_errors
 from grassmann import Config, param_shapes
 from sample import write_sample
 from text import read_corpus, visible
@@ -71,52 +71,53 @@ def build_parser() -> Parser:
     """Options are absent unless given (a resumed run must know which); help texts name defaults."""
     parser = Parser(__doc__)
     parser.argument_default = argparse.SUPPRESS
-    parser.set_defaults(out=Path("out"), resume=False, paper=False, preset="laptop", gpu=False)
-    parser.set_defaults(threads=cli.available_cores())
+    parser.set_defaults(out=Path("out"), resume=False, paper=False, preset="laptop", gpu=False,
+                        threads=cli.available_cores())
+    count, size, rate = number(int, 1, 10**9), number(int, 1, 10**6), number(float, 0, 10)
 
-    def add(group: argparse._ArgumentGroup, flag: str, text: str, kind: Callable | None = None, **how) -> None:
+    def add(flag: str, text: str, kind: Callable | None = None, **how) -> None:
         default = DEFAULTS.get(flag.lstrip("-").replace("-", "_"))
-        if kind is not None:
+        if isinstance(default, bool):
+            how["action"] = argparse.BooleanOptionalAction
+        elif kind:
             how["type"] = kind
         group.add_argument(flag, help=text if default is None else f"{text} (default: {default})", **how)
 
-    whole, size, switch = number(int, 1, 10**9), number(int, 1, 10**6), {"action": argparse.BooleanOptionalAction}
-    run = parser.add_argument_group("the run")
-    add(run, "--data", "UTF-8 files, folders of them, or 'shakespeare' (default: Python's own documentation)", nargs="+")
-    add(run, "--out", "folder for checkpoints, log and plot (default: out)", Path)
-    add(run, "--preset", "; ".join(f"{name}: {what}" for name, (what, _) in PRESETS.items()), choices=PRESETS)
-    add(run, "--seed", "drives initial weights, batches and dropout", number(int, 0, 2**63 - 1))
-    add(run, "--resume", "go on from last.npz; only how long and how fast may change", action="store_true")
-    add(run, "--threads", "CPU threads (default: all cores)", number(int, 1, 1024))
-    cli.add_gpu_option(run)
-    train = parser.add_argument_group("training")
-    add(train, "--iters", "training steps", whole)
-    add(train, "--batch-size", "windows of text per step", size)
-    add(train, "--lr", "peak learning rate", number(float, 0, 10, above=True))
-    add(train, "--min-lr", "learning rate at the end (default: lr / 10)", number(float, 0, 10))
-    add(train, "--warmup-iters", "steps until the peak", number(int, 0, 10**9))
-    add(train, "--weight-decay", "AdamW's, on matrices only", number(float, 0, 10))
-    add(train, "--grad-clip", "largest global norm of the gradient, 0 for none", number(float, 0, 10**9))
-    add(train, "--dropout", "fraction of activations dropped", number(float, 0, 0.99))
-    add(train, "--eval-every", "steps between validations and checkpoints", whole)
-    model = parser.add_argument_group("the model")
-    add(model, "--paper", "the paper's: its block, average, normalisation, positions, one offset a "
-        "layer, d_ff = 4 d_model", action="store_true")
-    add(model, "--context", "characters per window", size)
-    add(model, "--n-layer", "blocks", number(int, 1, 1000))
-    add(model, "--d-model", "width of the hidden states", size)
-    add(model, "--d-ff", "inner width of the feed-forward network (default: 2 d_model; 4 d_model with "
-        "attention)", size)
-    add(model, "--rank", "width of the reduced states that span the planes", number(int, 2, 10**4))
-    add(model, "--offsets", 'how far back each layer looks, e.g. "1,2;1,2;4;8" (default: from 1,2 in the '
+    group = parser.add_argument_group("the run")
+    add("--data", "UTF-8 files, folders or 'shakespeare' (default: Python's documentation)", nargs="+")
+    add("--out", "folder for checkpoints, log and plot (default: out)", Path)
+    add("--preset", "; ".join(f"{k}: {what}" for k, (what, _) in PRESETS.items()), choices=PRESETS)
+    add("--seed", "drives initial weights, batches and dropout", number(int, 0, 2**63 - 1))
+    add("--resume", "go on from last.npz; only the pace may change", action="store_true")
+    add("--threads", "CPU threads (default: all cores)", number(int, 1, 1024))
+    cli.add_gpu_option(group)
+    group = parser.add_argument_group("training (the pace)")
+    add("--iters", "training steps", count)
+    add("--lr", "peak learning rate", number(float, 0, 10, above=True))
+    add("--min-lr", "learning rate at the end (default: lr / 10)", rate)
+    add("--warmup-iters", "steps until the peak", number(int, 0, 10**9))
+    add("--eval-every", "steps between validations and checkpoints", count)
+    group = parser.add_argument_group("training")
+    add("--batch-size", "windows of text per step", size)
+    add("--weight-decay", "AdamW's, on matrices only", rate)
+    add("--grad-clip", "largest norm of the gradient, 0 for none", number(float, 0, 10**9))
+    add("--dropout", "fraction of activations dropped", number(float, 0, 0.99))
+    group = parser.add_argument_group("the model")
+    add("--paper", "the paper's own: its block, average, normalisation, positions, one offset a layer, "
+        "d_ff = 4 d_model", action="store_true")
+    add("--context", "characters per window", size)
+    add("--n-layer", "blocks", number(int, 1, 1000))
+    add("--d-model", "width of the hidden states", size)
+    add("--d-ff", "inner width of the FFN (default: 2 d_model; 4 d_model with attention)", size)
+    add("--rank", "width of the reduced states that span the planes", number(int, 2, 10**4))
+    add("--offsets", 'how far back each layer looks, e.g. "1,2;1,2;4;8" (default: from 1,2 in the '
         "first layers to 1,2,4,8,12,16 in the last; without taps 1;2;4;8;1;…)", parse_offsets)
-    add(model, "--block", "residual block, or the paper's", choices=["prenorm", "paper"])
-    add(model, "--taps", "learned weights per offset, or their plain average", **switch)
-    add(model, "--normalize", "divide bivectors by their length", **switch)
-    add(model, "--positions", "learned position vectors; sampling beyond the context then re-reads its "
-        "last half", **switch)
-    add(model, "--mixer", "what mixes the tokens", choices=["grassmann", "attention"])
-    add(model, "--n-head", "attention heads", size)
+    add("--block", "residual block, or the paper's", choices=["prenorm", "paper"])
+    add("--taps", "learned weights per offset, or their plain average")
+    add("--normalize", "divide bivectors by their length")
+    add("--positions", "learned position vectors; beyond the context sampling re-reads its last half")
+    add("--mixer", "what mixes the tokens", choices=["grassmann", "attention"])
+    add("--n-head", "attention heads", size)
     return parser
 
 
@@ -267,19 +268,19 @@ def may_go_on(args: argparse.Namespace, saved: dict, settings: dict, sha256: str
 
 def check_memory(config: Config, batch_size: int, threads: int) -> None:
     """Refuse, before anything is allocated, what this machine cannot hold. Raises ValueError."""
-    if not hasattr(os, "sysconf"):  # Windows
-        return
-    n_params = sum(math.prod(shape) for shape in param_shapes(config).values())
+    tokens = batch_size * config.context
+    at_once = max(min(tokens, threads * SHARD_TOKENS), min(threads, batch_size) * config.context)
     per_token = 16 * config.d_model + 6 * config.d_ff + 3 * config.rank**2
     if config.mixer == "attention":
         per_token += 4 * config.n_head * config.context
-    tokens = batch_size * config.context
-    at_a_time = max(min(tokens, threads * SHARD_TOKENS), min(threads, batch_size) * config.context)
-    activations = at_a_time * (config.n_layer * per_token + 4 * config.vocab_size) + 6 * tokens
-    needed = 4 * (n_params * (5 + threads) + activations)  # weights, two means, an update, gradients
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
-        raise ValueError(f"this needs about {needed / 1e9:.1f} GB of memory, the machine has {available / 1e9:.1f}")
+    activations = at_once * (config.n_layer * per_token + 4 * config.vocab_size) + 6 * tokens
+    n_params = sum(math.prod(shape) for shape in param_shapes(config).values())
+    needed = 4e-9 * (n_params * (5 + threads) + activations)  # 5: weights, two means, an update, gradients
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    has = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > has:
+        raise ValueError(f"this needs about {needed:.1f} GB of memory, the machine has {has:.1f}")
 
 
 def claim(out: Path) -> None:
@@ -327,12 +328,11 @@ def log_line(row: list) -> str:
 # ---- training --------------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
-    """Ctrl-C or its like, in the middle of a validation."""
-
-
 def validate(run: Run, signals: list[int]) -> float:
-    """The validation loss, of all that is held out or of MOST_VALIDATED characters. Raises Stopped."""
+    """The validation loss, of all that is held out or of MOST_VALIDATED characters.
+
+    Raises KeyboardInterrupt between two chunks once there is a signal.
+    """
     tokens, n = run.model.np.asarray(run.corpus.val), max(1, MOST_VALIDATED // 10_000)
     pieces = [tokens]
     if len(tokens) > MOST_VALIDATED:
@@ -343,7 +343,7 @@ def validate(run: Run, signals: list[int]) -> float:
     def each(function: Callable, chunks: Iterable) -> Iterator:
         for chunk in in_threads(function, chunks, run.threads or 1):
             if signals:
-                raise Stopped
+                raise KeyboardInterrupt
             yield chunk
             bar.update(max(1, 512 // run.config.context))
 
@@ -366,7 +366,7 @@ def train(run: Run, signals: list[int]) -> float | None:
                 train_loss = math.fsum(losses) / len(losses)
                 try:
                     val_loss = validate(run, signals) if due else val_loss
-                except Stopped:
+                except KeyboardInterrupt:
                     break
                 p.log.append([p.step, train_loss, val_loss if due else None, t.rate(p.step - 1), round(p.seconds, 2)])
                 p.recent = []
@@ -424,7 +424,7 @@ def overfits(log: list[list]) -> bool:
 
 
 def duration(seconds: float) -> str:
-    return count(round(seconds), "second") if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    return plural(round(seconds), "second") if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
 # ---- afterwards ------------------------------------------------------------------------------------
@@ -496,10 +496,10 @@ def main() -> None:
             run.save_last()  # before any work: is the folder writable?
         corpus, n_params = run.corpus, sum(p.size for p in run.params.values())
         text = " ".join(run.settings["data"] or ["Python's documentation"])
-        print(f"{text}: {count(len(corpus.train), 'character')} to train on, {len(corpus.val):,} to validate"
+        print(f"{text}: {plural(len(corpus.train), 'character')} to train on, {len(corpus.val):,} to validate"
               + (f" (on {MOST_VALIDATED:,} of them)" if len(corpus.val) > MOST_VALIDATED else "")
               + f", {len(corpus.vocab)} different ones; {n_params / 1e6:.2f}M parameters; "
-              f"{count(args.threads, 'thread')}; writing into {run.out}")
+              f"{plural(args.threads, 'thread')}; writing into {run.out}")
         signals = catch_signals()
         val_loss = train(run, signals)
         gpu = ["--gpu"] * args.gpu + (["--precision", args.precision] if args.precision else [])
