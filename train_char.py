@@ -432,24 +432,26 @@ def duration(seconds: float) -> str:
 
 def plot(run: Run) -> None:
     """loss.png. Training goes on without it: a font cache, LaTeX, a backend are matplotlib's own."""
+    grey = dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], "gray")
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axes = figure.subplots()
-        for column, name, style in ((1, "training", {"lw": 0.8, "alpha": 0.6}),
-                                    (2, "validation", {"marker": "o", "ms": 3})):
-            points = [(row[0], row[column]) for row in run.progress.log if row[column] is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name, **style)
-        if run.progress.best:
-            axes.axhline(run.progress.best[1], color="gray", lw=0.8, ls=":", label=f"best {run.progress.best[1]:.3f}")
-        axes.set(xlabel="step", ylabel="loss (nats per character)")
-        bits = axes.secondary_yaxis("right", functions=(lambda x: x / math.log(2), lambda x: x * math.log(2)))
-        bits.set_ylabel("bits per character")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(run.out / "loss.png", dpi=130, transparent=True)
+        with rc_context(grey):  # to be read on a white and on a black page
+            figure = Figure(figsize=(7, 4.2), layout="constrained")
+            axes = figure.subplots()
+            for k, name, style in ((1, "training", {"lw": 0.8, "alpha": 0.6}), (2, "validation", {"marker": "o", "ms": 3})):
+                points = [(row[0], row[k]) for row in run.progress.log if row[k] is not None]
+                if points:
+                    axes.plot(*zip(*points, strict=True), label=name, **style)
+            if run.progress.best:
+                axes.axhline(run.progress.best[1], color="gray", ls=":", label=f"best {run.progress.best[1]:.3f}")
+            axes.set(xlabel="step", ylabel="loss (nats per character)")
+            bits = axes.secondary_yaxis("right", functions=(lambda x: x / math.log(2), lambda x: x * math.log(2)))
+            bits.set_ylabel("bits per character")
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False)
+            figure.savefig(run.out / "loss.png", dpi=130, transparent=True)
     except Exception as error:
         tqdm.write(f"no loss.png: {type(error).__name__}: {str(error).splitlines()[0]:.100}")
 
