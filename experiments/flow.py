@@ -1,0 +1,402 @@
+"""Look at the flow: the planes that a text passes through, as a trained model sees it.
+
+  python -m experiments.flow                       out/best.npz, the text held out from its training
+  python -m experiments.flow out/best.npz --text "To be, or not to be, that is the question."
+  python -m experiments.flow --file one.txt --file two.txt    two texts, side by side in the table
+
+In each layer a token and its partner span a plane, a point of the Grassmannian Gr(2, r); a text is
+a path of such points. Drawn are, of its first 80 characters, the speed (path), a view in two
+dimensions (map) and the gate, and of up to 16,384 the length at different scales (coastline); a
+table of invariants is printed. All numbers are written as CSV, nan where no plane is spanned (the
+first token has no partner). With positions, windows overlap by half a context.
+"""
+
+import cli  # noqa: I001  (before NumPy)
+
+import csv
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from tqdm import tqdm
+
+import grassmann as G
+from experiments.figures import BLUE, INK, ORANGE, STYLE
+from grassmann import Array, Config, Params
+from text import decode, encode, load_text, read_corpus
+
+SHOWN, MEASURED, LEAST = 80, 16384, 20  # characters drawn, measured at most, needed at least
+KINDS = ("in a word", "word start", "capital", "punctuation", "space", "line end")
+COLOURS = LinearSegmentedColormap.from_list("flow", [BLUE, "#a06cc4", ORANGE])
+
+# ---- planes of Gr(2, r): orthonormal bases (r, 2), no matter which; nan where there is none ------
+
+def plane(u: Array, v: Array, parallel: float = 1e-5) -> Array:
+    """A basis of the plane that u and v span: (..., r), (..., r) -> (..., r, 2). nan where there is
+    none, as in `unit_area_forward`: a zero vector, or sin θ at most `parallel`."""
+    basis, R = np.linalg.qr(np.stack([u, v], -1))
+    area = np.abs(R[..., 0, 0] * R[..., 1, 1])  # of the parallelogram, |u| |v| sin θ
+    least = parallel * np.linalg.norm(u, axis=-1) * np.linalg.norm(v, axis=-1)
+    return np.where((area > least)[..., None, None], basis, np.nan)
+
+def is_plane(planes: Array) -> Array:
+    """False for nan: (..., r, 2) -> (...)."""
+    return np.isfinite(planes).all((-2, -1))
+
+def principal_angles(A: Array, B: Array) -> Array:
+    """Two, ascending, 0 to π/2: (..., r, 2), (..., r, 2) -> (..., 2). Large ones by their cosines,
+    the singular values of AᵀB; small ones by their sines, those of B - A AᵀB, the part of B outside
+    A (Björck and Golub 1973)."""
+    inside = np.swapaxes(A, -1, -2) @ B  # (..., 2, 2)
+    cosines, sines = (np.linalg.svd(np.nan_to_num(M), compute_uv=False)  # LAPACK refuses nan
+                      for M in (inside, B - A @ inside))
+    return np.where(np.isnan(inside[..., 0]), np.nan, np.arctan2(sines[..., ::-1], cosines))
+
+def distance(A: Array, B: Array) -> Array:
+    """The shortest path's length, sqrt(θ₁² + θ₂²) <= π/√2: (..., r, 2), (..., r, 2) -> (...)."""
+    return np.linalg.norm(principal_angles(A, B), axis=-1)
+
+def nearest_plane(p: Array) -> Array:
+    """The plane nearest to a bivector: (..., n) -> (..., r, 2); nan for p = 0. With p above the
+    diagonal of an antisymmetric A, p's inner product with a unit bivector x ∧ y is xᵀ A y, at most
+    A's largest singular value. The vectors of this (double) one are eigenvectors of A² = -AᵀA."""
+    i, j = G.pairs(int((2 * p.shape[-1]) ** 0.5) + 1)  # n = r(r-1)/2
+    A = np.zeros((*p.shape[:-1], j[-1] + 1, j[-1] + 1))
+    A[..., i, j], A[..., j, i] = p, -p
+    return np.where(p.any(-1)[..., None, None], np.linalg.eigh(A @ A)[1][..., :2], np.nan)
+
+def mean_plane(planes: Array) -> tuple[Array, Array]:
+    """The plane whose projector A Aᵀ is nearest to the mean one, spanned by that one's two leading
+    eigenvectors: (..., T, r, 2) -> (..., r, 2); and their eigenvalues' mean (...): 1 if all planes
+    are the same, 2/r if they point everywhere alike. Raises ValueError without a plane."""
+    count = is_plane(planes).sum(-1)[..., None, None]
+    if not count.all():
+        raise ValueError("a part of this text spans no plane at all; give a more varied one")
+    A = np.concatenate(np.moveaxis(np.nan_to_num(planes), -3, 0), axis=-1)  # (..., r, 2T)
+    values, vectors = np.linalg.eigh(A @ np.swapaxes(A, -1, -2) / count)
+    return vectors[..., -2:], values[..., -2:].mean(-1)
+
+# ---- the flow of a text --------------------------------------------------------------------------
+
+@dataclass
+class Flow:
+    """What a model with N layers makes of T characters. ValueError if few of them have planes."""
+
+    text: str
+    z: Array  # (N, T, r)  reduced states
+    s: Array  # (N, T, r)  their partners
+    gate: Array  # (N, T)  mean of α over the width: 1 keeps the token's state, 0 takes the plane's
+
+    def __post_init__(self) -> None:
+        self.planes = plane(self.z, self.s)  # (N, T, r, 2)
+        if 2 * is_plane(self.planes).sum(1).min() <= len(self.text):
+            raise ValueError("half of this text or more spans no plane; give a more varied one")
+        self.step = np.full(self.gate.shape, np.nan)  # (N, T)  distance from the plane before
+        self.step[:, 1:] = distance(self.planes[:, :-1], self.planes[:, 1:])
+
+def read_flow(params: Params, config: Config, text: str, vocab: list[int]) -> Flow:
+    """Read a text, in pieces begun early enough to see all it can (with positions: half)."""
+    if unknown := sorted(set(text) - set(map(chr, vocab))):
+        raise ValueError(f"the model never saw {ascii(unknown[:10])[1:-1]}, which this text has")
+    tokens = encode(text, vocab)
+    size, before = 1024, sum(map(max, config.offsets))  # so far back does the last layer see
+    if config.positions:
+        size, before = config.context - config.context // 2, config.context // 2
+    pieces = []
+    for start in tqdm(range(0, len(tokens), size), "reading", leave=False, disable=None):
+        first = max(0, start - before)
+        _, cache = G.model_forward(params, config, tokens[None, first : start + size])
+        mixes = [block["mix"] for block in cache["blocks"]]
+        seen = [(mix["z"][0], mix["s"][0], mix["alpha"][0].mean(-1)) for mix in mixes]
+        pieces.append([np.stack(a)[:, start - first :] for a in zip(*seen, strict=True)])
+    return Flow(text, *(np.concatenate(a, 1, dtype=float) for a in zip(*pieces, strict=True)))
+
+def character_kinds(text: str) -> Array:
+    """Which of KINDS each character is."""
+    c, before = np.array([*text]), np.array([" ", *text[:-1]])
+    tests = {"line end": c == "\n", "space": np.char.isspace(c), "punctuation": ~np.char.isalnum(c),
+             "capital": np.char.isupper(c), "in a word": np.char.isalnum(before)}
+    return np.select([*tests.values()], [*tests], "word start")  # the first that holds
+
+def steps_by_kind(flow: Flow) -> dict[str, Array]:
+    """Mean step per layer (N) to each kind of character that the text has."""
+    kinds, steps = character_kinds(flow.text)[1:], flow.step[:, 1:]
+    return {k: np.nanmean(steps[:, kinds == k], axis=1) for k in KINDS if (kinds == k).any()}
+
+def flat_map(planes: Array) -> tuple[Array, float]:
+    """Planes (T, r, 2) -> points (T, 2) and the share of the variance that they show: two principal
+    components of the projectors, from the centred table (T, T) of their inner products |AᵀB|²."""
+    points, A = np.full((len(planes), 2), np.nan), planes[is_plane(planes)]
+    table = np.square(np.einsum("tia,uib->tuab", A, A)).sum((2, 3))
+    table = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    values, vectors = np.linalg.eigh(table)
+    points[is_plane(planes)] = vectors[:, :-3:-1] * np.sqrt(np.maximum(values[:-3:-1], 0))
+    return points, values[-2:].sum() / values.sum()
+
+def coastline(flow: Flow, layer: int) -> Array:
+    """The path of one layer in steps of different sizes, a table with these columns:
+
+    scale ("ruler": every k-th plane; "block" of k, "word", "line": the plane nearest to the sum of
+    its bivectors), size (characters per step), steps (how many), step (mean, rad), length (step /
+    size), noise (mean distance of two of these planes drawn at random: the step without any order)
+    """
+    T, rng, rows = len(flow.text), np.random.default_rng(0), []
+    bivectors = G.plucker(flow.z[layer], flow.s[layer])  # (T, n)
+    rulers = [2**k for k in range(20) if 2**k <= max(4, T // 64)]
+    paths = [("ruler", k, flow.planes[layer, ::k]) for k in rulers]
+    spans = [("block", k, [(t, t + k) for t in range(0, T - k + 1, k)]) for k in rulers[2::2]]
+    for scale, pattern in (("word", r"\S+"), ("line", r"[^\n]+")):
+        found = [match.span() for match in re.finditer(pattern, flow.text)]
+        spans += [(scale, T / len(found), found)] if len(found) > 4 else []
+    for scale, size, bounds in spans:
+        sums = np.stack([bivectors[start:end].sum(0) for start, end in bounds])
+        paths.append((scale, size, nearest_plane(sums)))
+    for scale, size, path in paths:
+        steps = distance(path[:-1], path[1:])
+        step, count = np.nanmean(steps), np.isfinite(steps).sum()
+        i, further = rng.integers(len(path), size=4000), rng.integers(1, len(path), size=4000)
+        noise = np.nanmean(distance(path[i], path[(i + further) % len(path)]))
+        rows.append((scale, size, count, step, step / size, noise))
+    return np.rec.fromrecords(rows, names="scale,size,steps,step,length,noise")
+
+def slope(table: Array) -> float:
+    """Of length by ruler, log-log: 0 for a smooth path, -1/2 for a random walk, -1 for noise."""
+    rulers = table[(table["scale"] == "ruler") & (table["length"] > 0)]
+    size, length = np.log(rulers["size"]), np.log(rulers["length"])
+    return np.polyfit(size, length, 1)[0] if len(rulers) > 1 else np.nan
+
+def explained(planes: Array, labels: Array) -> float:
+    """Share of the variance of projectors of planes (T, r, 2) between labels (T), not within."""
+    planes, labels = planes[is_plane(planes)], labels[is_plane(planes)]
+    groups = [planes, *(planes[labels == label] for label in np.unique(labels))]
+    sides = [np.concatenate(group, axis=1) for group in groups]  # (r, 2T)
+    total, *within = (np.square(A @ A.T).sum() / (A.shape[1] / 2) for A in sides)  # |Σ A Aᵀ|² / T
+    return (sum(within) - total) / (2 * len(planes) - total)  # a single projector has |A Aᵀ|² = 2
+
+def turning_angles(flow: Flow) -> Array:
+    """π less the angle that three planes' distances make on paper, nan at rest: (N, T-2)."""
+    A, a, b = flow.planes, flow.step[:, 1:-1], flow.step[:, 2:]
+    c = distance(A[:, :-2], A[:, 2:])
+    product = np.where(np.minimum(a, b) > 1e-4, 2 * a * b, np.nan)  # a step of rounding is no step
+    return np.pi - np.arccos(np.clip((a**2 + b**2 - c**2) / product, -1, 1))
+
+def invariants(flow: Flow) -> dict[str, Array]:
+    """Numbers that do not change with a rotation of R^r: name -> one for each layer (N)."""
+    planes, (mean, weight), turns = flow.planes, mean_plane(flow.planes), turning_angles(flow)
+    i, j = np.random.default_rng(0).integers(len(flow.text), size=(2, 4000))
+    apart = np.where(i == j, np.nan, distance(planes[:, i], planes[:, j]))  # (N, 4000)
+    # Planes of two layers have no distance, but what lies close in one may do so in the next.
+    both = [pair[:, np.isfinite(pair).all(0)] for pair in np.stack([apart[:-1], apart[1:]], 1)]
+    letters = np.array([*flow.text])
+    return {
+        "weight of the mean plane, 2/r to 1": weight,
+        "spread: mean distance from the mean plane":
+            np.nanmean(distance(planes, mean[:, None]), axis=1),
+        "mean step": np.nanmean(flow.step, axis=1),
+        "total curvature: sum of all turns": np.nansum(turns, axis=1),
+        "mean turn": np.nanmean(turns, axis=1),
+        "share of variance explained by the character": [explained(A, letters) for A in planes],
+        "stability: agreement with the layer before":
+            [np.nan, *(np.corrcoef(pair)[0, 1] for pair in both)]}
+
+# ---- pictures, for white pages and black ones ----------------------------------------------------
+
+def visible(text: str) -> list[str]:
+    """Each character as it is drawn."""
+    return [c if c.isprintable() else "□" for c in text.replace("\n", "↵")]
+
+def label_with_text(axes: plt.Axes, text: str) -> None:
+    """A character below each unit of the axis."""
+    axes.set_xticks(range(len(text)), visible(text), family="monospace", size=8.5)
+    axes.tick_params(axis="x", length=0, pad=2)
+    axes.set_xlim(-0.5, len(text) - 0.5)
+
+def draw_path(flow: Flow, untrained: Flow, random_step: float) -> plt.Figure:
+    """The steps along the text, and their means by kind of character, trained and untrained."""
+    n, text, size = len(flow.step), flow.text[:SHOWN], (10, 0.4 + 1.35 * len(flow.step))
+    figure, panels = plt.subplots(n, 2, figsize=size, width_ratios=[5, 1], squeeze=False)
+    for i, (axes, side) in enumerate(panels):
+        colour = COLOURS(np.linspace(0, 1, n)[i])
+        axes.plot(flow.step[i, :SHOWN], color=colour, lw=1.2, marker="o", ms=2.5)
+        for t in np.flatnonzero(character_kinds(text) == "line end"):
+            axes.axvline(t + 0.5, color=INK, lw=0.5)
+        label_with_text(axes, text)
+        axes.set_ylabel(f"layer {i + 1}\nstep (rad)")
+        for f, fill in ((flow, colour), (untrained, "none")):
+            means = {kind: steps[i] for kind, steps in steps_by_kind(f).items()}
+            side.scatter([*means.values()], [*means], s=22, facecolor=fill, edgecolor=colour)
+        side.tick_params(labelsize=8)
+        axes.axhline(random_step, color=INK, lw=0.8, ls=":")
+        side.axvline(random_step, color=INK, lw=0.8, ls=":")
+    panels[0, 0].set_title("distance from each plane to the next (dotted: random planes)")
+    panels[0, 1].set_title("mean (○ untrained)")
+    return figure
+
+def draw_map(flow: Flow) -> plt.Figure:
+    """The path in the two main directions of each layer."""
+    n, text = len(flow.planes), visible(flow.text[:SHOWN].replace(" ", "␣"))
+    rows, columns = -(-n // 2), min(n, 2)
+    figure = plt.figure(figsize=(10, 0.4 + 4 * rows))
+    font = {"family": "monospace", "weight": "bold", "ha": "center", "va": "center"}
+    for i, planes in enumerate(flow.planes[:, :SHOWN]):
+        points, share = flat_map(planes)
+        title = f"layer {i + 1} ({share:.0%} of the variance)"
+        axes = figure.add_subplot(rows, columns, i + 1, xticks=[], yticks=[], title=title)
+        axes.plot(*points.T, color=INK, lw=0.6, alpha=0.35)
+        for t in np.flatnonzero(is_plane(planes)):
+            colour = COLOURS(np.linspace(0, 1, len(text))[t])
+            axes.text(*points[t], text[t], color=colour, **font)
+    figure.supxlabel("from the first character (blue) to the last (orange)", size=10, color=INK)
+    return figure
+
+def draw_gate(flow: Flow) -> plt.Figure:
+    """The mean gate of each layer, over the text."""
+    gate = flow.gate[:, :SHOWN]
+    figure, axes = plt.subplots(figsize=(10, 1.1 + 0.32 * len(gate)))
+    far = np.abs(gate - 0.5).max()
+    picture = axes.imshow(gate, "RdBu", aspect="auto", vmin=0.5 - far, vmax=0.5 + far)
+    label_with_text(axes, flow.text[:SHOWN])
+    axes.set_yticks(range(len(gate)), [f"layer {i + 1}" for i in range(len(gate))])
+    figure.colorbar(picture, label="mean gate α", pad=0.01)
+    axes.set_title("mean gate: blue keeps the token's own state, red takes the plane's geometry")
+    return figure
+
+def draw_coastline(measured: dict[str, list[Array]], random_step: float) -> plt.Figure:
+    """Length against ruler above, steps against noise below, for several flows side by side."""
+    panes = {"sharex": True, "sharey": "row", "height_ratios": [1, 1.3]}
+    figure, panels = plt.subplots(2, len(measured), figsize=(10, 7), **panes)
+    marks = {"ruler": ("-", 0, "every k-th plane"), "block": ("o--", 3.5, "blocks of k characters"),
+             "word": ("s", 7, "words"), "line": ("^", 8, "lines")}
+    for (top, bottom), (name, tables) in zip(panels.T, measured.items(), strict=True):
+        colours = COLOURS(np.linspace(0, 1, len(tables)))
+        for i, table in enumerate(tables):
+            for scale, (mark, size, _) in marks.items():
+                part, style = table[table["scale"] == scale], {"color": colours[i], "ms": size}
+                if scale != "block":
+                    label = f"layer {i + 1}: slope {slope(table):.2f}" if scale == "ruler" else None
+                    top.loglog(part["size"], part["length"], mark, lw=1.4, label=label, **style)
+                bottom.semilogx(part["size"], part["step"] / part["noise"], mark, lw=1.2, **style)
+        rulers = tables[0]["size"][tables[0]["scale"] == "ruler"]
+        top.loglog(rulers, random_step / rulers, ":", color=INK, lw=1.5)
+        bottom.axhline(1, ls=":", color=INK, lw=1.5)
+        top.set_title(name)
+        top.legend()
+        bottom.set_xlabel("characters per step")
+    for mark, size, label in (*marks.values(), (":", 0, "noise")):
+        bottom.plot([], [], mark, color=INK, ms=size, label=label)
+    bottom.legend()
+    panels[0, 0].set_ylabel("length of the path\n(rad per character)")
+    panels[1, 0].set_ylabel("step, as a share of that of\nthe same planes in random order")
+    return figure
+
+# ---- the program ---------------------------------------------------------------------------------
+
+def held_out(checkpoint: Path, context: int, extra: dict) -> str:
+    """The text a run was validated on, from the start of a paragraph. Raises ValueError."""
+    settings, sha256 = extra.get("settings"), extra.get("text_sha256")
+    data = settings.get("data", "?") if isinstance(settings, dict) else "?"
+    try:
+        if data not in (None, "shakespeare") and not Path(data := str(data)).is_file():
+            raise ValueError(f"there is no file {data!r}")
+        corpus = read_corpus(data, context)
+        if sha256 not in (None, corpus.sha256):
+            raise ValueError("it has changed since")
+    except ValueError as error:
+        raise ValueError(f"the text that {checkpoint} was trained on is not here ({error}); "
+                         "give one with --text or --file") from None
+    text = decode(corpus.val, corpus.vocab)
+    return text[text.find("\n\n", 0, 1000) + 1 :].lstrip()
+
+def write_csv(path: Path, header: str, rows: list[tuple]) -> None:
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header.split(), *rows])
+
+def tabulate_invariants(flow: Flow, other: Flow, name: str, out: Path) -> None:
+    """Those of two texts side by side: printed as Markdown, and invariants.csv."""
+    first, second = invariants(flow), invariants(other)
+    layers, half = range(len(flow.planes)), len(flow.text) // 2
+    paths = (flow.planes, other.planes, flow.planes[:, :half], flow.planes[:, half:])
+    text_mean, other_mean, *halves = (mean_plane(path)[0] for path in paths)
+    row = f"mean planes: to that of the {name} / from half to half of the text"
+    first[row], second[row] = distance(text_mean, other_mean), distance(*halves)
+    print(f"| text / {name} |", *(f"layer {i + 1} |" for i in layers))
+    print("|---|" + "---|" * len(layers))
+    for row in first:
+        digits = 0 if first[row][-1] > 100 else 3
+        cells = (f"{first[row][i]:.{digits}f} / {second[row][i]:.{digits}f} |" for i in layers)
+        print(f"| {row} |", *(cell.replace("nan / nan", "–") for cell in cells))
+    rows = [(i + 1, row, first[row][i], second[row][i]) for row in first for i in layers]
+    write_csv(out / "invariants.csv", "layer invariant text other", rows)
+
+def tabulate_flows(flows: dict[str, Flow], measured: dict, random_step: float, out: Path) -> None:
+    """What the pictures show, as CSV."""
+    flow, rows = flows["trained"], []
+    letters = [c.replace("\0", "\\x00") for c in flow.text]  # Python 3.10 can't write a NUL
+    for i, planes in enumerate(flow.planes):
+        points = [*flat_map(planes[:SHOWN])[0], *[("", "")] * len(letters)]
+        columns = letters, character_kinds(flow.text), flow.step[i], flow.gate[i]
+        rows += [(i + 1, t, *row, *points[t]) for t, row in enumerate(zip(*columns, strict=True))]
+    write_csv(out / "characters.csv", "layer position character kind step gate map_x map_y", rows)
+    rows = [(name, i + 1, kind, step) for name in ("trained", "untrained")
+            for kind, steps in steps_by_kind(flows[name]).items() for i, step in enumerate(steps)]
+    rows.append(("random planes", "", "", random_step))
+    write_csv(out / "kinds.csv", "model layer kind step", rows)
+    rows = [(name, i + 1, *row, slope(table)) for name, tables in measured.items()
+            for i, table in enumerate(tables) for row in table]
+    write_csv(out / "coastline.csv", "flow layer scale size steps step length noise slope", rows)
+
+def main() -> None:
+    cli.plain_output()
+    warnings.filterwarnings("ignore", message="Glyph")  # what the font lacks is drawn as boxes
+    parser, best = cli.Parser(__doc__), Path("out/best.npz")
+    add, text = parser.add_argument, {"dest": "texts", "action": "append", "default": []}
+    add("checkpoint", nargs="?", type=Path, default=best, help=f"the model (default: {best})")
+    add("--text", **text, metavar="TEXT", help="a text (default: one held out from the training)")
+    add("--file", **text, metavar="FILE", type=Path, help="one in a UTF-8 file; two are compared")
+    add("--out", type=Path, help="folder for pictures and CSV (default: flow, beside the model)")
+    args = parser.parse_args()
+    out = args.out or args.checkpoint.parent / "flow"
+    with cli.short_errors(parser, out, "not enough memory for this model and this text"):
+        measure_and_draw(args.checkpoint, args.texts, out)
+
+def measure_and_draw(checkpoint: Path, texts: list[str | Path], out: Path) -> None:
+    """Read the texts, measure, print, write. Raises ValueError and OSError."""
+    params, config, extra = cli.load_trained(G, checkpoint)
+    if config.mixer == "attention" or config.rank == 2:
+        raise ValueError(f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
+    texts = [load_text(str(text)) if isinstance(text, Path) else text for text in texts]
+    texts = [text[:MEASURED] for text in texts or [held_out(checkpoint, config.context, extra)]]
+    if len(texts) > 2 or min(map(len, texts)) < LEAST:
+        raise ValueError(f"give one text or two, of at least {LEAST} characters")
+    out.mkdir(parents=True, exist_ok=True)
+    rng, text, vocab = np.random.default_rng(0), texts[0], extra["vocab"]
+    shuffled = "".join(text[t] for t in rng.permutation(len(text)))
+    flows = {"trained": read_flow(params, config, text, vocab),
+             "untrained": read_flow(G.init_params(config), config, text, vocab),
+             "trained, shuffled text": read_flow(params, config, shuffled, vocab)}
+    flow, untrained, other = flows.values()
+    if len(texts) > 1:
+        other = read_flow(params, config, texts[1], vocab)
+    tabulate_invariants(flow, other, "second text" if len(texts) > 1 else "shuffled text", out)
+    random_step = distance(*plane(*rng.standard_normal((2, 2, 4000, config.rank)))).mean()
+    measured = {name: [coastline(flow, i) for i in range(config.n_layer)]
+                for name, flow in tqdm(flows.items(), "measuring", leave=False, disable=None)}
+    tabulate_flows(flows, measured, random_step, out)
+    titles = {"axes.titlesize": 10, "legend.frameon": False, "legend.fontsize": 8.5}
+    with plt.rc_context(STYLE | titles):
+        pictures = {"path": draw_path(flow, untrained, random_step), "map": draw_map(flow),
+                    "gate": draw_gate(flow), "coastline": draw_coastline(measured, random_step)}
+        for name, figure in pictures.items():
+            figure.savefig(out / f"{name}.png", dpi=166)
+            plt.close(figure)
+    print(f"\n{out}: {', '.join(f'{name}.png' for name in pictures)}, and their numbers as CSV\n"
+          "Open path.png first, how far the plane moves at each character: on the dotted line it\n"
+          "jumps at random; full dots beside empty ones, at the right, are what training changed.")
+
+
+if __name__ == "__main__":
+    main()
