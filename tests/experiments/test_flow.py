@@ -1,0 +1,290 @@
+"""The geometry of Gr(2, r) that experiments/flow.py measures with, and the program in use."""
+
+import csv
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import experiments.flow as F
+import grassmann as G
+from checkpoint import save_checkpoint
+from experiments.figures import layer
+from text import encode, vocabulary
+
+TEXT = "".join(f"{k} times {k} is {k * k}\n" for k in range(200))
+VOCAB = vocabulary(TEXT)
+
+def planes(rng, *shape, r=7):
+    return F.plane(*rng.standard_normal((2, *shape, r)))
+
+def rotation(rng, r=7):
+    return np.linalg.qr(rng.standard_normal((r, r)))[0]
+
+def geodesic(rng, angles):
+    """A shortest path: turned by `angles` (T) times (0.6, 0.8) from one plane towards another."""
+    Q, turn = rotation(rng), np.multiply.outer(angles, [0.6, 0.8])[:, None, :]  # (T, 1, 2)
+    return np.cos(turn) * Q[:, :2] + np.sin(turn) * Q[:, 2:4]
+
+def flow_through(path, text=None):
+    """The flow of one layer through these planes (T, r, 2)."""
+    z, s = path.transpose(2, 0, 1)[:, None]
+    return F.Flow(text or ("ab " * len(path))[: len(path)], z, s, np.full((1, len(path)), 0.5))
+
+def model(**variant):
+    sizes = {"context": 8, "n_layer": 2, "d_model": 8, "rank": 4, "offsets": ((1, 2), (3,))}
+    config = G.Config(**{"vocab_size": len(VOCAB)} | sizes | variant)
+    params = G.init_params(config, 3)
+    for value in params.values():
+        value += 0.1 * np.sin(np.arange(value.size).reshape(value.shape)).astype(value.dtype)
+    return params, config
+
+def save(path, vocab=VOCAB, data=None, **variant):
+    params, config = model(vocab_size=len(vocab), **variant)
+    save_checkpoint(path, params, config, vocab=vocab, most_common=0, settings={"data": data})
+    return path
+
+# ---- planes and distances ------------------------------------------------------------------------
+
+def test_a_plane_is_an_orthonormal_basis_of_what_it_spans_or_nan(rng):
+    u, v = rng.standard_normal((2, 50, 7))
+    for factor in (1e-12, 1, 1e12):
+        A = F.plane(u, factor * (v - 1000 * u))
+        assert np.allclose(A.swapaxes(1, 2) @ A, np.eye(2), atol=1e-14)
+        for x in (u, v):  # inside: projecting changes nothing
+            assert np.allclose((A @ (A.swapaxes(1, 2) @ x[..., None]))[..., 0], x, atol=1e-9)
+    u, v, A = u[0], v[0], F.plane(u[0], v[0])
+    none = [F.plane(u, 0 * u), F.plane(0 * u, u), F.plane(u, -3 * u), F.plane(u, u + 1e-7 * v)]
+    assert np.isnan(none).all() and np.isfinite(F.plane(u, u + 1e-3 * v)).all()
+    assert np.isnan(F.distance(np.stack([A, *none]), A)).tolist() == [False, True, True, True, True]
+    assert np.isnan(F.nearest_plane(np.zeros(21))).all()
+
+@pytest.mark.parametrize("angles", [(0, 1e-9), (1e-12, 1e-4), (0.3, 1.2), (0, np.pi / 2),
+                                    (np.pi / 2 - 1e-9, np.pi / 2)])
+def test_small_angles_and_right_ones_are_exact(rng, angles):
+    Q = rotation(rng)
+    turned = np.cos(angles) * Q[:, :2] + np.sin(angles) * Q[:, 2:4]
+    assert np.allclose(F.principal_angles(Q[:, :2], turned), angles, rtol=1e-9, atol=2e-15)
+    assert np.isclose(F.distance(Q[:, :2], turned), np.hypot(*angles), rtol=1e-9, atol=2e-15)
+
+def test_distance_is_a_metric_that_knows_no_basis_sign_or_rotation(rng):
+    (u, v), (a, b, c, d) = rng.standard_normal((2, 2000, 7)), rng.standard_normal((4, 2000, 1))
+    A, B, Q = F.plane(u, v), planes(rng, 2000), rotation(rng)
+    for same in (F.plane(v, -u), F.plane(a * u + b * v, c * u + d * v), A[..., ::-1], -A):
+        assert F.distance(A, same).max() < 1e-11
+    C = np.concatenate([planes(rng, 1000), F.plane(*(A + 0.1 * B)[1000:].transpose(2, 0, 1))])
+    assert np.allclose(F.distance(A, B), F.distance(B, A), atol=1e-14)
+    assert (F.distance(A, B) <= F.distance(A, C) + F.distance(C, B) + 1e-14).all()
+    assert F.distance(A, B).max() <= np.pi / np.sqrt(2) and F.distance(A, B).min() > 0
+    assert np.allclose(F.distance(Q @ A, Q @ B), F.distance(A, B), atol=1e-13)
+
+@pytest.mark.parametrize("r", [2, 3, 4, 7, 12])
+def test_the_nearest_plane_of_a_plane_is_itself_and_no_other_is_nearer(rng, r):
+    u, v = rng.standard_normal((2, 200, r))
+    for scale in (1e-30, 1, 1e30):
+        assert F.distance(F.nearest_plane(G.plucker(scale * u, v)), F.plane(u, v)).max() < 1e-7
+    p = rng.standard_normal(r * (r - 1) // 2)
+    best = F.nearest_plane(p)
+    near = F.plane(*np.moveaxis(best + 0.01 * rng.standard_normal((3000, r, 2)), -1, 0))
+    u, v = np.moveaxis(np.concatenate([best[None], planes(rng, 3000, r=r), near]), -1, 0)
+    overlap = np.abs(G.plucker(u, v) @ p)
+    assert overlap[0] >= overlap.max() - 1e-12
+
+def test_the_mean_plane_of_copies_and_of_planes_around_one(rng):
+    A, Q = planes(rng), rotation(rng)
+    mean, weight = F.mean_plane(np.stack([np.nan * A, *(A @ rotation(rng, 2) for _ in range(20))]))
+    assert F.distance(mean, A) < 1e-7 and np.isclose(weight, 1)
+    middle, *around = geodesic(rng, np.array([0, 0.4, -0.4, 0.1, -0.1]))
+    both = F.mean_plane(np.stack([around, Q @ around]))[0]  # of two layers at once
+    assert F.distance(both, np.stack([middle, Q @ middle])).max() < 1e-7
+    assert np.isclose(F.mean_plane(planes(rng, 20000))[1], 2 / 7, atol=0.01)
+    with pytest.raises(ValueError, match="no plane"):
+        F.mean_plane(np.full((3, 4, 2), np.nan))
+
+# ---- paths ---------------------------------------------------------------------------------------
+
+def test_a_shortest_path_does_not_turn_and_its_way_back_turns_by_pi(rng):
+    path = flow_through(geodesic(rng, np.array([0, 0.1, 0.15, 0.4, 0.1, 0.1])))
+    assert np.allclose(F.turning_angles(path), [[0, 0, np.pi, np.nan]], atol=1e-6, equal_nan=True)
+    equidistant = flow_through(np.eye(6).reshape(6, 3, 2).transpose(1, 0, 2))
+    assert np.allclose(F.turning_angles(equidistant), 2 * np.pi / 3)
+
+def test_the_coastline_of_a_line_a_random_walk_and_noise(rng):
+    line = F.coastline(flow_through(geodesic(rng, np.linspace(0, 1, 1025))), 0)
+    rulers = line[line["scale"] == "ruler"]
+    assert rulers["size"].tolist() == [1, 2, 4, 8, 16] and rulers["steps"][0] == 1024
+    assert np.allclose(rulers["length"], 1 / 1024) and abs(F.slope(line)) < 1e-6
+    assert np.allclose(rulers["noise"], 1 / 3, atol=0.02)  # mean distance of two points of a line
+    line["length"] = 0  # as of a path that stands still
+    assert np.isnan(F.slope(line))
+    noise = F.coastline(flow_through(planes(rng, 4096, r=16)), 0)
+    assert abs(F.slope(noise) + 1) < 0.01
+    assert (abs(noise["step"] / noise["noise"] - 1) < 0.05).all()
+    walk = [np.eye(16)[:, :2]]
+    for _ in range(4095):
+        walk.append(np.linalg.qr(walk[-1] + 0.003 * rng.standard_normal((16, 2)))[0])
+    assert abs(F.slope(F.coastline(flow_through(np.stack(walk)), 0)) + 0.5) < 0.05
+
+def test_a_word_line_or_block_has_the_plane_nearest_to_the_sum_of_its_bivectors(rng):
+    text = "one two\nthree  four five\n" * 4
+    flow = flow_through(planes(rng, len(text)), text)
+    table, p = F.coastline(flow, 0), G.plucker(flow.z[0], flow.s[0])
+    for scale, pattern in (("word", "[a-z]+"), ("line", ".+"), ("block", "(?s:....)")):
+        spans = [p[slice(*match.span())].sum(0) for match in re.finditer(pattern, text)]
+        path, (row,) = F.nearest_plane(np.stack(spans)), table[table["scale"] == scale]
+        assert np.isclose(row["step"], F.distance(path[1:], path[:-1]).mean())
+        assert np.isclose(row["size"], len(text) / len(path)) and row["steps"] == len(path) - 1
+
+def test_the_map_keeps_distances_when_two_dimensions_are_enough(rng):
+    Q, angle = rotation(rng), rng.uniform(0, 0.5, (30, 1))
+    path = F.plane(np.tile(Q[:, 0], (30, 1)), np.cos(angle) * Q[:, 1] + np.sin(angle) * Q[:, 2])
+    path[3] = np.nan
+    (points, share), projectors = F.flat_map(path), path @ path.swapaxes(1, 2)
+    chordal = np.linalg.norm(projectors[:, None] - projectors, axis=(2, 3))
+    found = np.linalg.norm(points[:, None] - points, axis=2)
+    assert np.isclose(share, 1) and np.allclose(found, chordal, atol=1e-7, equal_nan=True)
+
+def test_the_share_of_variance_that_labels_explain(rng):
+    labels, A = np.repeat(np.arange(4), 500), planes(rng, 2000)
+    A[:1000] = planes(rng, 4)[labels[:1000]]
+    projectors = (A @ A.swapaxes(1, 2)).reshape(2000, -1)
+    within = sum(projectors[labels == k].var(0).sum() for k in range(4)) / 4
+    assert np.isclose(F.explained(A, labels), 1 - within / projectors.var(0).sum())
+
+def test_kinds_of_characters():
+    names = {kind[0]: kind for kind in F.KINDS[::-1]} | {"w": "word start"}
+    kinds = F.character_kinds("An old\n  man, 3x\n").tolist()
+    assert kinds == [names[k] for k in "ciswiilsswiipswil"]
+
+@pytest.mark.parametrize("variant, windows", [
+    ({}, [(0, 0, 2500)]), ({"taps": False, "offsets": ((1, 2), (1, 3))}, [(0, 0, 2500)]),
+    ({"block": "paper", "taps": False, "normalize": True, "positions": True},
+     [(0, 0, 8), (4, 8, 12), (16, 20, 24)])], ids=["prenorm", "average", "paper"])
+def test_the_flow_is_what_the_layers_compute(variant, windows):
+    """A long text in pieces as if in one; with positions, a token sees half a context at least."""
+    params, config = model(**variant)
+    flow = F.read_flow(params, config, TEXT[: windows[-1][-1]], VOCAB)
+    for start, first, end in windows:
+        _, cache = G.model_forward(params, config, encode(TEXT[start:end], VOCAB)[None])
+        for i, block in enumerate(cache["blocks"]):
+            z, s, p, alpha = (block["mix"][name][0, first - start :]
+                              for name in ("z", "s", "p", "alpha"))
+            for ours, theirs in ((flow.z, z), (flow.s, s), (flow.gate, alpha.mean(1))):
+                assert np.allclose(ours[i, first:end], theirs, atol=1e-5)
+            apart = F.distance(flow.planes[i, first:end], F.nearest_plane(p.astype(float)))
+            assert np.nanmax(apart) < 1e-3 and (np.isfinite(apart) == p.any(1)).all()
+    A, spaces = flow.planes[0], F.character_kinds(flow.text) == "space"
+    assert np.isnan(flow.step[:, :2]).all()  # the first token has no partner
+    assert np.allclose(flow.step[0, 2:], F.distance(A[1:-1], A[2:]), equal_nan=True)
+    assert np.isclose(F.steps_by_kind(flow)["space"][1], np.nanmean(flow.step[1, spaces]))
+
+def test_invariants_do_not_change_with_a_rotation(rng):
+    params, config = model()
+    flow, Q = F.read_flow(params, config, TEXT[:400], VOCAB), rotation(rng, 4)
+    one = F.invariants(flow)
+    other = F.invariants(F.Flow(flow.text, flow.z @ Q, -3 * flow.s @ Q + flow.z @ Q, flow.gate))
+    for name in one:
+        assert np.isfinite(one[name][1]), name
+        assert np.allclose(one[name], other[name], rtol=1e-6, equal_nan=True), name
+    turns, twice = np.stack([Q, np.eye(4)]), [0, 0]  # two layers that differ by a rotation
+    twins = F.Flow(flow.text, flow.z[twice] @ turns, flow.s[twice] @ turns, flow.gate)
+    stability = F.invariants(twins)["stability: agreement with the layer before"]
+    assert np.allclose(stability, [np.nan, 1], equal_nan=True)
+
+# ---- the program ---------------------------------------------------------------------------------
+
+def run_flow(*args):
+    command, root = [sys.executable, "-m", "experiments.flow", *args], Path(F.__file__).parents[1]
+    return subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", timeout=300)
+
+def column(path, name, **chosen):
+    with path.open(encoding="utf-8", newline="") as file:
+        return [row[name] for row in csv.DictReader(file) if chosen.items() <= row.items()]
+
+def test_from_a_checkpoint_to_pictures_and_tables_of_the_text_held_out(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    process = run_flow(save(tmp_path / "best.npz", data=str(tmp_path / "text.txt")))
+    assert (process.returncode, process.stderr) == (0, "")
+    out, printed, (params, config) = tmp_path / "flow", process.stdout, model()
+    assert len([*out.iterdir()]) == 8 and "Open path.png first" in printed
+    for name in ("coastline.png", "gate.png", "map.png", "path.png"):
+        assert F.plt.imread(out / name).shape[1] == 1660 and name in printed
+    flow = F.read_flow(params, config, TEXT[-(len(TEXT) // 10) :].lstrip(), VOCAB)
+    assert "".join(column(out / "characters.csv", "character", layer="2")) == flow.text
+    for name, values in (("step", flow.step[1]), ("gate", flow.gate[1]),
+                         ("map_x", F.flat_map(flow.planes[1, :80])[0][:, 0])):
+        found = column(out / "characters.csv", name, layer="2")
+        assert np.array_equal([float(a) for a in found if a], values, equal_nan=True)
+    found = column(out / "coastline.csv", "noise", flow="trained", layer="2")
+    assert [float(noise) for noise in found] == F.coastline(flow, 1)["noise"].tolist()
+    plain = F.read_flow(G.init_params(config), config, flow.text, VOCAB)
+    found = column(out / "kinds.csv", "step", layer="2", kind="space")
+    means = [F.steps_by_kind(f)["space"][1] for f in (flow, plain)]
+    assert [float(step) for step in found] == means
+    assert " / shuffled text | layer 1 | layer 2 |\n" in printed
+
+def test_two_texts_side_by_side_and_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    (tmp_path / "other.txt").write_text(TEXT[-300:], encoding="utf-8")
+    texts, (params, config) = [TEXT[:300], tmp_path / "other.txt"], model()
+    F.measure_and_draw(save(tmp_path / "best.npz"), texts, tmp_path / "a")
+    one, other = (F.read_flow(params, config, text, VOCAB) for text in (TEXT[:300], TEXT[-300:]))
+    a, b = (F.invariants(flow)["mean step"][0] for flow in (one, other))
+    printed, bars = capsys.readouterr()
+    assert "reading" in bars and "measuring" in bars
+    assert "text / second text |" in printed and f"| mean step | {a:.3f} / {b:.3f} |" in printed
+    paths = one.planes, other.planes, one.planes[:, :150], one.planes[:, 150:]
+    means = [F.mean_plane(path)[0] for path in paths]
+    for name, flow, pair in (("text", one, means[:2]), ("other", other, means[2:])):
+        found = [float(value) for value in column(tmp_path / "a" / "invariants.csv", name)]
+        expected = [*F.invariants(flow).values(), F.distance(*pair)]
+        assert np.array_equal(found, np.concatenate(expected), equal_nan=True)
+
+def test_strange_texts_and_paths_that_stand_still_are_drawn(tmp_path):
+    """What no font has, what is a sign of markup, no words and lines to speak of."""
+    strange = "$x^2$ \\frac{ \t\0\ud800 \u4e2d \u200b %s _{^ $$ \n\r"
+    (tmp_path / "strange.txt").write_bytes(strange.encode("utf-8", "surrogatepass"))
+    path = save(tmp_path / "strange.npz", vocab=vocabulary(strange))
+    process = run_flow(path, "--file", tmp_path / "strange.txt", "--text", "x" * 40)
+    assert (process.returncode, process.stderr) == (0, "")
+
+def test_what_has_no_flow_is_refused_in_one_sentence(tmp_path):
+    path, text = save(tmp_path / "best.npz"), TEXT[:50]
+    process = run_flow(tmp_path / "none.npz")
+    assert (process.returncode, process.stdout) == (2, "")
+    assert re.fullmatch(r".*flow.*: .*none\.npz does not exist.*\n", process.stderr)
+    for variant, texts, reason in (
+        ({"rank": 2}, [text], "has no flow"), ({"mixer": "attention"}, [text], "has no flow"),
+        ({}, [text] * 3, "one text or two"), ({}, ["short"], "of at least 20 characters"),
+        ({}, [tmp_path / "none.txt"], "cannot read .*none.txt"),
+        ({}, [text + "€#"], r"the model never saw '#', '\\u20ac', which this text has"),
+        ({"taps": False, "offsets": ((1,), (1,))}, ["1" * 50], "half of this text or more spans"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            F.measure_and_draw(save(path, **variant), texts, tmp_path / "out")
+
+def test_the_text_held_out_is_found_or_asked_for(tmp_path):
+    text = "x" * 9000 + "first\n\n   second paragraph" + "y" * 974
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    named = {"settings": {"data": str(tmp_path / "text.txt")}}
+    for extra in ({}, {"text_sha256": hashlib.sha256(text.encode()).hexdigest()}):
+        assert F.held_out("c", 8, named | extra) == "second paragraph" + "y" * 974
+    for settings in (3, {}, *({"data": name} for name in (5, os.devnull, str(tmp_path), "\0"))):
+        with pytest.raises(ValueError, match=r"here \(there is no file .*\); give one with --text"):
+            F.held_out("c", 8, {"settings": settings})
+    for extra in (named, {"settings": {"data": None}}):
+        with pytest.raises(ValueError, match=r"it has changed since\); give one with --text or"):
+            F.held_out("c", 8, extra | {"text_sha256": "0" * 64})
+
+def test_no_text_in_the_picture_of_the_layer_covers_another():
+    figure = layer()
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    for k, box in enumerate(boxes):
+        assert figure.bbox.x0 < box.x0 < box.x1 < figure.bbox.x1
+        assert box.count_overlaps(boxes[k + 1 :]) == 0
