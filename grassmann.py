@@ -511,8 +511,8 @@ class Config:
         except (TypeError, ZeroDivisionError):
             check(False, "sizes and offsets must be whole numbers, dropout a number", self)
         check(0 <= self.dropout < 1, "dropout must be at least 0 and below 1", self)
-        check(self.block in BLOCKS, f"block must be one of {[*BLOCKS]}", self)
-        check(self.mixer in MIXERS, f"mixer must be one of {[*MIXERS]}", self)
+        check(self.block in [*BLOCKS], f"block must be one of {[*BLOCKS]}", self)
+        check(self.mixer in [*MIXERS], f"mixer must be one of {[*MIXERS]}", self)
         check(not attention or self.d_model % self.n_head == 0, "n_head must divide d_model", self)
         check(len(self.offsets) == self.n_layer or attention, "offsets: one tuple per layer", self)
         for layer in self.offsets:
