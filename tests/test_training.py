@@ -1,0 +1,209 @@
+"""Training: AdamW, clipping, the learning rate, batches, dropout, validation, threads, the step."""
+
+import math
+
+import numpy as np
+import pytest
+
+import grassmann as G
+import training
+
+dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+# ---- optimiser -----------------------------------------------------------------------------------
+
+def adamw_by_the_formula(theta, gradients, lr, beta_1, beta_2, decay, eps):
+    """One number, several steps (Loshchilov and Hutter, algorithm 2)."""
+    m = v = 0.0
+    for t, g in enumerate(gradients, start=1):
+        m = beta_1 * m + (1 - beta_1) * g
+        v = beta_2 * v + (1 - beta_2) * g * g
+        m_hat, v_hat = m / (1 - beta_1**t), v / (1 - beta_2**t)
+        theta = theta - lr * (m_hat / (math.sqrt(v_hat) + eps) + decay * theta)
+    return theta, m, v
+
+
+@pytest.mark.parametrize("given", [(), ((0.8, 0.95), 0.0, 1e-2)])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_adamw_is_the_formula(rng, given, steps):
+    """Weights, biases and both means; matrices decay, vectors do not."""
+    betas, decay, eps = given or ((0.9, 0.99), 0.1, 1e-8)  # the defaults
+    before = {"W": rng.standard_normal((2, 3)), "b": rng.standard_normal(3)}
+    gradients = [{k: rng.standard_normal(p.shape) for k, p in before.items()} for _ in range(steps)]
+    params = {name: p.copy() for name, p in before.items()}
+    state = G.adamw_init(params)
+    for step, grads in enumerate(gradients):
+        G.adamw_step(params, grads, state, step, 0.03, *given)
+    for name in params:
+        for place in np.ndindex(params[name].shape):
+            history = [g[name][place] for g in gradients]
+            expected = adamw_by_the_formula(
+                before[name][place], history, 0.03, *betas, decay * (name == "W"), eps)
+            got = [a[name][place] for a in (params, state["adam_m"], state["adam_v"])]
+            assert got == pytest.approx(expected, rel=1e-12)
+
+
+@dtypes
+def test_adamw_works_in_place_and_keeps_the_dtype(dtype):
+    params, grads = {"W": np.ones((2, 2), dtype)}, {"W": np.full((2, 2), 0.5, dtype)}
+    state, W = G.adamw_init(params), params["W"]
+    G.adamw_step(params, grads, state, 0, 0.1)
+    assert params["W"] is W and (W < 1).all() and (grads["W"] == 0.5).all()
+    assert W.dtype == state["adam_m"]["W"].dtype == state["adam_v"]["W"].dtype == dtype
+
+
+@dtypes
+@pytest.mark.parametrize(("max_norm", "clipped"), [(5, 5), (13, 13), (20, 13), (1e-3, 1e-3)])
+def test_clip_grads(dtype, max_norm, clipped):
+    """(3, 4) and 12 have together the norm 13; all are scaled alike, in place, or not at all."""
+    grads = {"a": np.array([[3, 4]], dtype), "b": np.array([12], dtype), "c": np.zeros(2, dtype)}
+    same = list(grads.values())
+    assert G.clip_grads(grads, max_norm) == pytest.approx(13, rel=1e-6)
+    assert all(g is kept and g.dtype == dtype for g, kept in zip(grads.values(), same, strict=True))
+    found = np.concatenate([g.ravel() for g in grads.values()])
+    np.testing.assert_allclose(found, np.array([3, 4, 12, 0, 0]) * (clipped / 13), rtol=1e-6)
+
+
+def test_learning_rate():
+    """Up in equal steps, the peak right after the warm-up, half a cosine down to min_lr."""
+    rates = [training.learning_rate(step, 100, 1.0, 0.1, 10) for step in range(102)]
+    np.testing.assert_allclose(rates[:11], np.arange(1, 12) / 11, rtol=1e-12)
+    assert rates[10] == max(rates) == 1.0
+    assert rates[55] == pytest.approx(0.55)  # half-way down
+    assert rates[32] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 22 / 90)))
+    assert rates[100] == rates[101] == pytest.approx(0.1, rel=1e-12)
+    assert (np.diff(rates[10:101]) < 0).all()
+    assert training.learning_rate(1000, 100, 1.0, 0.1, 10) == pytest.approx(0.1, rel=1e-12)
+    assert training.learning_rate(0, 100, 1.0, 0.1, 0) == 1.0  # no warm-up
+    rates = [training.learning_rate(step, 5, 1.0, 0.1, 10) for step in range(5)]  # no more than that
+    np.testing.assert_allclose(rates, np.arange(1, 6) / 11, rtol=1e-12)
+
+
+# ---- batches, dropout, validation ----------------------------------------------------------------
+
+def test_a_batch_is_windows_of_the_text_drawn_from_seed_and_step():
+    text = np.arange(1000) * 3
+    x, y = G.get_batch(text, 8, 10, seed=5, step=2)
+    assert x.shape == (8, 10) and (np.diff(x) == 3).all() and (y == x + 3).all()
+    np.random.seed(0)  # no other state counts
+    np.testing.assert_array_equal(x, G.get_batch(text, 8, 10, seed=5, step=2)[0])
+    for seed, step in [(5, 3), (6, 2), (2, 5), (4, 3)]:
+        assert (x != G.get_batch(text, 8, 10, seed, step)[0]).any()
+
+
+def test_batches_cover_the_first_and_the_last_window():
+    """20 tokens have windows of 6 (with targets) at 0 … 14, drawn equally often; 6 have one."""
+    batches = [G.get_batch(np.arange(20), 30, 5, 1, step)[0] for step in range(100)]
+    counts = np.bincount(np.concatenate(batches)[:, 0])
+    assert len(counts) == 15
+    assert np.abs(counts - 200).max() < 60  # four standard deviations
+    x, y = G.get_batch(np.arange(6), 3, 5, 0, 0)
+    assert (x == range(5)).all() and (y == range(1, 6)).all()
+
+
+def test_dropout_keeps_the_mean(rng):
+    """A fraction `rate` becomes 0, the rest is divided by 1 - rate."""
+    x = rng.standard_normal((100, 100))
+    out, _ = G.dropout_forward(x, 0.3, rng)
+    assert (out == 0).mean() == pytest.approx(0.3, abs=0.02)
+    np.testing.assert_allclose(out[out != 0], x[out != 0] / 0.7, rtol=1e-6)
+    for rate, generator in [(0.3, None), (0.0, rng)]:
+        assert G.dropout_forward(x, rate, generator)[0] is x
+
+
+@pytest.mark.parametrize("length", [2, 5, 10, 19, 20, 28, 29, 400, 8000])
+@pytest.mark.parametrize("positions", [True, False])
+def test_validation_takes_every_target_once(tiny_config, ordinary_params, length, positions):
+    """Consecutive windows of the context (9), the last as short as it is; a sum over the targets."""
+    config = tiny_config(positions=positions)
+    params, text = ordinary_params(config), np.random.default_rng(1).integers(0, 11, length)
+    total = 0.0
+    for start in range(0, length - 1, 9):
+        x, y = text[start : min(start + 9, length - 1)], text[start + 1 : start + 10]
+        p = np.exp(G.forward(params, config, x[None])[0])
+        total -= np.log(p[np.arange(len(y)), y] / p.sum(-1)).sum()
+    for each in (map, lambda f, items: training.in_threads(f, items, 2)):
+        found = G.validation_loss(params, config, text, each)
+        assert found == pytest.approx(total / (length - 1), rel=1e-12)
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+def batch(B, L=9):
+    text = np.random.default_rng(2).integers(0, 11, (B, L + 1))
+    return text[:, :-1], text[:, 1:]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2, 3])
+@pytest.mark.parametrize("shard_tokens", [1, 20, 4096])
+@pytest.mark.parametrize("B", [1, 2, 5])
+def test_shards_change_nothing_but_rounding(
+        tiny_config, ordinary_params, relative_error, monkeypatch, threads, shard_tokens, B):
+    """However many threads, and however few texts in each at a time."""
+    monkeypatch.setattr(training, "SHARD_TOKENS", shard_tokens)
+    config = tiny_config()
+    params, (x, y) = ordinary_params(config), batch(B)
+    loss, grads = G.loss_and_grads(params, config, x, y)
+    loss_2, grads_2 = training.loss_and_grads(G, params, config, x, y, None, threads)
+    assert loss_2 == pytest.approx(loss, rel=1e-12)
+    assert grads_2.keys() == grads.keys()
+    for name in params:
+        assert relative_error(grads[name], grads_2[name]) < 1e-12, name
+
+
+@dtypes
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_repeat_bit_for_bit(tiny_config, ordinary_params, monkeypatch, threads, dtype):
+    monkeypatch.setattr(training, "SHARD_TOKENS", 9)
+    config = tiny_config(dropout=0.2)
+    params, (x, y) = ordinary_params(config, dtype=dtype), batch(5)
+    results = [training.loss_and_grads(G, params, config, x, y, (3, 0), threads) for _ in range(5)]
+    for loss, grads in results:
+        assert loss == results[0][0]
+        for name in params:
+            np.testing.assert_array_equal(grads[name], results[0][1][name])
+
+
+def test_threads_draw_different_dropout(tiny_config, ordinary_params):
+    """The same text twice, on two threads: with equal masks the loss would be that of one text."""
+    config = tiny_config(dropout=0.3)
+    params, (x, y) = ordinary_params(config), batch(1)
+    twice = np.repeat(x, 2, 0), np.repeat(y, 2, 0)
+    losses = [training.loss_and_grads(G, params, config, *texts, (1, 0), 2)[0]
+              for texts in [(x, y), twice]]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+# ---- the step ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", [
+    {}, {"grad_clip": 0.0}, {"grad_clip": 1e-3, "min_lr": 0.2, "seed": 7}, {"weight_decay": 0.5},
+], ids=str)
+@pytest.mark.parametrize("step", [0, 3, 9])
+def test_a_step_is_rate_gradients_clipping_adamw(tiny_config, ordinary_params, changes, step):
+    t = training.Training(**{"iters": 10, "lr": 0.5, "warmup_iters": 2} | changes)
+    config = tiny_config(dropout=0.2)
+    (x, y), (params, expected) = batch(4), (ordinary_params(config) for _ in range(2))
+    optimizer, expected_optimizer = G.adamw_init(params), G.adamw_init(expected)
+    loss = training.train_step(G, params, config, t, optimizer, step, x, y, threads=2)
+    expected_loss, grads = training.loss_and_grads(G, expected, config, x, y, (t.seed, step), 2)
+    if t.grad_clip:
+        G.clip_grads(grads, t.grad_clip)
+    min_lr = 0.05 if t.min_lr is None else t.min_lr
+    lr = training.learning_rate(step, 10, 0.5, min_lr, 2)
+    G.adamw_step(expected, grads, expected_optimizer, step, lr, (0.9, 0.99), t.weight_decay)
+    assert loss == expected_loss
+    for name in params:
+        np.testing.assert_array_equal(params[name], expected[name])
+        for means in ("adam_m", "adam_v"):
+            np.testing.assert_array_equal(optimizer[means][name], expected_optimizer[means][name])
+
+
+def test_one_batch_can_be_learned_by_heart(tiny_config, variant):
+    config = tiny_config(**variant, positions=True, d_model=16)
+    t = training.Training(iters=200, lr=2e-2, min_lr=2e-2, warmup_iters=0, weight_decay=0.0)
+    params, (x, y) = G.init_params(config), batch(2)
+    optimizer = G.adamw_init(params)
+    for step in range(t.iters):
+        loss = training.train_step(G, params, config, t, optimizer, step, x, y)
+    assert loss < 0.02
