@@ -200,7 +200,7 @@ def unit_area_forward(u: Array, v: Array, parallel: float = 1e-5) -> tuple[Array
     height = dot(v_perp, v_perp)  # |v⊥|² = |v|² sin²θ, and |u⊥|² = |u|² sin²θ
     plane = nonzero & (height > np.maximum(parallel**2 * vv, tiny))
     inv_height = plane / np.where(plane, height, 1)
-    inv_area = np.sqrt(inv_height / uu)
+    inv_area = np.sqrt(inv_height) / np.sqrt(uu)  # the product of the squares can overflow
     q = inv_area * v
     return q, (q, inv_area, u_perp * (vv * inv_height / uu), v_perp * inv_height)
 
