@@ -46,7 +46,7 @@ def test_every_block_prints_what_the_page_shows(document):
 
 
 def test_what_is_named_in_backticks_exists(document):
-    """Files; functions, classes, parameters and flags, as words of the source; and pairs."""
+    """Files, flags, names with an underscore, as words of the source; and pairs of functions."""
     files = [file for pattern in ("*.py", "*.cu", "experiments/**/*.py", "tests/**/*.*")
              for file in ROOT.glob(pattern) if file.suffix in (".py", ".cu", ".h")]
     known = {file.name for file in files}
@@ -55,7 +55,7 @@ def test_what_is_named_in_backticks_exists(document):
     for name in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", document, flags=re.DOTALL)):
         if name.endswith("_*"):  # gate_* is gate_forward and gate_backward
             assert {name[:-1] + "forward", name[:-1] + "backward"} <= known, name
-        elif re.fullmatch(r"[\w./]+\.py|--[\w-]+|\w+", name):
+        elif re.fullmatch(r"[\w./]+\.py|--[\w-]+|\w+_\w+", name):
             assert name in known or (ROOT / name).exists(), name
 
 
