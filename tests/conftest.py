@@ -23,22 +23,18 @@ for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SI
 
 errors: list[tuple[float, str]] = []  # (error, "what, tensor") of every gradient of this run
 
-
 def pytest_terminal_summary(terminalreporter) -> None:
     if errors:
         error, where = max(errors)
         terminalreporter.write_line(f"worst gradient error {error:.1e} ({where})")
 
-
 def helper(function: Callable):
     """Tests ask for the function as for a fixture, by its name."""
     return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
 
-
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
-
 
 GRASSMANN = {
     "-".join([block, "taps" if taps else "average", *["normalized"] * normalize]):
@@ -47,25 +43,21 @@ GRASSMANN = {
 }
 ATTENTION = {f"{b}-attention": {"block": b, "mixer": "attention"} for b in ("prenorm", "paper")}
 
-
 @pytest.fixture(params=GRASSMANN.values(), ids=GRASSMANN)
 def grassmann_variant(request) -> dict:
     """What makes each of the eight Grassmann models, as arguments of Config."""
     return request.param
-
 
 @pytest.fixture(params=[*GRASSMANN.values(), *ATTENTION.values()], ids=[*GRASSMANN, *ATTENTION])
 def variant(request) -> dict:
     """The same, and attention in both blocks."""
     return request.param
 
-
 @helper
 def tiny_config(**changes) -> Config:
     """As small as a model can be while every size differs from every other."""
     sizes = {"vocab_size": 11, "context": 9, "n_layer": 2, "d_model": 8, "rank": 4, "d_ff": 10}
     return Config(**sizes | {"offsets": ((1,), (1, 3)), "dropout": 0.0} | changes)
-
 
 @helper
 def ordinary_params(config: Config, seed: int = 0, dtype: type = np.float64) -> Params:
@@ -79,7 +71,6 @@ def ordinary_params(config: Config, seed: int = 0, dtype: type = np.float64) -> 
         params[name] = value.astype(dtype)
     return params
 
-
 @helper
 def slope(loss: Callable[[], float], x: Array, direction: Array, h: float = 1e-5) -> float:
     """The derivative of loss() as x, which it reads, moves in this direction."""
@@ -91,13 +82,11 @@ def slope(loss: Callable[[], float], x: Array, direction: Array, h: float = 1e-5
     x[...] = start
     return (up - down) / (2 * h)
 
-
 @helper
 def relative_error(a: Array, b: Array) -> float:
     """‖a-b‖ / (‖a‖+‖b‖), and 0 where both are exactly zero."""
     size = np.linalg.norm(a) + np.linalg.norm(b)
     return np.linalg.norm(a - b) / size if size else 0.0
-
 
 @pytest.fixture(scope="session")
 def check_gradients(slope, relative_error) -> Callable:

@@ -207,7 +207,6 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("checkpoint.read", 'np.array(array, order="C")', "array"),
 ]
 
-
 def broken(where: str, old: str, new: str) -> tuple[str, str]:
     """The name of the module, and its source with the mistake."""
     module, _, name = where.rpartition(".")
@@ -230,11 +229,9 @@ def broken(where: str, old: str, new: str) -> tuple[str, str]:
         setattr(parent, field, other)
     return module or "grassmann", ast.unparse(ast.fix_missing_locations(tree))
 
-
 def give_up(message: str):
     print(message, file=sys.stderr)
     sys.exit(2)
-
 
 def first_failure(folder: Path, tests: list[str]) -> str | None:
     """The test that fails first, or None."""
@@ -246,7 +243,6 @@ def first_failure(folder: Path, tests: list[str]) -> str | None:
     if not failed:
         give_up(f"pytest ended with {run.returncode}:\n{run.stdout}{run.stderr}")
     return failed[1]
-
 
 def main() -> int:
     chosen = [m for m in MUTATIONS if all(word in " ".join(m) for word in sys.argv[1:])]
@@ -279,7 +275,6 @@ def main() -> int:
             print(f"{': '.join(mutation)[:90]:90} {killed_by or 'SURVIVED'}", flush=True)
     print(f"{len(mutants)} mutations, {survivors} survived")
     return 1 if survivors else 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,11 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:```text\n(.*?)```)?", re.DOTALL)
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
-
 @pytest.fixture(params=["tutorial.md", "README.md"])
 def document(request) -> str:
     return (ROOT / request.param).read_text(encoding="utf-8")
-
 
 def same(printed: str, shown: str) -> bool:
     """The same words, and the same numbers to a unit of the last digit shown."""
@@ -27,13 +25,11 @@ def same(printed: str, shown: str) -> bool:
             return False
     return True
 
-
 def test_the_comparison_of_numbers():
     assert same("a 1.234 [2. 3]", "a 1.235 [2. 3]")
     assert not same("a 1.234", "a 1.237")
     assert not same("12606656", "12606657")
     assert not same("True False", "True True")
-
 
 def test_every_block_prints_what_the_page_shows(document):
     """Run in order, in one namespace."""
@@ -43,7 +39,6 @@ def test_every_block_prints_what_the_page_shows(document):
         with contextlib.redirect_stdout(printed):
             exec(compile(code, "document", "exec"), names)
         assert same(printed.getvalue(), shown), f"shown:\n{shown}\nprinted:\n{printed.getvalue()}"
-
 
 def test_what_is_named_in_backticks_exists(document):
     """Files, flags, names with an underscore, as words of the source; and pairs of functions."""
@@ -57,7 +52,6 @@ def test_what_is_named_in_backticks_exists(document):
             assert {name[:-1] + "forward", name[:-1] + "backward"} <= known, name
         elif re.fullmatch(r"[\w./]+\.py|--[\w-]+|\w+_\w+", name):
             assert name in known or (ROOT / name).exists(), name
-
 
 def test_every_link_picture_and_quoted_kernel_exists(document):
     for file in re.findall(r"\]\((?!https?:|#)([^)#]+)", document):

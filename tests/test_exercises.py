@@ -6,7 +6,6 @@ import pytest
 import grassmann as G
 from text import encode, load_text, vocabulary
 
-
 @pytest.fixture
 def check(check_gradients):
 
@@ -21,7 +20,6 @@ def check(check_gradients):
 
     return check
 
-
 def test_1_exchanging_the_vectors_changes_every_sign(rng):
     # p_ij(v, u) = v_i u_j - v_j u_i = -(u_i v_j - u_j v_i); with u = v a number equals its
     # negative, so it is 0.
@@ -29,12 +27,10 @@ def test_1_exchanging_the_vectors_changes_every_sign(rng):
     assert np.array_equal(G.plucker(u, v), -G.plucker(v, u))
     assert not G.plucker(u, u).any()
 
-
 def test_2_the_factor_is_the_determinant(rng):
     # (u+v) ∧ (u-v) = u∧u - u∧v + v∧u - v∧v = -2 u∧v, the determinant of (1 1; 1 -1).
     u, v = rng.standard_normal((2, 6))
     assert np.allclose(G.plucker(u + v, u - v), -2 * G.plucker(u, v))
-
 
 def test_3_the_length_in_three_dimensions(rng):
     # Σ_{i<j} (u_i v_j - u_j v_i)² = Σ_{i≠j} u_i² v_j² - 2 Σ_{i<j} u_i v_j u_j v_i; add and
@@ -42,14 +38,12 @@ def test_3_the_length_in_three_dimensions(rng):
     u, v = rng.standard_normal((2, 3))
     assert np.isclose((G.plucker(u, v) ** 2).sum(), (u @ u) * (v @ v) - (u @ v) ** 2)
 
-
 def test_4_every_bivector_is_a_plane_only_up_to_three_dimensions():
     def excess(r):
         return r * (r - 1) // 2 - (2 * (r - 2) + 1)
 
     assert [r for r in range(2, 40) if excess(r) == 0] == [2, 3]
     assert excess(32) == 435
-
 
 def test_5_the_receptive_field_is_the_sum_of_the_largest_offsets(tiny_config, ordinary_params):
     def reach(offsets):
@@ -63,35 +57,29 @@ def test_5_the_receptive_field_is_the_sum_of_the_largest_offsets(tiny_config, or
     assert reach((1, 2, 3, 4)) == 16
     assert reach((1, 2, 3, 16)) == 64  # as many taps as before
 
-
 def test_6_the_backward_of_a_dot_product(rng, check):
     # out = Σ_i a_i b_i, so da_i = dout b_i and db_i = dout a_i; dout (..., 1) is stretched over i.
     a, b = rng.standard_normal((2, 3, 4))
     check("exercise 6", lambda a, b: (G.dot(a, b), (a, b)), lambda d, c: (d * c[1], d * c[0]), a, b)
 
-
 def rmsnorm_forward(x, w, eps=1e-5):
     sigma = np.sqrt(G.mean(x * x) + eps)
     return w * x / sigma, (x / sigma, w, sigma)
-
 
 def rmsnorm_backward(dy, cache):
     """As LayerNorm without the way through the mean: dx = (dx̂ - x̂ mean(dx̂ ⊙ x̂)) / σ."""
     x_hat, w, sigma = cache
     return (dy * w - x_hat * G.mean(dy * w * x_hat)) / sigma, (dy * x_hat).sum(0)
 
-
 def test_7_rmsnorm(rng, check):
     x, w = rng.standard_normal((3, 5)), rng.standard_normal(5)
     check("exercise 7", rmsnorm_forward, rmsnorm_backward, x, w)
-
 
 def test_8_squared_relu(rng, check):
     # max(x, 0)² has the slope 2 max(x, 0), from both sides 0 at 0: only the second derivative
     # jumps there, and the central difference, h / 2, is small.
     x = rng.standard_normal((4, 5))
     check("exercise 8", lambda x: (np.maximum(x, 0) ** 2, x), lambda d, x: d * 2 * np.maximum(x, 0), x)
-
 
 def test_9_an_average_cannot_tell_its_offsets_apart(rng):
     z = rng.standard_normal((1, 5, 3))
@@ -100,7 +88,6 @@ def test_9_an_average_cannot_tell_its_offsets_apart(rng):
         s, _ = G.partner_forward(z, taps, (1, 2), False)
         s_swapped, _ = G.partner_forward(swapped, taps, (1, 2), False)
         assert np.allclose(s[0, -1], s_swapped[0, -1]) is same
-
 
 def test_10_the_memory_of_a_stream():
     def state_bytes(steps, **variant):
@@ -115,11 +102,9 @@ def test_10_the_memory_of_a_stream():
     # 2 · 128 numbers in each of 4 layers: 41 MB after 10,000 characters
     assert state_bytes(30, mixer="attention") == 30 * 4096
 
-
 def product_forward(u, v):
     i, j = G.pairs(u.shape[-1])
     return u[..., i] * v[..., j], (u, v)
-
 
 def product_backward(dp, cache):
     """u_i occurs in p_ij for every j > i with the factor v_j, v_j for every i < j with u_i."""
@@ -129,14 +114,12 @@ def product_backward(dp, cache):
     D[..., i, j] = dp
     return np.einsum("...ij,...j->...i", D, v), np.einsum("...ij,...i->...j", D, u)
 
-
 def test_11_a_product_without_antisymmetry(rng, check):
     u, v, w = rng.standard_normal((3, 2, 4))
     check("exercise 11", product_forward, product_backward, u, v)
     p, swapped = product_forward(u, v)[0], product_forward(v, u)[0]
     assert not np.allclose(p, -swapped)
     assert np.allclose(product_forward(u, v + 2 * w)[0], p + 2 * product_forward(u, w)[0])
-
 
 def test_12_looking_ahead_is_noticed(monkeypatch, tiny_config, ordinary_params):
     config = tiny_config()
@@ -157,16 +140,13 @@ def test_12_looking_ahead_is_noticed(monkeypatch, tiny_config, ordinary_params):
     monkeypatch.setitem(G.MIXERS, "grassmann", (ahead, None))
     assert leaks()
 
-
 wedge_forward, wedge_backward = G.plucker_forward, G.plucker_backward
-
 
 def unit(x):
     """x / |x| and 1 / |x|, both 0 where x is 0."""
     length = np.sqrt(G.dot(x, x))
     inverse = np.where(length > 0, 1 / np.where(length > 0, length, 1), 0)
     return x * inverse, inverse
-
 
 def cosine_forward(u, v):
     """p with one coordinate more; where a vector is 0 so is the cosine, and so are its gradients."""
@@ -175,14 +155,12 @@ def cosine_forward(u, v):
     cosine = G.dot(e, f)
     return np.concatenate([p, cosine], -1), (e, inverse_u, f, inverse_v, cosine, cache)
 
-
 def cosine_backward(dout, cache):
     """∂cos/∂u = (v/|v| - cos u/|u|) / |u|: what u does not have yet of the unit vector v."""
     e, inverse_u, f, inverse_v, cosine, cache = cache
     du, dv = wedge_backward(dout[..., :-1], cache)
     d = dout[..., -1:]
     return du + d * (f - cosine * e) * inverse_u, dv + d * (e - cosine * f) * inverse_v
-
 
 def test_13_the_cosine_as_one_more_feature(
         rng, check, check_gradients, monkeypatch, tiny_config, ordinary_params):
@@ -200,7 +178,6 @@ def test_13_the_cosine_as_one_more_feature(
     _, grads = G.loss_and_grads(params, config, x, y)
     loss = lambda: G.loss_and_grads(params, config, x, y)[0]  # noqa: E731
     check_gradients("exercise 13, the model", loss, params, grads, entries=5)
-
 
 def test_14_momentum_needs_a_larger_learning_rate():
     text = load_text(None)[:20000]

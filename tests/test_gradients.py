@@ -15,15 +15,12 @@ MIX |= {"W_gate": (2 * D, D), "b_gate": (D,)}
 ATTENTION = {"W_qkv": (D, 3 * D), "b_qkv": (3 * D,), "W_out": (D, D), "b_out": (D,)}
 FFN = {"W_1": (D, 10), "b_1": (10,), "W_2": (10, D), "b_2": (D,)}
 
-
 def partner(offsets, normalize):
     return lambda z, taps=None: G.partner_forward(z, taps, offsets, normalize)
-
 
 def mixer(forward, **changes):
     changes = {"vocab_size": 5, "n_layer": 1, "d_model": D, "rank": R} | changes
     return lambda h, w: forward(h, w, G.Config(**changes), 0)
-
 
 # Forward and the shapes of its inputs, in a dict those of parameters. The first word names the op.
 OPS = {
@@ -60,12 +57,10 @@ OPS = {
     "head": (G.head_forward, [(2, 3, D), (5, D)]),
 }
 
-
 def test_no_backward_is_forgotten():
     names = {name.removesuffix("_backward") for name in dir(G) if name.endswith("_backward")}
     models = {"prenorm_block", "paper_block", "model"}  # below
     assert names == {op.split()[0] for op in OPS} | models
-
 
 def flat(values) -> dict[str, np.ndarray]:
     """Arrays and dicts of arrays, in one dict: "0", "1", "2.W_red", …"""
@@ -76,7 +71,6 @@ def flat(values) -> dict[str, np.ndarray]:
         elif value is not None:
             named[f"{k}"] = value
     return named
-
 
 @pytest.mark.parametrize(("op", "size"), [
     *((op, 1) for op in OPS),
@@ -109,9 +103,7 @@ def batch(B, L):
     text[-1, 1:3] = text[-1, 0]
     return text[:, :-1], text[:, 1:]
 
-
 SEVERAL = {"offsets": ((1, 2, 8), (1, 3))}
-
 
 @pytest.mark.parametrize(("changes", "B", "L"), [
     ({"offsets": ((2,), (1,))}, 2, 9),
@@ -133,7 +125,6 @@ def test_model(tiny_config, ordinary_params, check_gradients, variant, changes, 
     assert value == pytest.approx(loss(), rel=1e-14)
     check_gradients(f"model[{request.node.callspec.id}]", loss, params, grads, entries=8)
 
-
 def test_model_with_dropout(tiny_config, ordinary_params, check_gradients, variant, request):
     """The masks are a function of the seed, a whole number or several."""
     config = tiny_config(**variant, positions=True, dropout=0.3)
@@ -147,7 +138,6 @@ def test_model_with_dropout(tiny_config, ordinary_params, check_gradients, varia
 
     label = f"model[{request.node.callspec.id}-dropout]"
     check_gradients(label, dropped, params, grads, entries=3)
-
 
 def test_gradients_belong_to_the_caller(tiny_config, ordinary_params, variant):
     """A later call, on other data, overwrites neither earlier gradients nor the parameters."""

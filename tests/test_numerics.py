@@ -3,8 +3,8 @@
 The exact result is that of float64, on the same (float32) inputs. How right float32 can be depends
 on the inputs: a difference of nearly equal numbers has few correct digits, however it is computed.
 So the result in float64 is compared with those of inputs changed at random in their last float32
-digit: an error of the size of that spread is fair, and so is one of the last digit of the result,
-or of the largest term of the sum that gives it (`terms`).
+digit: an error of the size of that spread is fair, and so is one of the last digit of the largest
+number in a row of the result.
 """
 
 import itertools
@@ -20,14 +20,13 @@ PRODUCT_SIZES = [0, 1e-40, 1e-15, 1, 1e15, "mixed"]
 SIZES = [0, 1e-40, 1e-30, 1e-15, 1, 30, 1e4, 1e15, 1e30]
 
 def sizes(names, *values):
-    return pytest.mark.parametrize(names, [*itertools.product(*values)] if values[1:] else values[0])
-
+    """Every combination of the values."""
+    return pytest.mark.parametrize(names, [*itertools.product(*values)])
 
 @pytest.fixture(autouse=True)
 def strict():
     with np.errstate(divide="raise", over="raise", invalid="raise"):
         yield
-
 
 @pytest.fixture
 def draw(rng):
@@ -41,23 +40,21 @@ def draw(rng):
 
     return draw
 
-
 def check(function, inputs, terms=None):
-    """function(*inputs) -> arrays, in float32 as in float64."""
+    """function(*inputs) -> arrays, in float32 as in float64; `terms`: of what they are sums."""
     rng, wide = np.random.default_rng(0), [x.astype(np.float64) for x in inputs]
     exact = function(*wide)
     moved = [[x * (1 + EPS * rng.uniform(-1, 1, x.shape)) for x in wide] for _ in range(8)]
     around = [function(*inputs) for inputs in moved]
-    terms = terms(*wide) if terms else [0] * len(exact)
-    for k, got in enumerate(function(*inputs)):
+    terms = terms(*wide) if terms else exact
+    for k, got in enumerate(map(np.atleast_1d, function(*inputs))):
         assert got.dtype == np.float32
         spread = np.max([np.abs(other[k] - exact[k]) for other in around], axis=0)
-        digit = EPS * np.maximum(np.abs(exact[k]), terms[k])
+        digit = EPS * np.abs(np.atleast_1d(terms[k])).max(-1, keepdims=True)
         tolerance = 16 * spread + 16 * digit + UNDERFLOW
         fits = np.abs(exact[k]) + tolerance < LARGEST
         wrong = ~(np.abs(np.where(fits, got - exact[k], 0)) <= tolerance)
-        assert not wrong.any(), f"output {k}: {got[wrong]} is not {exact[k][wrong]}"
-
+        assert not wrong.any(), f"output {k}: {got} is not {exact[k]}"
 
 def both_ways(name, *other):
     """The op and its backward as one function: (*inputs, dout) -> [out, *gradients]."""
@@ -72,50 +69,32 @@ def both_ways(name, *other):
     return function
 
 
-# ---- products ------------------------------------------------------------------------------------
+# ---- ops -----------------------------------------------------------------------------------------
 
 @sizes("a, b, dout", PRODUCT_SIZES, PRODUCT_SIZES, [1e-15, 1, 1e15])
 def test_linear_and_wedge(draw, a, b, dout):
     check(both_ways("linear"), [draw(a, 4, 5), draw(b, 5, 3), draw(1, 3), draw(dout, 4, 3)])
     check(both_ways("plucker"), [draw(a, 6, 5), draw(b, 6, 5), draw(dout, 6, 10)])
 
-
-def unit_area_terms(u, v, dq):
-    """The heights are differences, v⊥ = v - (u·v / u·u) u, and so are the gradients along them."""
-    q, _ = G.unit_area_forward(u, v)
-    plane = q.any(-1, keepdims=True)
-
-    def of_plane(a, b):
-        return np.where(plane, G.dot(a, b), 1)
-
-    uu, vv, uv = of_plane(u, u), of_plane(v, v), of_plane(u, v)
-    v_perp, u_perp = v - uv / uu * u, u - uv / vv * v
-    hv_2, hu_2 = of_plane(v_perp, v_perp), of_plane(u_perp, u_perp)
-    u, v, uv, dq, along = *map(np.abs, (u, v, uv, dq)), G.dot(np.abs(dq), np.abs(q))
-    du, dv = along / hu_2 * (u + uv / vv * v), along / hv_2 * (v + uv / uu * u)
-    return [np.abs(q), plane * du, plane * (dv + dq / np.sqrt(uu * hv_2))]
-
-
-@sizes("a, b", [0, 1e-15, 1, 1e15, "mixed"], [0, 1e-15, 1, 1e15, "mixed"])
+@sizes("a, b", [0, 1e-15, 1, 1e15, "mixed"], [0, 1e-15, 1, 1e15])
 def test_unit_area(draw, a, b):
-    inputs = [draw(a, 20, 5), draw(b, 20, 5), draw(1, 20, 5)]
-    check(both_ways("unit_area"), inputs, unit_area_terms)
+    u, v = draw(a, 20, 5), draw(b, 20, 5)
+    check(both_ways("unit_area"), [u, v, draw(1, 20, 5)])
+    check(both_ways("unit_area"), [v, u, draw(1, 20, 5)])
 
-
-@sizes("size, angle, factor", [1e-12, 1, 1e15], [0, 1e-7, 1e-6, 1e-4, 1e-2], [1, -3, 0.01])
+@sizes("size, angle, factor", [1e-12, 1, 1e15], [0, 1e-7, 1e-6, 1e-4, 1e-3, 1e-2], [1, -3, 0.01])
 def test_unit_area_of_nearly_parallel_vectors(draw, size, angle, factor):
     """(At the size 1e-15 the gradient does not fit.)"""
     u = draw(size, 20, 5)
     v = (np.float32(factor) * (u + angle * draw(size, 20, 5))).astype(np.float32)
-    check(both_ways("unit_area"), [u, v, draw(1, 20, 5)], unit_area_terms)
+    check(both_ways("unit_area"), [u, v, draw(1, 20, 5)])
 
-
-@sizes("a, b", [(1, 1e-20), (1e-20, 1), (1, 1e-40), (1e-40, 1e15), (1e-25, 1e-25), (1e-40, 0)])
+@sizes("a, b", [1e-20, 1e-25, 1e-40, 0], [1e15, 1, 1e-25, 0])
 def test_a_vector_whose_square_underflows_counts_as_zero(draw, a, b):
     """Below 1e-19: no plane and no gradient. float64 would still see one."""
-    results = both_ways("unit_area")(draw(a, 20, 5), draw(b, 20, 5), draw(1, 20, 5))
-    np.testing.assert_array_equal(results, 0)
-
+    u, v = draw(a, 20, 5), draw(b, 20, 5)
+    np.testing.assert_array_equal(both_ways("unit_area")(u, v, draw(1, 20, 5)), 0)
+    np.testing.assert_array_equal(both_ways("unit_area")(v, u, draw(1, 20, 5)), 0)
 
 def gate_terms(h, g, W, b, dout):
     """h and g enter the sum αh + (1-α)g, and 1-α the gradient of α, known to one digit of 1."""
@@ -124,14 +103,12 @@ def gate_terms(h, g, W, b, dout):
     dhg, dW = da @ W.T, np.concatenate([h, g], -1).T @ da
     return [h + g, dout + dhg[..., :d], dout + dhg[..., d:], dW, da.sum(0)]
 
-
 @sizes("h, g, W", [0, 1e-40, 1e-15, 1, 1e15], [0, 1e-40, 1e-15, 1, 1e15], [0, 1e-15, 1, 1e15])
 def test_gate(draw, h, g, W):
     inputs = [draw(h, 6, 4), draw(g, 6, 4), draw(W, 8, 4), draw(1, 4), draw(1, 6, 4)]
     check(both_ways("gate"), inputs, gate_terms)
 
-
-@sizes("a", [0, 1, 20, 80, 90, 110, 750, 1e4, 1e30])
+@pytest.mark.parametrize("a", [0, 1, 20, 80, 90, 110, 750, 1e4, 1e30])
 def test_saturated_gate(draw, a):
     """The pre-activation is ±a: exp(-a) fits into float32 up to 88, into float64 up to 709."""
     h, g, W, b = draw(1, 6, 4), draw(1, 6, 4), draw(0, 8, 4), np.float32([a, -a, a / 2, -a / 2])
@@ -140,49 +117,28 @@ def test_saturated_gate(draw, a):
         out, _ = G.gate_forward(h, g, W, b)
         np.testing.assert_allclose(out[:, :2], np.stack([h[:, 0], g[:, 1]], 1), rtol=1e-6)
 
-
-# ---- the other ops -------------------------------------------------------------------------------
-
-def layernorm_terms(x, w, b, dy):
-    """The deviations from the mean, and the three terms of the gradient, are sums."""
-    d, sigma = x - x.mean(-1, keepdims=True), np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    x_hat, dx_hat, d = np.abs(x).max(-1, keepdims=True) / sigma, np.abs(dy * w), np.abs(d / sigma)
-    along = dx_hat.mean(-1, keepdims=True) + d * (dx_hat * d).mean(-1, keepdims=True)
-    dw, db = (np.abs(dy) * x_hat).sum(0), np.abs(dy).sum(0)
-    return [np.abs(w) * x_hat + np.abs(b), (dx_hat + along) / sigma, dw, db]
-
-
 @sizes("size, w", [*SIZES, "mixed"], [1e-15, 1, 1e5])
 def test_layernorm(draw, size, w):
     """Also of a constant, one peak, a zigzag, and far from zero."""
     x = draw(size, 9, 6)
     x[0], x[1, 1:], x[2] = x[0, 0], 0, np.where(np.arange(6) % 2, x[2, 0], -x[2, 0])
     x[3:6] = draw(1, 3, 6) + np.float32([[1], [1e3], [1e6]])
-    check(both_ways("layernorm"), [x, draw(w, 6), draw(1, 6), draw(1, 9, 6)], layernorm_terms)
+    check(both_ways("layernorm"), [x, draw(w, 6), draw(1, 6), draw(1, 9, 6)])
 
-
-@sizes("size", SIZES)
-def test_gelu(draw, size):
-    """x/2 and x/2 tanh(…) cancel where x is negative; so do the terms of its slope, up to 10³."""
-    x = np.concatenate([draw(size, 20), np.float32(size) * np.linspace(-1, 1, 20, dtype="f")])
-    check(both_ways("gelu"), [x, draw(1, 40)], lambda x, dout: [
-        np.abs(x), np.abs(dout) * (1 + np.minimum(np.abs(x), 10) ** 3 / 10)])
-
-
-@sizes("size", SIZES)
-def test_cross_entropy(rng, draw, size):
-    """The loss is a difference of logits plus log Σ exp ≥ 0; the gradient a probability, or less 1."""
+@pytest.mark.parametrize("size", SIZES)
+def test_gelu_and_cross_entropy(rng, draw, size):
+    """(The loss is a difference of logits; its gradient a probability, less 1 at the target.)"""
+    check(both_ways("gelu"), [draw(size, 4, 10), draw(1, 4, 10)])
     logits, targets = draw(size, 6, 5), rng.integers(0, 5, 6)
     logits[0], logits[1], logits[2, targets[2]] = 0, size, size * 3
 
-    def function(logits):
+    def cross_entropy(logits):
         loss, cache = G.cross_entropy_forward(logits, targets)
         return [loss, G.cross_entropy_backward(1.0, cache)]
 
-    check(function, [logits], lambda logits: [1 + 2 * np.abs(logits).max(), 1 / 6])
+    check(cross_entropy, [logits], lambda logits: [np.abs(logits).max(), 1 / len(logits)])
 
-
-@sizes("size", [0, 1e-15, 1, 100, 1e10, 1e15])
+@pytest.mark.parametrize("size", [0, 1e-15, 1, 100, 1e10, 1e15])
 def test_attention(tiny_config, draw, size):
     """Scores up to 1e30: softmax is one-hot then, and passes no gradient."""
     config = tiny_config(mixer="attention", d_model=4, n_head=2)
@@ -195,26 +151,7 @@ def test_attention(tiny_config, draw, size):
         dh, grads = G.attention_backward(dout.copy(), cache)
         return [out, dh, *(grads[name] for name in w)]
 
-    def terms(*inputs):  # some sums cancel (the keys' biases have no gradient): take the largest
-        return [np.abs(out).max() for out in function(*inputs)]
-
-    check(function, [*inputs, draw(1, 2, 5, 4)], terms)
-
-
-@sizes("size", SIZES)
-def test_optimizer(draw, size):
-
-    def function(theta, *gradients):
-        params = {"W": theta.copy()}
-        state = G.adamw_init(params)
-        for step, g in enumerate(gradients):
-            clipped = {"W": g.copy()}
-            norm = G.clip_grads(clipped, 1.0)
-            assert norm == pytest.approx(np.sqrt((g.astype(float) ** 2).sum()), rel=1e-5)
-            G.adamw_step(params, {"W": g if size < 1e20 else clipped["W"]}, state, step, 0.1)
-        return [params["W"], clipped["W"]]
-
-    check(function, [draw(1, 3, 4), *(draw(size, 3, 4) for _ in range(3))])
+    check(function, [*inputs, draw(1, 2, 5, 4)])
 
 
 # ---- whole models --------------------------------------------------------------------------------
@@ -236,7 +173,6 @@ def test_models_stay_finite(tiny_config, ordinary_params, grassmann_variant, cha
     assert loss == pytest.approx(G.loss_and_grads(wide, config, x, x[:, ::-1])[0], rel=1e-3)
     assert all(np.isfinite(g).all() for g in grads.values())
 
-
 def test_float32_agrees_with_float64(tiny_config, ordinary_params, relative_error, variant):
     """In the median of nine models: now and then a pair is so nearly parallel that it shows."""
     config, worst = tiny_config(**variant), []
@@ -250,12 +186,3 @@ def test_float32_agrees_with_float64(tiny_config, ordinary_params, relative_erro
         assert all(g.dtype == np.float32 for g in grads.values())
         worst.append(max(relative_error(g, exact_grads[name]) for name, g in grads.items()))
     assert np.median(worst) < 5e-6
-
-
-@sizes("temperature, size", [1e-300, 1e-30, 1e-3, 1.0, 1e30, 1e300], [0, 1, 1e4, 1e30])
-def test_sampling(tiny_config, ordinary_params, temperature, size):
-    config = tiny_config()
-    params = ordinary_params(config, dtype=np.float32)
-    params["ln_f.w"] *= np.float32(size)
-    tokens = list(G.generate(params, config, [1], 20, temperature, top_k=5))
-    assert all(0 <= token < 11 for token in tokens)

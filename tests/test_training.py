@@ -23,7 +23,6 @@ def adamw_by_the_formula(theta, gradients, lr, beta_1, beta_2, decay, eps):
         theta = theta - lr * (m_hat / (math.sqrt(v_hat) + eps) + decay * theta)
     return theta, m, v
 
-
 @pytest.mark.parametrize("given", [(), ((0.8, 0.95), 0.0, 1e-2)])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_adamw_is_the_formula(rng, given, steps):
@@ -44,7 +43,6 @@ def test_adamw_is_the_formula(rng, given, steps):
             got = [a[name][place] for a in (params, state["adam_m"], state["adam_v"])]
             assert got == pytest.approx(expected, rel=1e-12)
 
-
 @dtypes
 @pytest.mark.parametrize(("max_norm", "clipped"), [(5, 5), (13, 13), (20, 13), (1e-3, 1e-3)])
 def test_clip_grads(dtype, max_norm, clipped):
@@ -55,7 +53,6 @@ def test_clip_grads(dtype, max_norm, clipped):
     assert all(g is kept and g.dtype == dtype for g, kept in zip(grads.values(), same, strict=True))
     found = np.concatenate([g.ravel() for g in grads.values()])
     np.testing.assert_allclose(found, np.array([3, 4, 12, 0, 0]) * (clipped / 13), rtol=1e-6)
-
 
 def test_learning_rate():
     """Up in equal steps, the peak right after the warm-up, half a cosine down to min_lr."""
@@ -84,7 +81,6 @@ def test_a_batch_is_windows_of_the_text_drawn_from_seed_and_step():
     for seed, step in [(5, 3), (6, 2), (2, 5), (4, 3)]:
         assert (x != G.get_batch(text, 8, 10, seed, step)[0]).any()
 
-
 def test_batches_cover_the_first_and_the_last_window():
     """20 tokens have windows of 6 (with targets) at 0 … 14, drawn equally often; 6 have one."""
     batches = [G.get_batch(np.arange(20), 30, 5, 1, step)[0] for step in range(100)]
@@ -94,7 +90,6 @@ def test_batches_cover_the_first_and_the_last_window():
     x, y = G.get_batch(np.arange(6), 3, 5, 0, 0)
     assert (x == range(5)).all() and (y == range(1, 6)).all()
 
-
 def test_dropout_keeps_the_mean(rng):
     """A fraction `rate` becomes 0, the rest is divided by 1 - rate."""
     x = rng.standard_normal((100, 100))
@@ -103,7 +98,6 @@ def test_dropout_keeps_the_mean(rng):
     np.testing.assert_allclose(out[out != 0], x[out != 0] / 0.7, rtol=1e-6)
     for rate, generator in [(0.3, None), (0.0, rng)]:
         assert G.dropout_forward(x, rate, generator)[0] is x
-
 
 @pytest.mark.parametrize("length", [2, 5, 10, 19, 20, 28, 29, 400, 8000])
 @pytest.mark.parametrize("positions", [True, False])
@@ -127,7 +121,6 @@ def batch(B, L=9):
     text = np.random.default_rng(2).integers(0, 11, (B, L + 1))
     return text[:, :-1], text[:, 1:]
 
-
 @pytest.mark.parametrize("threads", [0, 1, 2, 3])
 @pytest.mark.parametrize("shard_tokens", [1, 20, 4096])
 @pytest.mark.parametrize("B", [1, 2, 5])
@@ -144,7 +137,6 @@ def test_shards_change_nothing_but_rounding(
     for name in params:
         assert relative_error(grads[name], grads_2[name]) < 1e-12, name
 
-
 @dtypes
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_repeat_bit_for_bit(tiny_config, ordinary_params, monkeypatch, threads, dtype):
@@ -156,7 +148,6 @@ def test_threads_repeat_bit_for_bit(tiny_config, ordinary_params, monkeypatch, t
         assert loss == results[0][0]
         for name in params:
             np.testing.assert_array_equal(grads[name], results[0][1][name])
-
 
 def test_threads_draw_different_dropout(tiny_config, ordinary_params):
     """The same text twice, on two threads: with equal masks the loss would be that of one text."""
@@ -190,7 +181,6 @@ def test_a_step_is_rate_gradients_clipping_adamw(tiny_config, ordinary_params, c
         np.testing.assert_array_equal(params[name], expected[name])
         for means in ("adam_m", "adam_v"):
             np.testing.assert_array_equal(optimizer[means][name], expected_optimizer[means][name])
-
 
 def test_one_batch_can_be_learned_by_heart(tiny_config, variant):
     config = tiny_config(**variant, positions=True, d_model=16)

@@ -35,7 +35,6 @@ WORDS = [b"", b"(", b")", b"[" * 9999, b'{"a":' * 9999, b"9" * 5000, b"-", b"'",
 VALUES = [None, True, 0, 1, -1, 3, 1.5, 1e308, 10**9, 10**30, "", "x\ny", [], {}, [[]], [1, 2], [[1], [2]],
           [[1, 2], [4], [1]], {"a": 1}, float("nan"), float("inf"), ["x"]]
 
-
 def damaged(rng: random.Random, content: bytes) -> bytes:
     """A bit flipped, or a stretch of bytes removed, repeated, or replaced by others; or cut off."""
     start = rng.randrange(len(content))
@@ -44,7 +43,6 @@ def damaged(rng: random.Random, content: bytes) -> bytes:
     new = rng.choice([bytes([stretch[0] ^ 1 << rng.randrange(8)]) + stretch[1:], b"", 2 * stretch,
                       rng.randbytes(len(stretch)), bytes(len(stretch)), rng.choice(WORDS)])
     return content[:start] + new + content[end : rng.choice([None, None, None, end])]
-
 
 def names(rng, members):
     """Members removed, renamed, exchanged, repeated or added."""
@@ -55,7 +53,6 @@ def names(rng, members):
         [], [(new, pairs[place][1])], [(pairs[place][0], content)], [(new, damaged(rng, content))]])
     return pairs
 
-
 def header(rng, members):
     """The text that says an array's dtype and shape."""
     name = rng.choice(list(members))
@@ -65,12 +62,10 @@ def header(rng, members):
     new = magic + len(new).to_bytes(2, "little") + new + content[10 + length :]
     return (members | {name: new}).items()
 
-
 def data(rng, members):
     """The numbers of an array."""
     name = rng.choice(list(members))
     return (members | {name: members[name][:128] + damaged(rng, members[name][128:])}).items()
-
 
 def description(rng, members):
     """The JSON document: damaged as text, or with one place, at any depth, replaced or removed."""
@@ -88,7 +83,6 @@ def description(rng, members):
     file = io.BytesIO()
     np.save(file, np.frombuffer(text, np.uint8))
     return (members | {"meta.npy": file.getvalue()}).items()
-
 
 def verdict(path: Path, expected: str | None) -> str:
     """"refused", "unchanged", "changed" (if nothing is expected), or what is wrong."""
@@ -117,7 +111,6 @@ def verdict(path: Path, expected: str | None) -> str:
     except ValueError as refusal:
         return "changed" if "JSON" in str(refusal) else f"loaded what cannot be saved: {refusal}"
     return "changed"
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -152,7 +145,6 @@ def main() -> int:
         print(f"{what:12} {result:10} {number:5}")
     print("\n".join(wrong) or f"{args.count} files, nothing wrong")
     return 1 if wrong else 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
