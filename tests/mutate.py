@@ -19,14 +19,13 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parent.parent
-MATHEMATICS = [f"tests/test_{k}.py" for k in ("training", "wedge", "gradients", "model", "numerics")]
+MATHEMATICS = ["test_wedge", "test_training", "test_gradients", "test_model", "test_numerics"]
 AT_ONCE = 2
 
 MUTATIONS = [  # in grassmann.py unless a module is named
-    ("Config", "0 < min(layer) <= max(layer) < self.context", "min(layer) <= max(layer) < self.context"),
+    ("Config", "0 < min(layer) <= max(layer) < self.context", "max(layer) < self.context"),
     ("Config", "0 < min(layer) <= max(layer) < self.context", "0 < min(layer) <= self.context"),
     ("Config", "len(set(layer)) == len(layer) > 0", "len(layer) > 0"),
     ("Config", '2 if name == "rank" else 1', "1"),
@@ -34,19 +33,16 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("Config", "self.d_model % self.n_head == 0", "self.d_model >= self.n_head"),
     ("Config", "4 if attention else 2", "4"),
     ("default_offsets", "3 - 4 * (n_layer - 1 - i) // n_layer", "4 * i // n_layer"),
-    ("default_offsets", "2 ** (i % 4)", "2 ** i"),
     ("init_params", "math.sqrt(2 * config.n_layer)", "math.sqrt(config.n_layer)"),
     ("init_params", "scales.get(kind, 0.02)", 'scales.get(kind.replace("taps", ""), 0.02)'),
     ("init_params", "config.d_model ** -0.5", "0.02"),
     ("param_shapes", "(2 * d, d)", "(d, d)"),
     # small ops
     ("linear_forward", "y += b", "y -= b"),
-    ("linear_forward", "y += b", "pass"),
     ("linear_backward", "W.T", "W"),
     ("linear_backward", "dy.sum(0)", "dy.mean(0)"),
     ("layernorm_forward", "np.sqrt(var + eps)", "np.sqrt(var) + eps"),
     ("layernorm_forward", "x - mean(x)", "x"),
-    ("layernorm_forward", "var + eps", "var * len(w) / (len(w) - 1) + eps"),
     ("layernorm_forward", "np.square(x, dtype=np.float64)", "np.square(x)"),
     ("layernorm_backward", "dx_hat - mean(dx_hat)", "dx_hat"),
     ("layernorm_backward", "x_hat * (dot(dx_hat, x_hat) / len(w))", "0"),
@@ -57,7 +53,6 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("gelu_backward", "tanh * tanh", "tanh"),
     ("dropout_forward", "1 - rate", "1"),
     ("dropout_forward", "rng.random(x.shape, np.float32) >= rate", "rng.random(x.shape) < rate"),
-    ("dropout_backward", "dy if keep is None else dy * keep", "dy"),
     ("embedding_backward", "np.add", "np.maximum"),
     ("cross_entropy_forward", "losses.mean()", "losses.sum()"),
     ("cross_entropy_forward", "logits - logits.max(-1, keepdims=True)", "logits"),
@@ -67,7 +62,6 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("pairs", "np.triu_indices(r, 1)", "np.tril_indices(r, -1)[::-1]"),
     ("pairs", "np.triu_indices(r, 1)", "np.triu_indices(r, 0)"),
     ("plucker_forward", "u.take(j, 0) * v.take(i, 0)", "-u.take(j, 0) * v.take(i, 0)"),
-    ("plucker_forward", "p.T", "-p.T"),
     ("plucker_backward", "-A[i, j]", "A[i, j]"),
     ("plucker_backward", "A[j, i] = -A[i, j]", "A[j, i], A[i, j] = A[i, j], -A[i, j]"),
     ("plucker_backward", '-np.einsum("ijt,jt->it", A, u)', 'np.einsum("ijt,jt->it", A, u)'),
@@ -81,15 +75,13 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("unit_area_forward", "parallel**2 * vv", "parallel**2"),
     ("unit_area_forward", "vv * inv_height / uu", "np.sqrt(vv * inv_height / uu)"),
     ("unit_area_backward", "dq * inv_area - along * v_normal", "dq * inv_area"),
-    ("unit_area_backward", "-along * u_normal", "0 * u_normal"),
     ("unit_area_backward", "-along * u_normal", "along * u_normal"),
     # the mixing layer
     ("partner_forward", "s[:, delta:] += q", "s[:, :-delta] += q"),
-    ("partner_forward", "q = z[:, :-delta]", "q = z[:, delta:]"),
     ("partner_forward", "q = z[:, :-delta]", "q = z[:, 1 : 1 - delta or None]"),
     ("partner_forward", "s, cache = unit_area_forward(z, s)", "_, cache = unit_area_forward(z, s)"),
     ("partner_forward", "s * share", "s"),
-    ("partner_forward", "np.arange(z.shape[1])[:, None] >= np.array(offsets)", "np.array(offsets) >= 0"),
+    ("partner_forward", "np.array(offsets)", "0 * np.array(offsets)"),
     ("partner_forward", "np.arange(z.shape[1])[:, None]", "np.arange(-1, z.shape[1] - 1)[:, None]"),
     ("partner_backward", "ds * share", "ds"),
     ("partner_backward", "dz[:, delta:] += du", "pass"),
@@ -100,7 +92,6 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("partner_backward", "taps[k] * dq", "dq"),
     ("gate_forward", "g + alpha * difference", "h - alpha * difference"),
     ("gate_forward", "0.5 * a", "a"),
-    ("gate_forward", "0.5 + 0.5 * np.tanh(0.5 * a)", "np.tanh(0.5 * a)"),
     ("gate_forward", "0.5 + 0.5 * np.tanh(0.5 * a)", "1 / (1 + np.exp(-a))"),
     ("gate_backward", "difference * direct * (1 - alpha)", "difference * direct"),
     ("gate_backward", "dout - direct", "direct"),
@@ -108,7 +99,6 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("mix_backward", "dz + dz_partner", "dz"),
     ("mix_backward", "dh + dh_red", "dh"),
     # attention
-    ("attention_forward", "math.sqrt(d // n_head)", "1"),
     ("attention_forward", "math.sqrt(d // n_head)", "math.sqrt(d)"),
     ("attention_forward", "k.shape[2] - L", "k.shape[2] - L + 1"),
     ("attention_forward", "k.shape[2] - L", "max(k.shape[2] - L - 1, 0)"),
@@ -117,13 +107,13 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("attention_backward", "math.sqrt(d_h)", "1"),
     ("attention_backward", "dscores.swapaxes(-1, -2) @ q", "dscores @ q"),
     # blocks and model
-    ("prenorm_block_forward", 'ffn_forward(normed, w.scope("ffn."))', 'ffn_forward(h, w.scope("ffn."))'),
+    ("prenorm_block_forward", 'ffn_forward(normed, w.scope("ffn."))',
+     'ffn_forward(h, w.scope("ffn."))'),
     ("prenorm_block_backward", "dout + dh", "dh"),
     ("prenorm_block_backward", "dh + dx", "dx"),
     ("prenorm_block_backward", 'dropout_backward(dh, cache["keep_mix"])',
      'dropout_backward(dh, cache["keep_ffn"])'),
     ("paper_block_forward", "h + mix", "mix"),
-    ("paper_block_forward", "h + ffn", "ffn"),
     ("paper_block_backward", "dsum + dh", "dh"),
     ("paper_block_backward", "dh += dmix", "pass"),
     ("model_forward", 'layernorm_forward(h, params["ln_f.w"], params["ln_f.b"])',
@@ -131,25 +121,22 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("model_forward", 'params["P"][start:end]', 'params["P"][:end - start]'),
     ("model_forward", "end > config.context", "end >= config.context"),
     ("head_backward", "dlogits.T @ rows", "-dlogits.T @ rows"),
-    ("model_backward", 'dE + embedding_backward(dh, cache["embed"])',
-     'embedding_backward(dh, cache["embed"])'),
     ("model_backward", 'dE + embedding_backward(dh, cache["embed"])', "dE"),
     ("model_backward", "dh.sum(0)", "dh.mean(0)"),
     ("model_backward", "reversed(range(config.n_layer))", "range(config.n_layer)"),
     ("model_backward", 'dh = dropout_backward(dh, cache["keep"])', "pass"),
     ("loss_and_grads", "share * loss", "loss"),
-    ("loss_and_grads", "cross_entropy_backward(share, c_loss)", "cross_entropy_backward(1.0, c_loss)"),
+    ("loss_and_grads", "cross_entropy_backward(share, c_loss)",
+     "cross_entropy_backward(1.0, c_loss)"),
     # training
     ("adamw_step", "(0.9, 0.99)", "(0.9, 0.999)"),
     ("adamw_step", "1 - beta_1 ** (step + 1)", "1 - beta_1 ** (step + 2)"),
     ("adamw_step", "np.sqrt(v / fix_2)", "np.sqrt(v)"),
     ("adamw_step", "theta.ndim > 1", "theta.ndim > 0"),
     ("adamw_step", "theta *= 1 - lr * weight_decay", "theta *= 1 - weight_decay"),
-    ("adamw_step", "theta *= 1 - lr * weight_decay", "m += weight_decay * theta"),
     ("adamw_step", "np.sqrt(v / fix_2) + eps", "np.sqrt(v / fix_2 + eps)"),
     ("adamw_step", "g * g - v", "np.abs(g) - v"),
     ("clip_grads", "g.astype(np.float64)", "g"),
-    ("clip_grads", "norm > max_norm", "norm < max_norm"),
     ("clip_grads", "max_norm / norm", "1 / norm"),
     ("training.rate", "step + 1", "step"),
     ("training.rate", "0.5 * (self.lr - min_lr)", "0.5 * self.lr"),
@@ -157,7 +144,6 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("training.rate", "self.lr / 10", "self.lr"),
     ("training.train_step", "(t.seed, step)", "(t.seed, 0)"),
     ("training.train_step", "model.clip_grads(grads, t.grad_clip)", "model.clip_grads(grads, 1.0)"),
-    ("training.train_step", "t.weight_decay", "0.1"),
     ("training.loss_and_grads", "len(rows) / len(x)", "1.0"),
     ("training.loss_and_grads", "[*seed, rows[0]]", "seed"),
     ("training.loss_and_grads", "grads[name] += g", "grads[name] = g"),
@@ -170,109 +156,92 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("validation_loss", "tokens[None, whole:-1]", "tokens[None, whole - 1:-2]"),
     # streaming and sampling
     ("mix_forward", "window[:, -max(offsets):]", "window[:, 1 - max(offsets):]"),
-    ("mix_forward", "window[:, -max(offsets):]", "window[:, -min(offsets):]"),
     ("mix_forward", "window[:, -max(offsets):]", "window"),
     ("mix_forward", 'np.concatenate([past["z"], z], 1)', 'np.concatenate([z, past["z"]], 1)'),
     ("attention_forward", '[past["v"], v]', '[v, past["v"]]'),
-    ("stream_step", 'state["position"] += len(tokens)', 'state["position"] += 0'),
     ("stream_step", 'state["position"] += len(tokens)', 'state["position"] += 1'),
     ("stream_step", "config.context // 2", "config.context // 2 - 1"),
     ("stream_step", "state |= stream_init(params, config)", 'state["position"] = 0'),
     ("stream_step", 'state["position"] == config.context', 'state["position"] > config.context'),
     ("sample", "logits.argmax()", "logits.argmin()"),
     ("sample", "(logits - logits.max()) / temperature", "(logits - logits.max()) * temperature"),
-    ("sample", "logits < np.partition(logits, -top_k)[-top_k]", "logits < np.sort(logits)[1 - top_k]"),
-    ("sample", "np.partition(logits, -top_k)[-top_k]", "np.partition(logits, top_k)[top_k]"),
+    ("sample", "np.partition(logits, -top_k)[-top_k]", "np.sort(logits)[1 - top_k]"),
     ("sample", "np.isfinite(logits).all()", "True"),
     ("generate", "np.random.default_rng(seed)", "np.random.default_rng(0)"),
     ("generate", "[0]", "[1]"),
     ("generate", "config.vocab_size - 1", "config.vocab_size - 2"),
     # checkpoints
     ("checkpoint.save_checkpoint", 'Path(f"{os.fspath(path)}.tmp")', "Path(path)"),
-    ("checkpoint.save_checkpoint", "os.fsync(file.fileno())", "pass"),
-    ("checkpoint.save_checkpoint", "unfinished.unlink(missing_ok=True)", "pass"),
+    ("checkpoint.save_checkpoint", "unfinished.unlink(missing_ok=True)", "None"),
     ("checkpoint.save_checkpoint", "check(groups, config, extra)", "check({}, config, extra)"),
     ("checkpoint.save_checkpoint", 'json.loads(document)["extra"] != rest', "False"),
     ("checkpoint.load_checkpoint", "check(groups, config, extra)", "check({}, config, extra)"),
-    ("checkpoint.load_checkpoint", 'warnings.simplefilter("error")', "pass"),
+    ("checkpoint.load_checkpoint", 'warnings.simplefilter("error")', "None"),
     ("checkpoint.load_checkpoint", 'sorted(["meta.npy", *arrays])', "sorted(names)"),
     ("checkpoint.load_checkpoint", 'meta["format"] != FORMAT', "False"),
     ("checkpoint.check", "dtype not in (np.float32, np.float64)", "False"),
-    ("checkpoint.check", "a.dtype != dtype", "False"),
     ("checkpoint.check", "a.shape != shapes[name]", "False"),
     ("checkpoint.check", "np.isfinite(a).all()", "True"),
-    ("checkpoint.check", "vocab != sorted(set(vocab))", "False"),
     ("checkpoint.read", "info.compress_type != zipfile.ZIP_STORED", "False"),
     ("checkpoint.read", "info.file_size > most + 4096", "False"),
     ("checkpoint.read", 'np.array(array, order="C")', "array"),
 ]
 
 def broken(where: str, old: str, new: str) -> tuple[str, str]:
-    """The name of the module, and its source with the mistake."""
+    """The module, and its source with the mistake."""
     module, _, name = where.rpartition(".")
-    tree = ast.parse((ROOT / f"{module or 'grassmann'}.py").read_text(encoding="utf-8"))
-    places = [node for node in ast.walk(tree) if getattr(node, "name", None) == name] or [tree]
-    one, other = ast.parse(old).body[0], ast.parse(new).body[0]
+    tree = ast.parse(source(module or "grassmann"))
+    (one,), (other,) = ast.parse(old).body, ast.parse(new).body
     if isinstance(one, ast.Expr):
-        one = one.value
-    other = getattr(other, "value", other) if isinstance(one, ast.expr) else other
-    found = [(parent, field, node) for parent in ast.walk(places[0]) for field, value in ast.iter_fields(parent)
-             for node in (value if isinstance(value, list) else [value])
-             if type(node) is type(one) and ast.unparse(node) == ast.unparse(one)]
-    if len(found) != 1 or len(places) != 1:
-        give_up(f"{where}: {old!r} occurs {len(found)} times, not once: update the list")
-    parent, field, node = found[0]
-    value = getattr(parent, field)
-    if isinstance(value, list):
-        value[value.index(node)] = other
+        one, other = one.value, other.value
+    scopes = [node for node in ast.walk(tree) if getattr(node, "name", None) == name] or [tree]
+    places = [(parent, field, k) for parent in ast.walk(scopes[0])
+              for field, value in ast.iter_fields(parent)
+              for k, node in enumerate(value if isinstance(value, list) else [value])
+              if type(node) is type(one) and ast.unparse(node) == ast.unparse(one)]
+    if len(scopes) != 1 or len(places) != 1:
+        give_up(f"{where}: {old!r} occurs {len(places)} times, not once: update the list")
+    (parent, field, k), = places
+    if isinstance(getattr(parent, field), list):
+        getattr(parent, field)[k] = other
     else:
         setattr(parent, field, other)
     return module or "grassmann", ast.unparse(ast.fix_missing_locations(tree))
+
+def source(module: str) -> str:
+    return (ROOT / f"{module}.py").read_text(encoding="utf-8")
 
 def give_up(message: str):
     print(message, file=sys.stderr)
     sys.exit(2)
 
-def first_failure(folder: Path, tests: list[str]) -> str | None:
+def killer(mutant: tuple[str, str]) -> str | None:
     """The test that fails first, or None."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if run.returncode == 0:
-        return None
+    module, code = mutant
+    names = ["programs/test_checkpoints"] if module == "checkpoint" else MATHEMATICS
+    with tempfile.TemporaryDirectory() as folder:
+        for file in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py"), ROOT / "pyproject.toml"]:
+            copy = Path(folder, file.relative_to(ROOT))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+        Path(folder, f"{module}.py").write_text(code, encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", *(f"tests/{name}.py" for name in names)]
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)( - |$)", run.stdout, re.MULTILINE)
-    if not failed:
+    if run.returncode and not failed:
         give_up(f"pytest ended with {run.returncode}:\n{run.stdout}{run.stderr}")
-    return failed[1]
+    return failed[1] if failed else None
 
 def main() -> int:
     chosen = [m for m in MUTATIONS if all(word in " ".join(m) for word in sys.argv[1:])]
-    mutants = [broken(*mutation) for mutation in chosen]
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(AT_ONCE) as workers:
-        folders = SimpleQueue()
-        for k in range(AT_ONCE):
-            folder = Path(temporary) / str(k)
-            for file in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py"), ROOT / "pyproject.toml"]:
-                (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, folder / file.relative_to(ROOT))
-            folders.put(folder)
-
-        def killer(mutant: tuple[str, str]) -> str | None:
-            folder, (module, source) = folders.get(), mutant
-            (folder / f"{module}.py").write_text(source, encoding="utf-8")
-            shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # as old as the mutant
-            tests = ["tests/programs/test_checkpoints.py"] if module == "checkpoint" else MATHEMATICS
-            found = first_failure(folder, tests)
-            shutil.copy(ROOT / f"{module}.py", folder)
-            folders.put(folder)
-            return found
-
-        for module in ("grassmann", "checkpoint"):
-            if failed := killer((module, (ROOT / f"{module}.py").read_text(encoding="utf-8"))):
-                give_up(f"without any mutation {failed} fails: repair that first")
-        survivors = 0
-        for mutation, killed_by in zip(chosen, workers.map(killer, mutants), strict=True):
-            survivors += killed_by is None
-            print(f"{': '.join(mutation)[:90]:90} {killed_by or 'SURVIVED'}", flush=True)
+    mutants, survivors = [broken(*mutation) for mutation in chosen], 0
+    for module in {module for module, _ in mutants}:
+        if failed := killer((module, source(module))):
+            give_up(f"without any mutation {failed} fails: repair that first")
+    with ThreadPoolExecutor(AT_ONCE) as workers:
+        for mutation, found in zip(chosen, workers.map(killer, mutants), strict=True):
+            survivors += not found
+            print(f"{': '.join(mutation)[:90]:90} {found or 'SURVIVED'}", flush=True)
     print(f"{len(mutants)} mutations, {survivors} survived")
     return 1 if survivors else 0
 
