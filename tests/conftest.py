@@ -6,7 +6,6 @@ rounding of f enters as 1e-16 / h, the third derivative as h², and h = 1e-5 lea
 
 import cli  # noqa: F401, I001  (before NumPy)
 
-import itertools
 import signal
 from collections.abc import Callable
 
@@ -36,21 +35,15 @@ def helper(function: Callable):
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
-GRASSMANN = {
+VARIANTS = {
     "-".join([block, "taps" if taps else "average", *["normalized"] * normalize]):
     {"block": block, "taps": taps, "normalize": normalize}
-    for block, taps, normalize in itertools.product(["prenorm", "paper"], [True, False], [True, False])
-}
-ATTENTION = {f"{b}-attention": {"block": b, "mixer": "attention"} for b in ("prenorm", "paper")}
+    for block in ("prenorm", "paper") for taps in (True, False) for normalize in (True, False)
+} | {f"{block}-attention": {"block": block, "mixer": "attention"} for block in ("prenorm", "paper")}
 
-@pytest.fixture(params=GRASSMANN.values(), ids=GRASSMANN)
-def grassmann_variant(request) -> dict:
-    """What makes each of the eight Grassmann models, as arguments of Config."""
-    return request.param
-
-@pytest.fixture(params=[*GRASSMANN.values(), *ATTENTION.values()], ids=[*GRASSMANN, *ATTENTION])
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
 def variant(request) -> dict:
-    """The same, and attention in both blocks."""
+    """What makes each of the ten models, as arguments of Config."""
     return request.param
 
 @helper
@@ -70,6 +63,23 @@ def ordinary_params(config: Config, seed: int = 0, dtype: type = np.float64) -> 
         value = (kind == "w") + scale * rng.standard_normal(shape)
         params[name] = value.astype(dtype)
     return params
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config, ordinary_params) -> Callable[..., tuple[Params, Config]]:
+    """tiny_model(dtype, seed, ...): a model of ordinary weights; the rest as of Config."""
+
+    def tiny_model(dtype: type = np.float64, seed: int = 0, **changes) -> tuple[Params, Config]:
+        config = tiny_config(**changes)
+        return ordinary_params(config, seed, dtype), config
+
+    return tiny_model
+
+@helper
+def batch(B: int, L: int = 9, seed: int = 2) -> tuple[Array, Array]:
+    """Random tokens, with a run of equal ones: without taps their planes are degenerate."""
+    text = np.random.default_rng(seed).integers(0, 11, (B, L + 1))
+    text[-1, 1:3] = text[-1, 0]
+    return text[:, :-1], text[:, 1:]
 
 @helper
 def slope(loss: Callable[[], float], x: Array, direction: Array, h: float = 1e-5) -> float:
@@ -117,5 +127,25 @@ def check_gradients(slope, relative_error) -> Callable:
             error = relative_error(np.array(analytic), np.array(numeric))
             errors.append((error, f"{label}, {name}"))
             assert error <= 1e-6, f"{label}, {name}: error {error:.1e}\n{analytic}\n{numeric}"
+
+    return check
+
+@pytest.fixture(scope="session")
+def check_op(check_gradients) -> Callable:
+
+    def named(values) -> Params:
+        """Arrays and dicts of arrays, in one dict: "0", "1", "2.W_red", …"""
+        pairs = [(f"{k}", value) for k, value in enumerate(values) if value is not None]
+        return {f"{k}.{name}" if name else k: a for k, value in pairs
+                for name, a in (value if isinstance(value, dict) else {"": value}).items()}
+
+    def check(label: str, forward: Callable, backward: Callable, *inputs: Array | Params) -> None:
+        """forward(*inputs) -> (out, cache) and backward(dout, cache) -> gradients are a pair."""
+        out, cache = forward(*inputs)
+        dout = np.random.default_rng(1).standard_normal(out.shape)
+        grads = backward(dout * 1, cache)
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        loss = lambda: float((forward(*inputs)[0] * dout).sum())  # noqa: E731
+        check_gradients(label, loss, named(inputs), named(grads))
 
     return check

@@ -21,7 +21,6 @@ def length(x):
 def area(u, v):
     return length(plucker(u.astype(np.float64), v.astype(np.float64)))
 
-
 # ---- the wedge product ---------------------------------------------------------------------------
 
 @ranks
@@ -71,7 +70,6 @@ def test_plucker_relations(rng, r):
     np.testing.assert_allclose([*relations(plucker(u, v)), *relations(one_line)], 0, atol=1e-13)
     assert (np.abs(list(relations(plucker(u, v) + plucker(w, x)))).max(0) > 1e-3).all()
 
-
 # ---- unit area -----------------------------------------------------------------------------------
 
 def pair_at_angle(rng, angle, dtype, r=5):
@@ -118,7 +116,6 @@ def test_the_threshold_is_an_angle_of_1e_5(rng, dtype, near):
         u, v = pair_at_angle(rng, angle, dtype)
         for q in (unit_area_forward(u, v)[0], unit_area_forward(v, u)[0]):
             assert (q.any(-1) == is_plane).all()
-
 
 # ---- the identity: one wedge for all offsets -----------------------------------------------------
 
