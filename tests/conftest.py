@@ -14,8 +14,7 @@ import pytest
 
 from grassmann import Array, Config, Params, param_shapes
 
-# Where the tests run in the background, or under nohup, these signals are ignored, and so in the
-# programs that they start. What is tested is how the programs take them.
+# In the background, or under nohup, these are ignored, also by the programs that the tests start.
 for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
         signal.signal(getattr(signal, name), usual)
@@ -71,7 +70,6 @@ def tiny_model(tiny_config, ordinary_params) -> Callable[..., tuple[Params, Conf
     def tiny_model(dtype: type = np.float64, seed: int = 0, **changes) -> tuple[Params, Config]:
         config = tiny_config(**changes)
         return ordinary_params(config, seed, dtype), config
-
     return tiny_model
 
 @helper
@@ -100,7 +98,6 @@ def relative_error(a: Array, b: Array) -> float:
 
 @pytest.fixture(scope="session")
 def check_gradients(slope, relative_error) -> Callable:
-
     def check(label: str, loss: Callable, inputs: Params, grads: Params, entries: int = 30) -> None:
         """Compare grads with central differences of loss(), which reads the arrays `inputs`.
 
@@ -127,12 +124,10 @@ def check_gradients(slope, relative_error) -> Callable:
             error = relative_error(np.array(analytic), np.array(numeric))
             errors.append((error, f"{label}, {name}"))
             assert error <= 1e-6, f"{label}, {name}: error {error:.1e}\n{analytic}\n{numeric}"
-
     return check
 
 @pytest.fixture(scope="session")
 def check_op(check_gradients) -> Callable:
-
     def named(values) -> Params:
         """Arrays and dicts of arrays, in one dict: "0", "1", "2.W_red", …"""
         pairs = [(f"{k}", value) for k, value in enumerate(values) if value is not None]
@@ -147,5 +142,4 @@ def check_op(check_gradients) -> Callable:
         grads = grads if isinstance(grads, tuple) else (grads,)
         loss = lambda: float((forward(*inputs)[0] * dout).sum())  # noqa: E731
         check_gradients(label, loss, named(inputs), named(grads))
-
     return check

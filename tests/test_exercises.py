@@ -116,25 +116,20 @@ def test_12_looking_ahead_is_noticed(monkeypatch, tiny_model):
 
 wedge_forward, wedge_backward = G.plucker_forward, G.plucker_backward
 
-def unit(x):
-    """x / |x| and 1 / |x|, both 0 where x is 0."""
-    length = np.sqrt(G.dot(x, x))
-    inverse = np.where(length > 0, 1 / np.where(length > 0, length, 1), 0)
-    return x * inverse, inverse
-
 def cosine_forward(u, v):
     """p with one coordinate more; where a vector is 0 so is the cosine, and so are its gradients."""
-    (e, inverse_u), (f, inverse_v) = unit(u), unit(v)
     p, cache = wedge_forward(u, v)
-    cosine = G.dot(e, f)
-    return np.concatenate([p, cosine], -1), (e, inverse_u, f, inverse_v, cosine, cache)
+    lengths = np.sqrt([G.dot(u, u), G.dot(v, v)])
+    per_u, per_v = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+    cosine = G.dot(u * per_u, v * per_v)
+    return np.concatenate([p, cosine], -1), (u * per_u, per_u, v * per_v, per_v, cosine, cache)
 
 def cosine_backward(dout, cache):
     """∂cos/∂u = (v/|v| - cos u/|u|) / |u|: what u does not have yet of the unit vector v."""
-    e, inverse_u, f, inverse_v, cosine, cache = cache
+    e, per_u, f, per_v, cosine, cache = cache
     du, dv = wedge_backward(dout[..., :-1], cache)
     d = dout[..., -1:]
-    return du + d * (f - cosine * e) * inverse_u, dv + d * (e - cosine * f) * inverse_v
+    return du + d * (f - cosine * e) * per_u, dv + d * (e - cosine * f) * per_v
 
 def test_13_the_cosine_as_one_more_feature(
         rng, check_op, check_gradients, monkeypatch, tiny_model, batch):

@@ -63,8 +63,8 @@ def test_op(rng, check_op, op, size):
     """The first input has this size, and the differences are taken in units of it."""
     forward, shapes = OPS[op]
     draw = rng.standard_normal
-    inputs = [{name: draw(shape) for name, shape in shapes.items()} if isinstance(shapes, dict)
-              else draw(shapes) for shapes in shapes]
+    inputs = [{name: draw(shape) for name, shape in one.items()} if isinstance(one, dict)
+              else draw(one) for one in shapes]
 
     def backward(dout, cache):
         grads = getattr(G, f"{op.split()[0]}_backward")(dout, cache)

@@ -2,10 +2,9 @@
 
     python tests/programs/fuzz_checkpoints.py --count 1000
 
-The damage is done to the file, or to a part of it that is then packed anew, with the right CRC, as
-by an author who means harm: such a file may load with other contents, if they could be saved.
-Exits with 1 if a file raised anything but ValueError or OSError, printed a warning, took absurd
-memory or loaded with contents that it should not have.
+The damage is done to the file, or to a part of it that is then packed anew, with the right CRC:
+such a file may load with other contents, if they could be saved. Exits with 1 if a file raised
+anything but ValueError or OSError, warned, took absurd memory or loaded with wrong contents.
 """
 
 import argparse

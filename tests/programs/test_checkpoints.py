@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +49,17 @@ def arrays(path):
     with np.load(path, allow_pickle=False) as file:
         return dict(file)
 
-def with_meta(arrays, places: dict) -> dict:
-    """The arrays with other values in the description, at places such as "config.rank"."""
+def with_meta(arrays, places: dict | bytes) -> dict:
+    """The arrays with another description, or values in it, at places such as "config.rank"."""
     meta = json.loads(arrays["meta"].tobytes())
-    for place, value in places.items():
+    for place, value in places.items() if isinstance(places, dict) else ():
         group, _, key = place.partition(".")
         meta[group] = meta[group] | {key: value} if key else value
-    return arrays | {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}
+    document = places if isinstance(places, bytes) else json.dumps(meta).encode()
+    return arrays | {"meta": np.frombuffer(document, np.uint8)}
 
 @pytest.fixture
 def refused(path):
-
     def refused(arrays=None):
         """The file, or one of these arrays, is refused with one line, without much memory."""
         if arrays:
@@ -72,19 +71,16 @@ def refused(path):
         tracemalloc.stop()
         assert str(error.value).startswith(f"{path} is not a usable checkpoint: ")
         assert len(str(error.value).splitlines()) == 1
-
     return refused
 
 @pytest.fixture
 def not_saved(path):
-
     def not_saved(arrays, **extra):
         """save_checkpoint refuses that, and the good file stays."""
         good = path.read_bytes()
         with pytest.raises(ValueError):
             save_checkpoint(path, arrays, model()[1], **extra)
         assert path.read_bytes() == good and os.listdir(path.parent) == [path.name]
-
     return not_saved
 
 # ---- what is saved comes back --------------------------------------------------------------------
@@ -102,13 +98,6 @@ def test_round_trip(tmp_path, variant, dtype):
     assert all(a.flags.writeable and a.flags.c_contiguous for a in arrays)
     placed, _, extra = load_checkpoint(path, lambda arrays: ("placed", *arrays))
     assert placed == extra["adam_m"] == ("placed", *params) and os.listdir(tmp_path) == ["a.npz"]
-
-def test_a_checkpoint_is_an_ordinary_npz(arrays):
-    params, config = model()
-    groups = ("param", "adam_m", "adam_v")
-    assert arrays.keys() == {"meta"} | {f"{group}/{name}" for group in groups for name in params}
-    assert json.loads(arrays["meta"].tobytes()) == {
-        "format": 1, "config": json.loads(json.dumps(asdict(config))), "extra": EXTRA}
 
 def test_files_of_earlier_versions_load(path, arrays):
     """They had a checksum in `meta`, and another order. What is appended does no harm."""
@@ -212,16 +201,11 @@ WRONG = {
     *({place: value} for place in WRONG for value in WRONG[place]),
     *({"config.mixer": "attention", "config.offsets": offsets, "config.n_layer": n_layer}
       for offsets in ([], None) for n_layer in (10**9, 10**30)),  # many layers of nothing
-], ids=str)
-def test_wrong_descriptions(refused, arrays, places):
-    refused(with_meta(arrays, places))
-
-@pytest.mark.parametrize("document", [
     b"", b"{", b"null", b"[]", b"{}", b'"x"', b"NaN", b"\xff", b"[" * 10**6, b'{"a":' * 10**5,
     b"1" * 10**5, b'{"format": 1e999}', b'{"format": 1}', b" " * (1 << 26),
-], ids=lambda document: str(document[:9]))
-def test_descriptions_that_are_none(refused, arrays, document):
-    refused(arrays | {"meta": np.frombuffer(document, np.uint8)})
+], ids=lambda places: str(places)[:40])
+def test_wrong_descriptions(refused, arrays, places):
+    refused(with_meta(arrays, places))
 
 @pytest.mark.parametrize(("shape", "descr"), [
     ("(1000000, 1000000)", "<f4"), ("(50000, 50000)", "<f4"), ("(0, 1000000000000)", "<f4"),
