@@ -22,8 +22,7 @@ for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SI
 errors: list[tuple[float, str]] = []  # (error, "what, tensor") of every gradient of this run
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    if errors:
-        error, where = max(errors)
+    for error, where in sorted(errors)[-1:]:
         terminalreporter.write_line(f"worst gradient error {error:.1e} ({where})")
 
 def helper(function: Callable):

@@ -7,8 +7,7 @@ A test that cannot fail proves nothing. Every line of MUTATIONS is a mistake tha
 function or class, the code as it is, the code with the mistake. Code is found and exchanged as
 syntax, one expression or statement that occurs once there, so its formatting does not matter. A
 copy of the project in a temporary folder gets one of them and runs the tests until one fails. Exit
-code 1 if a mutation survives them all, 2 if the list no longer fits the source or the tests fail
-without any mutation.
+code 1 if a mutation survives them all, the list no longer fits the source, or the tests fail as is.
 """
 
 import ast
@@ -21,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MATHEMATICS = ["test_wedge", "test_numerics", "test_model", "test_gradients", "test_training"]
+MATHEMATICS = [f"tests/test_{name}.py"
+               for name in ("wedge", "numerics", "model", "gradients", "training")]
 AT_ONCE = 2
 
 MUTATIONS = [  # in grassmann.py unless a module is named
@@ -55,6 +55,7 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("embedding_backward", "np.add", "np.maximum"),
     ("cross_entropy_forward", "logits - logits.max(-1, keepdims=True)", "logits"),
     ("cross_entropy_backward", "dlogits[np.arange(len(targets)), targets] -= 1", "pass"),
+    ("cross_entropy_forward", "losses.mean()", "losses.sum()"),
     ("cross_entropy_backward", "dloss / len(targets)", "dloss"),
     # the wedge product
     ("pairs", "np.triu_indices(r, 1)", "np.tril_indices(r, -1)[::-1]"),
@@ -82,6 +83,7 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("partner_forward", "np.array(offsets)", "0 * np.array(offsets)"),
     ("partner_forward", "np.arange(z.shape[1])[:, None]", "np.arange(-1, z.shape[1] - 1)[:, None]"),
     ("partner_backward", "ds * share", "ds"),
+    ("partner_backward", "dz[:, :-delta] += dq", "dz[:, delta:] += dq"),
     ("partner_backward", "dz[:, delta:] += du", "pass"),
     ("partner_backward", "(dq * z[:, :-delta]).sum((0, 1))", "(dq * z[:, :-delta]).mean((0, 1))"),
     ("partner_backward", "dz, ds", "_, ds"),
@@ -100,11 +102,13 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("attention_forward", "k.shape[2] - L", "max(k.shape[2] - L - 1, 0)"),
     ("attention_forward", "scores -= scores.max(-1, keepdims=True)", "pass"),
     ("attention_backward", "da - dot(a, da)", "da"),
+    ("attention_forward", '[past["v"], v]', '[v, past["v"]]'),
     ("attention_backward", "math.sqrt(d_h)", "1"),
     ("attention_backward", "dscores.swapaxes(-1, -2) @ q", "dscores @ q"),
     # blocks and model
     ("prenorm_block_forward", "h + ffn", "ffn"),
     ("prenorm_block_backward", "dout + dh", "dh"),
+    ("prenorm_block_backward", "dh + dx", "dx"),
     ("prenorm_block_backward", 'cache["keep_mix"]', 'cache["keep_ffn"]'),
     ("paper_block_forward", "h + mix", "mix"),
     ("paper_block_backward", "dsum + dh", "dh"),
@@ -179,7 +183,7 @@ MUTATIONS = [  # in grassmann.py unless a module is named
 def broken(where: str, old: str, new: str) -> tuple[str, str]:
     """The module, and its source with the mistake."""
     module, _, name = where.rpartition(".")
-    tree = ast.parse(source(module or "grassmann"))
+    tree = ast.parse((ROOT / f"{module or 'grassmann'}.py").read_text(encoding="utf-8"))
     (one,), (other,) = ast.parse(old).body, ast.parse(new).body
     if isinstance(one, ast.Expr):
         one, other = one.value, other.value
@@ -189,7 +193,7 @@ def broken(where: str, old: str, new: str) -> tuple[str, str]:
               for k, node in enumerate(value if isinstance(value, list) else [value])
               if type(node) is type(one) and ast.unparse(node) == ast.unparse(one)]
     if len(scopes) != 1 or len(places) != 1:
-        give_up(f"{where}: {old!r} occurs {len(places)} times, not once: update the list")
+        sys.exit(f"{where}: {old!r} occurs {len(places)} times, not once: update the list")
     (parent, field, k), = places
     if isinstance(getattr(parent, field), list):
         getattr(parent, field)[k] = other
@@ -197,36 +201,29 @@ def broken(where: str, old: str, new: str) -> tuple[str, str]:
         setattr(parent, field, other)
     return module or "grassmann", ast.unparse(ast.fix_missing_locations(tree))
 
-def source(module: str) -> str:
-    return (ROOT / f"{module}.py").read_text(encoding="utf-8")
-
-def give_up(message: str):
-    print(message, file=sys.stderr)
-    sys.exit(2)
-
 def killer(mutant: tuple[str, str]) -> str | None:
     """The test that fails first, or None."""
     module, code = mutant
-    names = ["programs/test_checkpoints"] if module == "checkpoint" else MATHEMATICS
+    tests = ["tests/programs/test_checkpoints.py"] if module == "checkpoint" else MATHEMATICS
     with tempfile.TemporaryDirectory() as folder:
         for file in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py"), ROOT / "pyproject.toml"]:
             copy = Path(folder, file.relative_to(ROOT))
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
         Path(folder, f"{module}.py").write_text(code, encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", *(f"tests/{name}.py" for name in names)]
-        run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", *tests], cwd=folder,
+                             capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)( - |$)", run.stdout, re.MULTILINE)
     if run.returncode and not failed:
-        give_up(f"pytest ended with {run.returncode}:\n{run.stdout}{run.stderr}")
+        sys.exit(f"pytest ended with {run.returncode}:\n{run.stdout}{run.stderr}")
     return failed[1] if failed else None
 
 def main() -> int:
     chosen = [m for m in MUTATIONS if all(word in " ".join(m) for word in sys.argv[1:])]
     mutants, survivors = [broken(*mutation) for mutation in chosen], 0
     for module in {module for module, _ in mutants}:
-        if failed := killer((module, source(module))):
-            give_up(f"without any mutation {failed} fails: repair that first")
+        if failed := killer((module, (ROOT / f"{module}.py").read_text(encoding="utf-8"))):
+            sys.exit(f"without any mutation {failed} fails: repair that first")
     with ThreadPoolExecutor(AT_ONCE) as workers:
         for mutation, found in zip(chosen, workers.map(killer, mutants), strict=True):
             survivors += not found

@@ -67,16 +67,15 @@ def test_9_an_average_cannot_tell_its_offsets_apart(rng):
         assert np.allclose(s, s_swapped) is same
 
 def test_10_the_memory_of_a_stream():
-    def state_bytes(steps, **variant):
-        config = G.Config(5, offsets=((1, 2, 3, 4),) * 4, **variant)
+    ours = 4 * 4 * 32 * 4  # layers, places, coordinates, bytes
+    keys_and_values = 4 * 2 * 128 * 4  # a character: 41 MB after 10,000
+    for steps, mixer in ((10, "grassmann"), (30, "grassmann"), (30, "attention")):
+        config = G.Config(5, offsets=((1, 2, 3, 4),) * 4, mixer=mixer)
         params, state = G.init_params(config), G.stream_init({}, config)
         for _ in range(steps):
             G.stream_step(params, config, state, 1)
-        return sum(a.nbytes for layer in state["past"] for a in layer.values())
-
-    assert state_bytes(10) == state_bytes(30) == 4 * 4 * 32 * 4  # layers, places, coordinates, bytes
-    # 2 · 128 numbers in each of 4 layers: 41 MB after 10,000 characters
-    assert state_bytes(30, mixer="attention") == 30 * 4096
+        held = sum(a.nbytes for layer in state["past"] for a in layer.values())
+        assert held == (ours if mixer == "grassmann" else steps * keys_and_values)
 
 def product_forward(u, v):
     i, j = G.pairs(u.shape[-1])
@@ -117,7 +116,7 @@ def test_12_looking_ahead_is_noticed(monkeypatch, tiny_model):
 wedge_forward, wedge_backward = G.plucker_forward, G.plucker_backward
 
 def cosine_forward(u, v):
-    """p with one coordinate more; where a vector is 0 so is the cosine, and so are its gradients."""
+    """p with one coordinate more, 0 where a vector is 0, as are its gradients."""
     p, cache = wedge_forward(u, v)
     lengths = np.sqrt([G.dot(u, u), G.dot(v, v)])
     per_u, per_v = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)

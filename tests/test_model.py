@@ -1,4 +1,4 @@
-"""Whole models: the equations token by token, what may depend on what, streaming, sampling, sizes."""
+"""Whole models: the equations, what may depend on what, streaming, sampling, sizes."""
 
 import dataclasses
 import itertools
@@ -43,14 +43,13 @@ def written_out(params, config, text):
     def grassmann(h, name, offsets):
         z, s = h @ params[name + "W_red"] + params[name + "b_red"], []
         for t in range(len(h)):
-            valid = [k for k, delta in enumerate(offsets) if t >= delta]
-            partners = [z[t - offsets[k]] for k in valid]
+            parts, total = {k: z[t - delta] for k, delta in enumerate(offsets) if t >= delta}, 0
             if config.taps:
-                total = sum(params[name + "taps"][k] * v for k, v in zip(valid, partners, strict=True))
-                total = total / area(z[t], total) if config.normalize and valid else total
-            else:
-                parts = [v / area(z[t], v) if config.normalize else v for v in partners]
-                total = sum(parts) / max(1, len(parts))
+                total = sum(params[name + "taps"][k] * v for k, v in parts.items())
+                total = total / area(z[t], total) if config.normalize and parts else total
+            elif parts:
+                total = np.mean([v / area(z[t], v) if config.normalize else v
+                                 for v in parts.values()], 0)
             s.append(total + np.zeros(config.rank))
         p = np.array([G.plucker(u, v) for u, v in zip(z, s, strict=True)])
         g = p @ params[name + "W_plu"] + params[name + "b_plu"]
@@ -60,8 +59,8 @@ def written_out(params, config, text):
         return alpha * h + (1 - alpha) * g
 
     def attention(h, name):
-        qkv, size = h @ params[name + "W_qkv"] + params[name + "b_qkv"], config.d_model // config.n_head
-        q, k, v = np.split(qkv, 3, axis=1)
+        q, k, v = np.split(h @ params[name + "W_qkv"] + params[name + "b_qkv"], 3, axis=1)
+        size = config.d_model // config.n_head
         a, heads = np.zeros((config.n_head, len(h), len(h))), np.zeros_like(h)
         for head, t in np.ndindex(config.n_head, len(h)):
             own = slice(head * size, (head + 1) * size)
@@ -124,8 +123,8 @@ def test_causality(tiny_model, variant, positions):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_translation_invariance(tiny_model, normalize, positions):
     """Without positions a token whose offsets all reach tokens may stand anywhere in a text."""
-    model = tiny_model(offsets=((1, 2), (1, 2)), context=16, positions=positions, normalize=normalize)
-    text = random_text((1, 12))
+    variant = {"positions": positions, "normalize": normalize, "context": 16}
+    model, text = tiny_model(**variant, offsets=((1, 2), (1, 2))), random_text((1, 12))
     later = np.concatenate([random_text((1, 4), seed=2), text], 1)
     difference = np.abs(G.forward(*model, later)[0, 8:] - G.forward(*model, text)[0, 4:]).max(-1)
     assert difference.min() > 1e-3 if positions else difference.max() < 1e-12
@@ -138,14 +137,16 @@ def test_positions_end_at_the_context(tiny_model):
 
 # ---- streaming -----------------------------------------------------------------------------------
 
-def stream(params, config, tokens, measure=lambda state: None):
-    """Logits of all tokens, one by one, and what `measure` says about the state after each."""
-    state, logits, measured = G.stream_init(params, config), [], []
+def stream(params, config, tokens):
+    """Logits of all tokens, one by one, and what the state holds after each: the bytes behind all
+    its arrays (views keep all of theirs alive) and its tokens."""
+    state, logits, held = G.stream_init(params, config), [], []
     for token in tokens:
         step, state = G.stream_step(params, config, state, token)
         logits.append(step)
-        measured.append(measure(state))
-    return np.array(logits), measured
+        arrays = [a for layer in state["past"] for a in layer.values()]
+        held.append(sum((a if a.base is None else a.base).nbytes for a in arrays) + len(state["recent"]))
+    return np.array(logits), held
 
 @pytest.mark.parametrize(("dtype", "atol"), [(np.float64, 1e-10), (np.float32, 1e-3)])
 def test_streaming_equals_forward_far_beyond_the_context(tiny_model, variant, dtype, atol):
@@ -157,17 +158,12 @@ def test_streaming_equals_forward_far_beyond_the_context(tiny_model, variant, dt
     assert logits.dtype == dtype
     near(logits, G.forward(*model, text[None])[0], atol)
 
-def held(state):
-    """The bytes behind all arrays of a state (views keep all of theirs alive), and its tokens."""
-    arrays = [a for layer in state["past"] for a in layer.values()]
-    return sum((a if a.base is None else a.base).nbytes for a in arrays) + len(state["recent"])
-
 def test_the_state_does_not_grow(tiny_model, variant):
     """Per layer the last max(Δ) reduced states and at most one more: 6 and 4 rows of 4 float64."""
-    _, sizes = stream(*tiny_model(**variant, offsets=((1, 5), (3,))), random_text(100), held)
-    assert "mixer" in variant or (set(sizes[10:]) == {sizes[10]} and sizes[10] <= (6 + 4) * 4 * 8)
-    _, sizes = stream(*tiny_model(**variant, positions=True), random_text(100), held)
-    assert max(sizes[20:]) <= max(sizes[:20])
+    _, held = stream(*tiny_model(**variant, offsets=((1, 5), (3,))), random_text(100))
+    assert "mixer" in variant or (set(held[10:]) == {held[10]} and held[10] <= (6 + 4) * 4 * 8)
+    _, held = stream(*tiny_model(**variant, positions=True), random_text(100))
+    assert max(held[20:]) <= max(held[:20])
 
 @pytest.mark.parametrize("context", [8, 9])
 def test_streaming_with_positions_re_reads_half_the_context(tiny_model, variant, context):

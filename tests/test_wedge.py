@@ -13,7 +13,8 @@ dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 def wedge(u, v):
     """u ∧ v by its definition, one coordinate after the other: (0,1), (0,2), …, (1,2), …"""
-    return np.array([u[i] * v[j] - u[j] * v[i] for i, j in itertools.combinations(range(len(u)), 2)])
+    pairs = itertools.combinations(range(len(u)), 2)
+    return np.array([u[i] * v[j] - u[j] * v[i] for i, j in pairs])
 
 def length(x):
     return np.linalg.norm(x.astype(np.float64), axis=-1)
@@ -132,8 +133,7 @@ def papers_layer(z, offsets, normalize, W_plu, b_plu):
     return g
 
 def our_layer(z, taps, offsets, normalize, W_plu, b_plu):
-    s, _ = G.partner_forward(z, taps, offsets, normalize)
-    return G.linear_forward(plucker(z, s), W_plu, b_plu)[0]
+    return plucker(z, G.partner_forward(z, taps, offsets, normalize)[0]) @ W_plu + b_plu
 
 @pytest.fixture
 def z(rng):

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, and what is damaged or hostile is refused with one line."""
+"""Checkpoints: what is saved comes back; what is damaged or hostile is refused with one line."""
 
 import json
 import os
@@ -157,8 +157,7 @@ ARRAYS = {
 @pytest.mark.parametrize("kind", ARRAYS)
 @pytest.mark.parametrize("group", ["param", "adam_v"])
 def test_a_wrong_array_is_neither_saved_nor_loaded(refused, not_saved, arrays, kind, group):
-    params, _ = model()
-    wrong = ARRAYS[kind](params["E"])
+    params, wrong = model()[0], ARRAYS[kind](model()[0]["E"])
     not_saved(**{"arrays": params, group.replace("param", "arrays"): params | {"E": wrong}})
     refused(arrays | {f"{group}/E": wrong})
 
@@ -240,8 +239,7 @@ def test_wrong_members(path, refused, arrays, name, capfd):
     refused()
     assert capfd.readouterr().out == ""
 
-@pytest.mark.parametrize("content", [
-    b"", b"PK", b"PK\5\6" + bytes(18), b"PK\5\6" + b"\xff" * 18, PICKLED])
+@pytest.mark.parametrize("content", [b"", b"PK\5\6" + bytes(18), b"PK\5\6" + b"\xff" * 18, PICKLED])
 def test_files_that_are_none(path, refused, content, capfd):
     path.write_bytes(content)
     refused()
