@@ -125,7 +125,7 @@ def read(archive: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
 
 
 def is_arrays(value: object) -> bool:
-    return isinstance(value, dict) and value != {} and all(hasattr(a, "dtype") for a in value.values())
+    return isinstance(value, dict) and {hasattr(a, "dtype") for a in value.values()} == {True}
 
 
 def on_host(arrays: Params) -> Params:

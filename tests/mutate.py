@@ -4,10 +4,9 @@
     python tests/mutate.py plucker          those with "plucker" in their line
 
 A test that cannot fail proves nothing. Every line of MUTATIONS is a mistake that one could make: a
-function or class, the code as it is, the code with the mistake. Code is found and exchanged as
-syntax, one expression or statement that occurs once there, so its formatting does not matter. A
-copy of the project in a temporary folder gets one of them and runs the tests until one fails. Exit
-code 1 if a mutation survives them all, the list no longer fits the source, or the tests fail as is.
+function or class, the code as it is, the code with the mistake; code is found as syntax, an
+expression or statement that occurs once there. A copy of the project gets one of them and runs the
+tests until one fails. Exit code 1 if none does, or the list does not fit, or they fail as it is.
 """
 
 import ast
@@ -22,7 +21,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MATHEMATICS = [f"tests/test_{name}.py"
                for name in ("wedge", "numerics", "model", "gradients", "training")]
-AT_ONCE = 2
 
 MUTATIONS = [  # in grassmann.py unless a module is named
     ("Config", "0 < min(layer) <= max(layer) < self.context", "max(layer) < self.context"),
@@ -195,10 +193,8 @@ def broken(where: str, old: str, new: str) -> tuple[str, str]:
     if len(scopes) != 1 or len(places) != 1:
         sys.exit(f"{where}: {old!r} occurs {len(places)} times, not once: update the list")
     (parent, field, k), = places
-    if isinstance(getattr(parent, field), list):
-        getattr(parent, field)[k] = other
-    else:
-        setattr(parent, field, other)
+    value = getattr(parent, field)
+    setattr(parent, field, [*value[:k], other, *value[k + 1 :]] if isinstance(value, list) else other)
     return module or "grassmann", ast.unparse(ast.fix_missing_locations(tree))
 
 def killer(mutant: tuple[str, str]) -> str | None:
@@ -224,7 +220,7 @@ def main() -> int:
     for module in {module for module, _ in mutants}:
         if failed := killer((module, (ROOT / f"{module}.py").read_text(encoding="utf-8"))):
             sys.exit(f"without any mutation {failed} fails: repair that first")
-    with ThreadPoolExecutor(AT_ONCE) as workers:
+    with ThreadPoolExecutor(2) as workers:
         for mutation, found in zip(chosen, workers.map(killer, mutants), strict=True):
             survivors += not found
             print(f"{': '.join(mutation)[:90]:90} {found or 'SURVIVED'}", flush=True)

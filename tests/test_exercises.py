@@ -100,8 +100,7 @@ def test_12_looking_ahead_is_noticed(monkeypatch, tiny_model):
     model, tokens = tiny_model(), np.tile(np.arange(8), (2, 1))
     tokens[1, 5:] = 0
 
-    def leaks():
-        """Does a later token change an earlier logit?"""
+    def leaks():  # does a later token change an earlier logit?
         one, other = G.forward(*model, tokens)
         return not np.allclose(one[:5], other[:5])
 
