@@ -38,7 +38,8 @@ def save_checkpoint(path: str | os.PathLike, params: Params, config: Config, **e
     check(groups, config, extra)
     rest = {key: value for key, value in extra.items() if key not in groups}
     document = json.dumps({"format": FORMAT, "config": asdict(config), "extra": rest}).encode()
-    if json.loads(document)["extra"] != rest or len(document) > MOST_META:
+    back = json.loads(document)
+    if back["extra"] != rest or Config(**back["config"]) != config or len(document) > MOST_META:
         raise ValueError("the extra values don't come back from JSON as they are")
     arrays = {f"{key}/{name}": a for key, group in groups.items() for name, a in group.items()}
     unfinished = Path(f"{os.fspath(path)}.tmp")

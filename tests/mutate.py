@@ -165,7 +165,7 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("checkpoint.save_checkpoint", 'Path(f"{os.fspath(path)}.tmp")', "Path(path)"),
     ("checkpoint.save_checkpoint", "unfinished.unlink(missing_ok=True)", "None"),
     ("checkpoint.save_checkpoint", "check(groups, config, extra)", "check({}, config, extra)"),
-    ("checkpoint.save_checkpoint", 'json.loads(document)["extra"] != rest', "False"),
+    ("checkpoint.save_checkpoint", 'back["extra"] != rest', "False"),
     ("checkpoint.load_checkpoint", "check(groups, config, extra)", "check({}, config, extra)"),
     ("checkpoint.load_checkpoint", 'warnings.simplefilter("error")', "None"),
     ("checkpoint.load_checkpoint", 'sorted(["meta.npy", *arrays])', "sorted(names)"),
