@@ -193,8 +193,9 @@ def broken(where: str, old: str, new: str) -> tuple[str, str]:
     if len(scopes) != 1 or len(places) != 1:
         sys.exit(f"{where}: {old!r} occurs {len(places)} times, not once: update the list")
     (parent, field, k), = places
-    value = getattr(parent, field)
-    setattr(parent, field, [*value[:k], other, *value[k + 1 :]] if isinstance(value, list) else other)
+    if isinstance(value := getattr(parent, field), list):
+        other = [*value[:k], other, *value[k + 1 :]]
+    setattr(parent, field, other)
     return module or "grassmann", ast.unparse(ast.fix_missing_locations(tree))
 
 def killer(mutant: tuple[str, str]) -> str | None:

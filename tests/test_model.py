@@ -143,8 +143,9 @@ def stream(params, config, tokens):
     for token in tokens:
         step, state = G.stream_step(params, config, state, token)
         logits.append(step)
-        arrays = [a if a.base is None else a.base for layer in state["past"] for a in layer.values()]
-        held.append(len(state["recent"]) + sum(a.nbytes for a in arrays))
+        arrays = [a for layer in state["past"] for a in layer.values()]
+        sizes = [(a if a.base is None else a.base).nbytes for a in arrays]
+        held.append(len(state["recent"]) + sum(sizes))
     return np.array(logits), held
 
 @pytest.mark.parametrize(("dtype", "atol"), [(np.float64, 1e-10), (np.float32, 1e-3)])
