@@ -648,9 +648,12 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
     `seed` (a whole number or several) drives dropout; None switches it off. Both results are
     multiplied by `share`, the part of a larger batch that these rows are.
     """
+    x, y, V = np.asarray(x), np.asarray(y), config.vocab_size
+    inside = x.shape == y.shape and min(x.min(), y.min()) >= 0 and max(x.max(), y.max()) < V
+    check(inside, f"x and y must have one shape, and tokens from 0 to {V - 1}", "this batch")
     rng = None if seed is None else np.random.default_rng(seed)
-    logits, cache = model_forward(params, config, np.asarray(x), rng=rng)
-    loss, c_loss = cross_entropy_forward(logits, np.asarray(y))
+    logits, cache = model_forward(params, config, x, rng=rng)
+    loss, c_loss = cross_entropy_forward(logits, y)
     return share * loss, model_backward(cross_entropy_backward(share, c_loss), cache)
 
 # ---- optimiser -----------------------------------------------------------------------------------
@@ -727,21 +730,28 @@ def stream_init(params: Params, config: Config) -> dict:
     """
     return {"past": [{} for _ in range(config.n_layer)], "position": 0, "recent": []}
 
-def stream_step(params: Params, config: Config, state: dict, token: int) -> tuple[Array, dict]:
-    """Read one token: logits (V) of the next one, and the state, which is updated in place.
+def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tuple[Array, dict]:
+    """Read one token or more: logits (V) of the next one, and the state, which is updated in place.
 
     Equals `forward` on the whole text. With positions, the table ends at the context: then the
     decoder forgets all but the last half of the context and reads that again from position 0.
     """
-    tokens = [int(token)]
-    if config.positions:
-        if state["position"] == config.context:
-            tokens = state["recent"][len(state["recent"]) - config.context // 2 :] + tokens
-            state |= stream_init(params, config)
-        state["recent"] += tokens
-    logits, _ = model_forward(params, config, np.array([tokens]), state["past"], state["position"])
-    state["position"] += len(tokens)
+    tokens, most = list(tokens), 512  # at a time: few, so that they stay in the caches
+    while tokens:
+        if config.positions:
+            if state["position"] == config.context:
+                tokens = state["recent"][len(state["recent"]) - config.context // 2 :] + tokens
+                state |= stream_init(params, config)
+            most = min(512, config.context - state["position"])
+            state["recent"] += tokens[:most]
+        now, tokens = tokens[:most], tokens[most:]
+        logits, _ = model_forward(params, config, np.array([now]), state["past"], state["position"])
+        state["position"] += len(now)
     return logits[0, -1], state
+
+def stream_step(params: Params, config: Config, state: dict, token: int) -> tuple[Array, dict]:
+    """`stream_read` of one token."""
+    return stream_read(params, config, state, [token])
 
 
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
@@ -766,17 +776,18 @@ def generate(
 ) -> Iterator[int]:
     """Read the prompt (if empty, token 0), then yield n tokens, each drawn and read in turn.
 
-    Raises ValueError on a token outside the vocabulary, a negative temperature, top_k below 1.
+    Raises ValueError on a token outside the vocabulary, a negative temperature or n, top_k below 1;
+    TypeError where a whole number is none.
     """
-    prompt, last = [int(token) for token in prompt] or [0], config.vocab_size - 1
+    prompt, last = [operator.index(token) for token in prompt] or [0], config.vocab_size - 1
     check(0 <= min(prompt) <= max(prompt) <= last, f"tokens go from 0 to {last}", "this prompt")
     check(0 <= temperature < math.inf, "temperature must be 0 or more", temperature)
-    check(top_k is None or top_k >= 1, "top_k must be at least 1", top_k)
+    check(operator.index(n) >= 0, "n must be 0 or more", n)
+    check(top_k is None or operator.index(top_k) >= 1, "top_k must be at least 1", top_k)
 
     def tokens() -> Iterator[int]:
         rng, state = np.random.default_rng(seed), stream_init(params, config)
-        for token in prompt:
-            logits, state = stream_step(params, config, state, token)
+        logits, state = stream_read(params, config, state, prompt)
         for k in range(n):
             token = sample(logits, temperature, top_k, rng)
             yield token

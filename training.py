@@ -13,7 +13,7 @@ from types import ModuleType
 
 import numpy as np
 
-from grassmann import Array, Config, Params
+from grassmann import Array, Config, Params, check
 
 SHARD_TOKENS = 4096  # at most so many at a time in a thread: bounds the memory for activations
 
@@ -71,6 +71,7 @@ def loss_and_grads(
     Their gradients are added in a fixed order: a run repeats bit for bit with as many threads. (A
     card, which has no `threads`, takes the batch whole.)
     """
+    check(threads >= 0, "threads must be 1 or more, or 0 for the batch as a whole", threads)
     if not threads:
         return model.loss_and_grads(params, config, x, y, seed)
     n_shards = threads * math.ceil(x.size / (threads * SHARD_TOKENS))
