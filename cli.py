@@ -9,12 +9,27 @@ is computed.
    when they are freed, and the next step has to fault it in anew: a third of a step on one thread.
 """
 
+# ruff: noqa: E402  (imports are where Ctrl-C comes, and where a package is missing)
+
 from __future__ import annotations
 
 import sys
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit(f"this needs Python 3.10 or newer, not {sys.version.split()[0]}")
+
+
+def without_traceback(kind: type, error: BaseException, trace: object) -> None:
+    """What ends a program during its imports: Ctrl-C in silence, a missing package with a sentence."""
+    if issubclass(kind, ModuleNotFoundError):
+        needed = Path(__file__).with_name("requirements.txt")
+        install = shlex.join([sys.executable, "-m", "pip", "install", "-r", str(needed)])
+        print(f"{Path(sys.argv[0]).name}: {error.name} is not installed; {install}", file=sys.stderr)
+    elif not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = without_traceback
 
 import argparse
 import ctypes
@@ -28,27 +43,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-
-def without_traceback(kind: type, error: BaseException, trace: object) -> None:
-    """What ends a program during its imports: Ctrl-C in silence, a missing package with a sentence."""
-    if issubclass(kind, ModuleNotFoundError):
-        install = shlex.join([sys.executable, "-m", "pip", "install", "-r", "requirements.txt"])
-        print(f"{Path(sys.argv[0]).name}: {error.name} is not installed; {install}", file=sys.stderr)
-    elif not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = without_traceback
 for _variable in ("OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):
     os.environ.setdefault(f"{_variable}_THREADS", "1")
 if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # musl has none
     for _option, _bytes in ((-1, (1 << 31) - 1), (-2, 1 << 26), (-3, 1 << 25)):
         ctypes.CDLL(None).mallopt(_option, _bytes)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-import grassmann  # noqa: E402
-from checkpoint import load_checkpoint  # noqa: E402
+import grassmann
+from checkpoint import load_checkpoint
 
 VERSION = "2.0"
 
@@ -129,7 +133,8 @@ def load_trained(model: ModuleType, checkpoint: Path) -> tuple:
         raise ValueError(f"{checkpoint} does not exist; train_char.py writes it") from None
     except OSError as error:
         raise ValueError(f"{checkpoint}: {error.strerror}") from None
-    if extra.get("vocab") is None or extra.get("most_common") not in range(config.vocab_size):
+    start = extra.get("most_common")
+    if extra.get("vocab") is None or type(start) is not int or not 0 <= start < config.vocab_size:
         raise ValueError(f"{checkpoint} was not written by train_char.py")
     return params, config, extra
 
@@ -147,7 +152,8 @@ def command(script: str, *args: object) -> str:
     python = shutil.which("python")
     same = python is not None and os.path.realpath(python) == os.path.realpath(sys.executable) \
         and os.path.dirname(python) == os.path.dirname(sys.executable)
-    words = ["python" if same else sys.executable, str(Path(sys.argv[0]).with_name(script)), *map(str, args)]
+    paths = [f"./{a}" if isinstance(a, Path) and str(a).startswith("-") else str(a) for a in args]
+    words = ["python" if same else sys.executable, str(Path(sys.argv[0]).with_name(script)), *paths]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
@@ -177,6 +183,7 @@ def plain_output() -> None:
     (Values that are not finite are noticed and reported where they matter.)
     """
     warnings.filterwarnings("ignore", category=RuntimeWarning)
+    sys.stdin = sys.stdin or open(os.devnull)  # closed, as by <&-  # noqa: SIM115
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (to the end)

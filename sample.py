@@ -83,15 +83,16 @@ def main() -> None:
     add("--samples", type=number(int, 1, 10**6), default=1, help="how many, one seed after the other (default: 1)")
     cli.add_gpu_option(parser)
     args = parser.parse_args()
-    if args.seed is None:
-        args.seed = random.SystemRandom().randrange(10**6)
-        print(f"--seed {args.seed} writes this again", file=sys.stderr)
     with short_errors(parser, "standard output", "not enough memory for this model"):
         model = cli.backend(args.gpu, args.precision)
         params, config, extra = cli.load_trained(model, args.checkpoint)
+        prompt = read_prompt(args.prompt, args.escapes)
+        encode(prompt, extra["vocab"])
+        if args.seed is None:
+            args.seed = random.SystemRandom().randrange(10**6)
+            print(f"--seed {args.seed} writes this again", file=sys.stderr)
         if args.interactive:
             return converse(model, params, config, extra, args)
-        prompt = read_prompt(args.prompt, args.escapes)
         for k in range(args.samples):
             if k:
                 print("-" * 40)
