@@ -31,6 +31,13 @@ class Training:
     grad_clip: float = 1.0  # largest norm of all gradients together; 0: any
     seed: int = 0  # drives initial weights, batches and dropout
 
+    def __post_init__(self) -> None:
+        whole = self.iters, self.batch_size, self.warmup_iters, self.seed
+        real = self.lr, self.min_lr or 0.0, self.weight_decay, self.grad_clip
+        check(all(isinstance(n, (int, np.integer)) and n >= 0 for n in whole)
+              and all(isinstance(n, (int, float, np.floating)) and 0 <= n < math.inf for n in real),
+              "numbers of training are 0 or more, and whole where they count", self)
+
     def rate(self, step: int) -> float:
         """The learning rate: linear up to lr, from its (warmup_iters + 1)-th part, then half a cosine
         down to min_lr."""
