@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # python -P and -I leave it out
 import cli  # noqa: I001  (before NumPy)
 
 import argparse
+import contextlib
 import itertools
 import math
 import os
@@ -145,11 +146,15 @@ class Progress:
     def read(cls, extra: dict) -> Progress:
         """From a checkpoint, whole or not at all. Raises ValueError and TypeError."""
         p = cls(extra["step"], extra["seconds"], extra["recent"], extra["best"], extra.get("log", []))
-        rows = [[value or 0 for value in row] for row in [*p.log, [0] * 5] if len(row) == len(LOG_COLUMNS)]
-        steps, losses = zip(p.best or (0, 0), (p.step, p.seconds), *(row[:2] for row in rows), strict=True)
-        numbers = [*losses, *p.recent, *(value for row in rows for value in row[2:])]
-        if len(rows) <= len(p.log) or not all(type(n) is int and 0 <= n < 2**63 for n in steps) \
-                or not all(type(n) in (int, float) and abs(n) < 1e300 for n in numbers):
+        best = [0, 0] if p.best is None else p.best
+        rows = [*p.log, [p.step, p.seconds, None, 0, 0], [*best, None, 0, 0]]  # alike in their columns
+
+        def real(n: object) -> bool:
+            return type(n) in (int, float) and abs(n) < 1e300
+
+        if not (isinstance(p.recent, list) and isinstance(p.log, list) and all(map(real, p.recent)) and all(
+                type(step) is int and 0 <= step < 2**63 and (val_loss is None or real(val_loss))
+                and real(loss) and real(lr) and real(seconds) for step, loss, val_loss, lr, seconds in rows)):
             raise ValueError("its progress makes no sense")
         return p
 
@@ -210,13 +215,16 @@ def make_run(args: argparse.Namespace) -> Run:
         given, settings = own | given, settings | own | given
     if settings["min_lr"] is not None and settings["min_lr"] > settings["lr"]:
         raise ValueError(f"--min-lr ({settings['min_lr']}) must not exceed --lr ({settings['lr']})")
+    if args.resume:
+        may_go_on(last, saved, given, settings["iters"])
     corpus = read_corpus(settings["data"], settings["context"])
     config = Config(len(corpus.vocab), **{f.name: settings[f.name] for f in fields(Config)[1:]})
     training = Training(**{f.name: settings[f.name] for f in fields(Training)})
     settings |= {name: value for name, value in asdict(config).items() if name != "vocab_size"}
     settings["offsets"] = [list(layer) for layer in config.offsets]  # as JSON has them
-    if args.resume:
-        may_go_on(args, saved, settings, corpus.sha256, config)
+    if args.resume and (corpus.sha256, config) != (saved["text_sha256"], saved["config"]):
+        where = " ".join(settings["data"] or ["pydoc_data.topics"])
+        raise ValueError(f"--resume cannot change the text, and {where} is not what {last} was trained on")
     if not args.gpu:  # a GPU has memory of its own, and says when it is full
         check_memory(config, training.batch_size, args.threads)
     if not args.resume:
@@ -234,12 +242,15 @@ def resume_point(model: ModuleType, last: Path) -> dict:
         raise ValueError(f"nothing to resume: {last} does not exist")
     params, config, extra = load_checkpoint(last, getattr(model, "Flat", dict))
     try:
-        settings = dict(extra["settings"])
-        if settings.keys() != DEFAULTS.keys() or not {"adam_m", "adam_v"} <= extra.keys():
+        settings = extra["settings"] | {f.name: getattr(config, f.name) for f in fields(Config)[1:]}
+        if settings.keys() != DEFAULTS.keys() or not {"adam_m", "adam_v", "text_sha256"} <= extra.keys():
             raise ValueError("settings or optimiser are missing")
-        data = settings["data"]
+        data, every = settings["data"], settings["eval_every"]
         settings["data"] = [data] if isinstance(data, str) else data  # (older runs have one text)
-        saved = extra | {"settings": settings, "progress": Progress.read(extra), "sha256": extra["text_sha256"]}
+        if type(every) is not int or every < 1 or not all(isinstance(name, str) for name in data or ()):
+            raise ValueError("its settings make no sense")
+        Training(**{f.name: settings[f.name] for f in fields(Training)})
+        saved = extra | {"settings": settings, "progress": Progress.read(extra)}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{last} cannot be resumed: {error!s:.200}") from None
     best = last.with_name("best.npz")
@@ -250,20 +261,15 @@ def resume_point(model: ModuleType, last: Path) -> dict:
     return saved | {"params": params, "config": config}
 
 
-def may_go_on(args: argparse.Namespace, saved: dict, settings: dict, sha256: str, config: Config) -> None:
-    """Does the command ask for the run that was saved? Raises ValueError, saying what differs."""
-    last, before, step = args.out / "last.npz", saved["settings"], saved["progress"].step
-    if step >= settings["iters"]:
-        raise ValueError(f"{last} is at step {step} of {settings['iters']}; to go on, give a larger --iters")
-    for name in DEFAULTS.keys() - {*PACE, "data"}:
-        if settings[name] != before[name]:
+def may_go_on(last: Path, saved: dict, given: dict, iters: int) -> None:
+    """Do the options ask for the run that was saved? Raises ValueError, saying what differs."""
+    before, p = saved["settings"], saved["progress"]
+    for name in given:
+        if name not in (*PACE, "data") and given[name] != before[name]:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"--resume cannot change {flag}: {last} has {before[name]}, not {settings[name]}")
-    if sha256 != saved["sha256"]:
-        where = " ".join(settings["data"] or ["pydoc_data.topics"])
-        raise ValueError(f"--resume cannot change the text, and {where} is not what {last} was trained on")
-    if config != saved["config"]:
-        raise ValueError(f"{last} cannot be resumed: its settings are not those of its model")
+            raise ValueError(f"--resume cannot change {flag}: {last} has {before[name]}, not {given[name]}")
+    if p.step > iters or (p.step == iters and not p.recent):  # (or it waits for its last validation)
+        raise ValueError(f"{last} is at step {p.step} of {iters}; to go on, give a larger --iters")
 
 
 def check_memory(config: Config, batch_size: int, threads: int) -> None:
@@ -312,7 +318,9 @@ def open_log(run: Run) -> TextIO:
     """log.csv, written anew up to where the checkpoint is, for more lines. One that is not ours is kept."""
     path = run.out / "log.csv"
     lines = "".join(log_line(row) for row in [LOG_COLUMNS, *run.progress.log])
-    if path.exists() and not path.read_bytes().startswith(lines.encode()):
+    found = path.read_bytes().decode("ascii", "replace") if path.exists() else lines
+    older = not run.progress.log and run.progress.step >= LOG_EVERY  # its last.npz has no log
+    if not found.startswith(lines) or (older and found != lines):
         path.replace(path.with_name("log.old.csv"))
         print(f"{path} is not as train_char.py wrote it; it is now log.old.csv")
     unfinished = path.with_suffix(".tmp")
@@ -331,7 +339,7 @@ def log_line(row: list) -> str:
 def validate(run: Run, signals: list[int]) -> float:
     """The validation loss, of all that is held out or of MOST_VALIDATED characters.
 
-    Raises KeyboardInterrupt between two chunks once there is a signal.
+    Raises KeyboardInterrupt between two chunks once there is a signal, ValueError if it is not finite.
     """
     tokens, n = run.model.np.asarray(run.corpus.val), max(1, MOST_VALIDATED // 10_000)
     pieces = [tokens]
@@ -349,7 +357,10 @@ def validate(run: Run, signals: list[int]) -> float:
 
     with tqdm(total=total, desc="validating", unit="window", leave=False, delay=2, disable=None) as bar:
         losses = [run.model.validation_loss(run.params, run.config, piece, each) for piece in pieces]
-    return math.fsum(losses) / len(losses)
+    loss = math.fsum(losses) / len(losses)
+    if not math.isfinite(loss):
+        raise ValueError(run.diverged("validation loss", loss, run.progress.step))
+    return loss
 
 
 def train(run: Run, signals: list[int]) -> float | None:
@@ -399,8 +410,6 @@ def train(run: Run, signals: list[int]) -> float | None:
 def keep(run: Run, val_loss: float) -> None:
     """After a validation: last.npz, and best.npz if it is the best so far. Raises ValueError, OSError."""
     p = run.progress
-    if not math.isfinite(val_loss):
-        raise ValueError(run.diverged("validation loss", val_loss, p.step))
     if p.best is None or val_loss < p.best[1]:
         p.best = [p.step, val_loss]
         run.save("best.npz")
@@ -453,7 +462,7 @@ def plot(run: Run) -> None:
             axes.legend(frameon=False)
             figure.savefig(run.out / "loss.png", dpi=130, transparent=True)
     except Exception as error:
-        tqdm.write(f"no loss.png: {type(error).__name__}: {str(error).splitlines()[0]:.100}")
+        tqdm.write(f"no loss.png: {type(error).__name__}: {' '.join(str(error).split()):.100}")
 
 
 def report(run: Run, val_loss: float, go_on: str) -> None:
@@ -475,7 +484,8 @@ def catch_signals() -> list[int]:
     def note(number: int, frame: object) -> None:
         caught.append(number)
         signal.signal(number, signal.SIG_IGN if number == getattr(signal, "SIGHUP", 0) else signal.SIG_DFL)
-        os.write(2, b"\nstopping, to be resumed; once more ends it at once\n")
+        with contextlib.suppress(OSError):  # the terminal is closed
+            os.write(2, b"\nstopping, to be resumed; once more ends it at once\n")
 
     for stop in (getattr(signal, name) for name in names):
         if signal.getsignal(stop) != signal.SIG_IGN:  # as nohup has it
@@ -506,7 +516,7 @@ def main() -> None:
         val_loss = train(run, signals)
         gpu = ["--gpu"] * args.gpu + (["--precision", args.precision] if args.precision else [])
         go_on = command("train_char.py", "--resume", "--out", run.out, *gpu)
-        if signals and run.progress.step < run.training.iters:
+        if signals and (run.progress.step < run.training.iters or run.progress.recent):
             print(f"stopped at step {run.progress.step} and saved; go on with: {go_on}")
             plot(run)
             sys.exit(128 + signals[0])
