@@ -1,12 +1,14 @@
-"""Kill a training run again and again, resume it each time, and compare it with a run that was left alone.
+"""Kill a training run again and again, resume it each time; does it equal one that was left alone?
 
-  python tests/kill_and_resume.py --kills 50
+  python tests/programs/kill_and_resume.py --kills 50
 
-SIGKILL cannot be caught: nothing is flushed or tidied up, as when the power fails. A third of the kills fall into
-the program's start, a third anywhere in its work, a third as soon as a checkpoint's .tmp file is seen. After each,
-last.npz and best.npz must load, and the run must not have gone back. In the end both runs must agree bit for bit.
-Exits with 1 if anything is wrong.
+SIGKILL cannot be caught: nothing is flushed or tidied up, as when the power fails. A third of the
+kills fall into the program's start, a third anywhere in its work, a third as soon as a checkpoint's
+.tmp file is seen. After each, last.npz and best.npz must load, and the run must not have gone back.
+In the end both runs must agree bit for bit. Exits with 1 if anything is wrong.
 """
+
+from __future__ import annotations
 
 import argparse
 import random
@@ -16,20 +18,21 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cpu  # noqa: F401, E402, I001  (before NumPy)
+import cli  # noqa: F401, E402, I001  (before NumPy)
 
-from grassmann import load_checkpoint  # noqa: E402
+from checkpoint import load_checkpoint  # noqa: E402
 
 TEXT = "".join(f"{k} times {k} is {k * k}\n" for k in range(200))
-OPTIONS = "--context 8 --n-layer 2 --d-model 8 --rank 3 --batch-size 4 --dropout 0.1 --threads 2 --eval-every 5"
+MODEL = ["--context", "8", "--n-layer", "2", "--d-model", "8", "--rank", "3", "--batch-size", "4"]
 
 
 def log_lines(folder: Path) -> list[str]:
     """The lines of log.csv without their last column, the seconds."""
-    return [line.rpartition(",")[0] for line in (folder / "log.csv").read_text(encoding="utf-8").splitlines()]
+    lines = (folder / "log.csv").read_text(encoding="utf-8").splitlines()
+    return [line.rpartition(",")[0] for line in lines]
 
 
 def contents(checkpoint: Path) -> dict:
@@ -37,8 +40,11 @@ def contents(checkpoint: Path) -> dict:
     params, config, extra = load_checkpoint(checkpoint)
     extra.pop("seconds", None)
     everything = extra | {"param": params, "config": config}
+    if "log" in extra:
+        everything["log"] = [row[:-1] for row in extra["log"]]
     arrays = {"param", "adam_m", "adam_v"} & everything.keys()
-    return everything | {key: {name: a.tobytes() for name, a in everything[key].items()} for key in arrays}
+    flat = {key: {name: a.tobytes() for name, a in everything[key].items()} for key in arrays}
+    return everything | flat
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -74,23 +80,27 @@ def wait_for(process: subprocess.Popen, *files: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--kills", type=int, default=50, help="(default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = parser.parse_args(argv)
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         text, alone, out = Path(folder, "text.txt"), Path(folder, "alone"), Path(folder, "killed")
-        last, best, unfinished = out / "last.npz", out / "best.npz", [out / "last.npz.tmp", out / "best.npz.tmp"]
+        last, best = out / "last.npz", out / "best.npz"
+        unfinished = [out / "last.npz.tmp", out / "best.npz.tmp"]
         text.write_text(TEXT, encoding="utf-8")
         train = [sys.executable, ROOT / "train_char.py"]
-        new = [*OPTIONS.split(), "--data", text, "--iters", str(100 + 40 * args.kills)]
+        new = [*MODEL, "--dropout", "0.1", "--threads", "2", "--eval-every", "5", "--data", text,
+               "--iters", str(100 + 40 * args.kills)]
         subprocess.run([*train, *new, "--out", alone], check=True, stdout=subprocess.DEVNULL)
 
         kills = step = writing = 0
         while True:
             command = [*train, *(["--resume"] if last.exists() else new), "--out", out]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+            process = subprocess.Popen(command, **pipes, text=True)
             before = written(*unfinished)
             if kills < args.kills:
                 if kills % 3 == 0:
@@ -107,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
             if process.returncode == 0:
                 break
             if process.returncode != -9:
-                print(f"after {kills} kills, train_char.py ended with {process.returncode}: {errors}")
+                print(f"after {kills} kills, it ended with {process.returncode}: {errors}")
                 return 1
             kills += 1
             writing += newly(unfinished, before)
@@ -122,8 +132,9 @@ def main(argv: list[str] | None = None) -> int:
             step = steps[-1] if steps else 0
 
         wrong = differences(alone, out)
-        print(f"{kills} kills up to step {step}, {writing} of them while a checkpoint was written; the run "
-              f"{f'DIFFERS in {wrong}' if wrong else 'equals, bit for bit, one that was left alone'}")  # fmt: skip
+        result = f"DIFFERS in {wrong}" if wrong else "equals, bit for bit, one that was left alone"
+        print(f"{kills} kills up to step {step}, {writing} of them while a checkpoint was written; "
+              f"the run {result}")
         if kills < args.kills:
             print(f"the run ended before {args.kills} kills")
         return 1 if wrong or kills < args.kills else 0

@@ -1,0 +1,184 @@
+"""The programs as their users meet them: real processes, or main() in this one, on tiny models."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import kill_and_resume  # before NumPy
+import pytest
+from kill_and_resume import MODEL, ROOT, TEXT
+
+Process = subprocess.CompletedProcess
+
+
+def helper(function: Callable) -> Callable:
+    """Tests ask for the function as for a fixture, by its name."""
+    return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
+
+
+contents, differences = helper(kill_and_resume.contents), helper(kill_and_resume.differences)
+log_lines = helper(kill_and_resume.log_lines)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def without(tmp_path_factory) -> Callable:
+    """without(package) -> the environment of a Python where it is not installed."""
+
+    def without(package: str) -> dict[str, str]:
+        folder = tmp_path_factory.mktemp("without")
+        missing = f"raise ModuleNotFoundError('No module named {package}', name={package!r})"
+        (folder / f"{package}.py").write_text(missing)
+        return os.environ | {"PYTHONPATH": str(folder)}
+
+    return without
+
+
+@pytest.fixture(scope="session")
+def plain(without) -> dict[str, str]:
+    """The environment of most programs here: without matplotlib, which takes a second to draw."""
+    return without("matplotlib")
+
+
+@pytest.fixture(scope="session")
+def start(plain) -> Callable:
+
+    def start(name: str, *args, **how) -> subprocess.Popen:
+        """Start a program of the root folder, its output in pipes."""
+        command = [sys.executable, ROOT / name, *(a if isinstance(a, bytes) else str(a) for a in args)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": plain, "text": True}
+        return subprocess.Popen(command, **pipes | {"encoding": "utf-8"} | how)
+
+    return start
+
+
+@helper
+def ended(process: subprocess.Popen) -> Process:
+    """Wait for a process; what it printed since."""
+    out, errors = process.communicate(timeout=300)
+    return Process(process.args, process.returncode, out, errors)
+
+
+@pytest.fixture(scope="session")
+def program(start, ended) -> Callable:
+    """program(name, *args) runs a program to its end."""
+    return lambda name, *args, **how: ended(start(name, *args, **how))
+
+
+@pytest.fixture(scope="session")
+def train(program, text) -> Callable:
+    """train(*args, out=folder) trains a tiny model, in a process of its own."""
+    return lambda *args, out, **how: program(
+        "train_char.py", *MODEL, "--threads", 1, "--data", text, "--out", out, *args, **how)
+
+
+@pytest.fixture
+def call(monkeypatch, text) -> Callable:
+
+    def call(name: str, *args, stdin: str = "") -> Process:
+        """main() of a program, in this process and without a plot; folders are not locked.
+
+        train_char.py is given a tiny model and a text, unless it is to resume.
+        """
+        if name == "train_char.py" and "--resume" not in args:
+            args = (*MODEL, "--threads", 1, "--data", text, *args)
+        module = importlib.import_module(name.removesuffix(".py"))
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        code = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [str(ROOT / name), *map(str, args)])
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            if name == "train_char.py":
+                patch.setattr(module, "claim", lambda out: None)
+                patch.setattr(module, "plot", lambda run: None)
+            try:
+                module.main()
+            except SystemExit as end:
+                code = end.code or 0
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+        streams = (stream.flush() or stream.buffer.getvalue().decode() for stream in (out, err))
+        return Process([name, *args], code, *streams)
+
+    return call
+
+
+@helper
+def succeeded(process: Process) -> str:
+    """The standard output of a program that had nothing to complain about."""
+    assert (process.returncode, process.stderr) == (0, "")
+    return process.stdout
+
+
+@helper
+def refused(process: Process) -> str:
+    """The one line with which a program stops. It must not be a traceback."""
+    assert process.returncode == 2, process
+    assert re.fullmatch(r"(train_char|sample)\.py: .+\n", process.stderr), process.stderr
+    assert "Traceback" not in process.stderr and "None" not in process.stderr
+    return process.stderr
+
+
+@pytest.fixture(scope="session")
+def trained(train, succeeded, tmp_path_factory) -> tuple[Path, str]:
+    """A run of 30 steps, with its plot: its folder and what it printed. Tests may read it only."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    return out, succeeded(train("--iters", 30, "--eval-every", 15, out=out, env=None))
+
+
+@helper
+def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
+    """Until the log says that so many steps are done. The run must have more to do than that."""
+    while process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            steps = [int(line.split(",")[0] or 0) for line in kill_and_resume.log_lines(out)[1:]]
+            if steps and steps[-1] >= step:
+                return
+        time.sleep(0.001)
+    raise AssertionError(f"the run ended first: {process.communicate()}")
+
+
+@pytest.fixture(scope="session")
+def on_terminal(plain) -> Callable:
+
+    def on_terminal(name: str, *args, keys: str = "", columns: int = 80) -> tuple[int, str]:
+        """Run a program on a terminal where `keys` are typed: its exit code, all that was shown."""
+        pty = pytest.importorskip("pty")
+        import fcntl
+        import struct
+        import termios
+
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        os.write(ours, keys.encode())
+        command = [sys.executable, ROOT / name, *map(str, args)]
+        ends = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+        process, shown = subprocess.Popen(command, env=plain, **ends), b""
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # how Linux says that nobody holds the other end
+            while piece := os.read(ours, 10_000):
+                shown += piece
+        os.close(ours)
+        return process.wait(), shown.decode()
+
+    return on_terminal
