@@ -39,7 +39,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -169,7 +169,8 @@ class Patient:
             self.stream.flush()
         except OSError as error:
             if not isinstance(error, BrokenPipeError):
-                print(f"standard output: {error.strerror}; going on without it", file=sys.stderr)
+                with suppress(OSError):  # a closed terminal takes no errors either
+                    print(f"standard output: {error.strerror}; going on without it", file=sys.stderr)
             leave_quietly()
         return len(text)
 

@@ -155,7 +155,7 @@ class Progress:
         if not (isinstance(p.recent, list) and isinstance(p.log, list) and all(map(real, p.recent)) and all(
                 type(step) is int and 0 <= step < 2**63 and (val_loss is None or real(val_loss))
                 and real(loss) and real(lr) and real(seconds) for step, loss, val_loss, lr, seconds in rows)):
-            raise ValueError("its progress makes no sense")
+            raise ValueError
         return p
 
 
@@ -244,15 +244,15 @@ def resume_point(model: ModuleType, last: Path) -> dict:
     try:
         settings = extra["settings"] | {f.name: getattr(config, f.name) for f in fields(Config)[1:]}
         if settings.keys() != DEFAULTS.keys() or not {"adam_m", "adam_v", "text_sha256"} <= extra.keys():
-            raise ValueError("settings or optimiser are missing")
+            raise KeyError
         data, every = settings["data"], settings["eval_every"]
         settings["data"] = [data] if isinstance(data, str) else data  # (older runs have one text)
         if type(every) is not int or every < 1 or not all(isinstance(name, str) for name in data or ()):
-            raise ValueError("its settings make no sense")
+            raise ValueError
         Training(**{f.name: settings[f.name] for f in fields(Training)})
         saved = extra | {"settings": settings, "progress": Progress.read(extra)}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{last} cannot be resumed: {error!s:.200}") from None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{last} cannot be resumed: settings or progress are missing or make no sense") from None
     best = last.with_name("best.npz")
     if best.exists():
         load_checkpoint(best)
