@@ -11,6 +11,7 @@ In the end both runs must agree bit for bit. Exits with 1 if anything is wrong.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import subprocess
 import sys
@@ -91,16 +92,18 @@ def main(argv: list[str] | None = None) -> int:
         last, best = out / "last.npz", out / "best.npz"
         unfinished = [out / "last.npz.tmp", out / "best.npz.tmp"]
         text.write_text(TEXT, encoding="utf-8")
+        Path(folder, "matplotlib.py").write_text("raise ImportError")  # to draw takes longer than to train
+        env = os.environ | {"PYTHONPATH": folder}
         train = [sys.executable, ROOT / "train_char.py"]
         new = [*MODEL, "--dropout", "0.1", "--threads", "2", "--eval-every", "5", "--data", text,
                "--iters", str(100 + 40 * args.kills)]
-        subprocess.run([*train, *new, "--out", alone], check=True, stdout=subprocess.DEVNULL)
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": env, "text": True}
+        subprocess.run([*train, *new, "--out", alone], check=True, **pipes)
 
         kills = step = writing = 0
         while True:
             command = [*train, *(["--resume"] if last.exists() else new), "--out", out]
-            pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-            process = subprocess.Popen(command, **pipes, text=True)
+            process = subprocess.Popen(command, **pipes)
             before = written(*unfinished)
             if kills < args.kills:
                 if kills % 3 == 0:
