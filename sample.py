@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # python -P and -I leave it out
 
 import cli  # noqa: I001  (before NumPy)
 
+import os
 import random
 from types import ModuleType
 
@@ -18,17 +19,18 @@ from text import encode, read_file, visible
 
 
 def write_sample(
-    model: ModuleType, params: dict, config: object, extra: dict, prompt: str, length: int, **how
+    model: ModuleType, params: dict, config: object, extra: dict, prompt: str, length: int,
+    before: str = "", **how
 ) -> str:
     """Print the prompt and `length` characters after it, each as it is drawn; returns all of it.
 
-    `extra` is the checkpoint's. An empty prompt starts from a newline, or from the most common
+    `extra` is the checkpoint's; the text `before` the prompt is read, not printed. An empty prompt starts from a newline, or from the most common
     character if the model knows none; that start is not printed. `how`: temperature, top_k, seed.
     On a terminal control characters are escaped. Raises ValueError on a character that the model
     never saw.
     """
-    vocab, written = extra["vocab"], [prompt]
-    start = encode(prompt, vocab).tolist() or [vocab.index(10) if 10 in vocab else extra["most_common"]]
+    vocab, written = extra["vocab"], [before, prompt]
+    start = encode(before + prompt, vocab).tolist() or [vocab.index(10) if 10 in vocab else extra["most_common"]]
     tokens = model.generate(params, config, start, length, **how)
     show = visible if sys.stdout.isatty() else str
     print(show(prompt), end="")
@@ -45,13 +47,14 @@ def read_prompt(prompt: str, escapes: bool) -> str:
         return sys.stdin.read()
     if prompt.startswith("@"):
         return read_file(Path(prompt[1:]))
+    prompt = os.fsencode(prompt).decode("utf-8", "surrogateescape")  # in any locale
     return prompt.replace("\\n", "\n").replace("\\t", "\t") if escapes else prompt
 
 
-def converse(model: ModuleType, params: dict, config: object, extra: dict, args) -> None:
+def converse(model: ModuleType, params: dict, config: object, extra: dict, text: str, args) -> None:
     """--interactive: what is typed is appended to the text, and the model goes on from there."""
     print("type something, and the model goes on; an empty line lets it write on, Ctrl-D ends")
-    text, seed = read_prompt(args.prompt, args.escapes), args.seed
+    seed = args.seed
     while True:
         try:
             typed = input("> ")
@@ -59,7 +62,7 @@ def converse(model: ModuleType, params: dict, config: object, extra: dict, args)
             return print()
         how = {"temperature": args.temperature, "top_k": args.top_k, "seed": seed}
         try:
-            text = write_sample(model, params, config, extra, text + typed, args.length, **how)[-100_000:]
+            text = write_sample(model, params, config, extra, typed, args.length, text[-100_000:], **how)
         except ValueError as error:
             print(error)
         seed += 1
@@ -87,12 +90,12 @@ def main() -> None:
         model = cli.backend(args.gpu, args.precision)
         params, config, extra = cli.load_trained(model, args.checkpoint)
         prompt = read_prompt(args.prompt, args.escapes)
-        encode(prompt, extra["vocab"])
+        encode(prompt, extra["vocab"])  # refused before a seed is named
         if args.seed is None:
             args.seed = random.SystemRandom().randrange(10**6)
             print(f"--seed {args.seed} writes this again", file=sys.stderr)
         if args.interactive:
-            return converse(model, params, config, extra, args)
+            return converse(model, params, config, extra, prompt, args)
         for k in range(args.samples):
             if k:
                 print("-" * 40)
