@@ -67,7 +67,10 @@ def load_text(data: str | Sequence[str] | None) -> str:
     texts = []
     for name in [data] if isinstance(data, str) else data:
         path = shakespeare() if name == "shakespeare" else Path(name)
-        files = sorted(file for file in path.rglob("[!.]*") if file.is_file()) if path.is_dir() else [path]
+        files = [path]
+        if path.is_dir():  # all but what is hidden
+            below = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
+            files = [path / name for name in below if not any(part[0] == "." for part in name.parts)]
         for file in files:
             try:
                 texts.append(read_file(file))
@@ -82,8 +85,10 @@ def load_text(data: str | Sequence[str] | None) -> str:
 def read_file(path: Path) -> str:
     """A UTF-8 file, without a byte order mark. Raises ValueError."""
     try:
+        content = bytearray()
         with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
+            while len(content) <= MOST_BYTES and (piece := file.read(1 << 20)):
+                content += piece
         if len(content) > MOST_BYTES:
             raise ValueError(f"{path} is larger than {MOST_BYTES >> 30} GB")
         return content.decode("utf-8", "surrogatepass").removeprefix("\ufeff")
