@@ -79,6 +79,7 @@ def loss_and_grads(
     card, which has no `threads`, takes the batch whole.)
     """
     check(threads >= 0, "threads must be 1 or more, or 0 for the batch as a whole", threads)
+    check(x.shape == y.shape, "x and y must have one shape", f"{x.shape} and {y.shape}")
     if not threads:
         return model.loss_and_grads(params, config, x, y, seed)
     n_shards = threads * math.ceil(x.size / (threads * SHARD_TOKENS))
