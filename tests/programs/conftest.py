@@ -1,7 +1,5 @@
 """The programs as their users meet them: real processes, or main() in this one, on tiny models."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io
@@ -20,22 +18,18 @@ from kill_and_resume import MODEL, ROOT, TEXT
 
 Process = subprocess.CompletedProcess
 
-
 def helper(function: Callable) -> Callable:
     """Tests ask for the function as for a fixture, by its name."""
     return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
 
-
 contents, differences = helper(kill_and_resume.contents), helper(kill_and_resume.differences)
 log_lines = helper(kill_and_resume.log_lines)
-
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
+    path.write_text(TEXT)
     return path
-
 
 @pytest.fixture(scope="session")
 def without(tmp_path_factory) -> Callable:
@@ -43,30 +37,26 @@ def without(tmp_path_factory) -> Callable:
 
     def without(package: str) -> dict[str, str]:
         folder = tmp_path_factory.mktemp("without")
-        missing = f"raise ModuleNotFoundError('No module named {package}', name={package!r})"
-        (folder / f"{package}.py").write_text(missing)
+        (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
         return os.environ | {"PYTHONPATH": str(folder)}
 
     return without
-
 
 @pytest.fixture(scope="session")
 def plain(without) -> dict[str, str]:
     """The environment of most programs here: without matplotlib, which takes a second to draw."""
     return without("matplotlib")
 
-
 @pytest.fixture(scope="session")
 def start(plain) -> Callable:
 
     def start(name: str, *args, **how) -> subprocess.Popen:
         """Start a program of the root folder, its output in pipes."""
-        command = [sys.executable, ROOT / name, *(a if isinstance(a, bytes) else str(a) for a in args)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": plain, "text": True}
-        return subprocess.Popen(command, **pipes | {"encoding": "utf-8"} | how)
+        words = [ROOT / name, *(word if isinstance(word, bytes) else str(word) for word in args)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+        return subprocess.Popen([sys.executable, *words], **pipes | {"env": plain} | how)
 
     return start
-
 
 @helper
 def ended(process: subprocess.Popen) -> Process:
@@ -74,19 +64,16 @@ def ended(process: subprocess.Popen) -> Process:
     out, errors = process.communicate(timeout=300)
     return Process(process.args, process.returncode, out, errors)
 
-
 @pytest.fixture(scope="session")
 def program(start, ended) -> Callable:
     """program(name, *args) runs a program to its end."""
     return lambda name, *args, **how: ended(start(name, *args, **how))
 
-
 @pytest.fixture(scope="session")
 def train(program, text) -> Callable:
     """train(*args, out=folder) trains a tiny model, in a process of its own."""
-    return lambda *args, out, **how: program(
-        "train_char.py", *MODEL, "--threads", 1, "--data", text, "--out", out, *args, **how)
-
+    given = [*MODEL, "--threads", 1, "--data", text, "--out"]
+    return lambda *args, out, **how: program("train_char.py", *given, out, *args, **how)
 
 @pytest.fixture
 def call(monkeypatch, text) -> Callable:
@@ -98,18 +85,15 @@ def call(monkeypatch, text) -> Callable:
         """
         if name == "train_char.py" and "--resume" not in args:
             args = (*MODEL, "--threads", 1, "--data", text, *args)
-        module = importlib.import_module(name.removesuffix(".py"))
-        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
+        module, code = importlib.import_module(name.removesuffix(".py")), 0
+        out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
         handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        code = 0
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [str(ROOT / name), *map(str, args)])
-            patch.setattr(sys, "stdin", io.StringIO(stdin))
-            patch.setattr(sys, "stdout", out)
-            patch.setattr(sys, "stderr", err)
-            if name == "train_char.py":
-                patch.setattr(module, "claim", lambda out: None)
-                patch.setattr(module, "plot", lambda run: None)
+            for stream in (("stdin", io.StringIO(stdin)), ("stdout", out), ("stderr", errors)):
+                patch.setattr(sys, *stream)
+            for costly in ("claim", "plot") * (name == "train_char.py"):
+                patch.setattr(module, costly, lambda run: None)
             try:
                 module.main()
             except SystemExit as end:
@@ -117,18 +101,16 @@ def call(monkeypatch, text) -> Callable:
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
-        streams = (stream.flush() or stream.buffer.getvalue().decode() for stream in (out, err))
-        return Process([name, *args], code, *streams)
+        printed = (stream.flush() or stream.buffer.getvalue().decode() for stream in (out, errors))
+        return Process([name, *args], code, *printed)
 
     return call
-
 
 @helper
 def succeeded(process: Process) -> str:
     """The standard output of a program that had nothing to complain about."""
     assert (process.returncode, process.stderr) == (0, "")
     return process.stdout
-
 
 @helper
 def refused(process: Process) -> str:
@@ -138,13 +120,11 @@ def refused(process: Process) -> str:
     assert "Traceback" not in process.stderr and "None" not in process.stderr
     return process.stderr
 
-
 @pytest.fixture(scope="session")
 def trained(train, succeeded, tmp_path_factory) -> tuple[Path, str]:
     """A run of 30 steps, with its plot: its folder and what it printed. Tests may read it only."""
     out = tmp_path_factory.mktemp("run") / "out"
     return out, succeeded(train("--iters", 30, "--eval-every", 15, out=out, env=None))
-
 
 @helper
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
@@ -157,24 +137,19 @@ def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
         time.sleep(0.001)
     raise AssertionError(f"the run ended first: {process.communicate()}")
 
-
 @pytest.fixture(scope="session")
 def on_terminal(plain) -> Callable:
 
-    def on_terminal(name: str, *args, keys: str = "", columns: int = 80) -> tuple[int, str]:
-        """Run a program on a terminal where `keys` are typed: its exit code, all that was shown."""
-        pty = pytest.importorskip("pty")
-        import fcntl
-        import struct
-        import termios
-
+    def on_terminal(name: str, *args, keys: str = "") -> tuple[int, str]:
+        """Run a program on a terminal where `keys` are typed: its exit code, all that it shows."""
+        pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))
         ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, b"\x18\0\x50\0\0\0\0\0")  # 24 lines, 80 columns
         os.write(ours, keys.encode())
-        command = [sys.executable, ROOT / name, *map(str, args)]
-        ends = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-        process, shown = subprocess.Popen(command, env=plain, **ends), b""
+        command, ends = [sys.executable, ROOT / name, *args], ("stdin", "stdout", "stderr")
+        process = subprocess.Popen([*map(str, command)], env=plain, **dict.fromkeys(ends, theirs))
         os.close(theirs)
+        shown = b""
         with contextlib.suppress(OSError):  # how Linux says that nobody holds the other end
             while piece := os.read(ours, 10_000):
                 shown += piece
