@@ -1,19 +1,19 @@
-// The CUDA kernels of gpu.py: what would take a dozen passes over memory if it were written array by array.
+// The CUDA kernels of gpu.py: what would take a dozen passes over memory, written array by array.
 //
-// Letters as in grassmann.py: T tokens, L length, d width, r rank, n = r(r-1)/2 Plücker coordinates, V vocabulary.
-// `real` is float, or double to check gradients; gpu.py compiles this file once for each. A kernel that works
-// token by token gives each token one warp (block (32, 8): 32 lanes, 8 tokens), whose lanes share its
-// coordinates: lane k has k, k + 32, k + 64, …, so r = 32 is one step and any other size works too.
-// Nothing is added up in an order that changes from run to run (no atomics): a run repeats bit for bit.
+// Letters as in grassmann.py: T tokens, L length, d width, r rank, V vocabulary, n = r(r-1)/2.
+// `real` is float, or double to check gradients: gpu.py compiles this file for each. A kernel that
+// works token by token gives each a warp (block (32, 8): 32 lanes, 8 tokens), whose lanes share its
+// coordinates: lane k has k, k + 32, k + 64, …, so r = 32 is one step and any other size works
+// too. All sums have a fixed order (no atomics): a run repeats bit for bit.
 
 #define EVERY_LANE 0xffffffff
-#define EACH(i, size) for (int i = threadIdx.x; i < (size); i += 32)  // this lane's share of 0 … size-1
+#define EACH(i, size) for (int i = threadIdx.x; i < (size); i += 32)  // a lane's share of the size
 
 __device__ int token() { return blockIdx.x * blockDim.y + threadIdx.y; }
 
 __device__ long long element() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
 
-// Sums over tokens: a thread adds up one column of the chunk number blockIdx.x, and gpu.py adds the chunks.
+// Sums over tokens: a thread adds one column of chunk number blockIdx.x, gpu.py adds the chunks.
 __device__ int column() { return blockIdx.y * blockDim.x + threadIdx.x; }
 
 // Sum and maximum over the 32 lanes of a warp; every lane gets the result.
@@ -36,7 +36,7 @@ extern "C" __global__ void column_sums(int T, int chunk, int d, const real* x, r
     parts[(size_t)blockIdx.x * d + i] = sum;
 }
 
-// ---- LayerNorm ---------------------------------------------------------------------------------------
+// ---- LayerNorm ----------------------------------------------------------------------------------
 
 // sum = x + residual (sum = x where there is no residual),  x̂ = (sum - mean) / σ,  y = w ⊙ x̂ + b
 extern "C" __global__ void layernorm_forward(
@@ -54,13 +54,10 @@ extern "C" __global__ void layernorm_forward(
     EACH(i, d) squares += (h[i] - center) * (h[i] - center);
     const real scale = 1 / sqrt(warp_sum(squares) / d + eps);
     EACH(i, d) y[row + i] = w[i] * ((h[i] - center) * scale) + b[i];
-    if (threadIdx.x == 0) {
-        mean[t] = center;
-        inv_std[t] = scale;
-    }
+    if (threadIdx.x == 0) mean[t] = center, inv_std[t] = scale;
 }
 
-// dx̂ = w ⊙ dy,  dx = (dx̂ - mean(dx̂) - x̂ mean(dx̂ ⊙ x̂)) / σ, plus dsum where the sum went on beside the LayerNorm
+// dx̂ = w ⊙ dy,  dx = (dx̂ - mean(dx̂) - x̂ mean(dx̂ ⊙ x̂)) / σ, plus dsum (which may be missing)
 extern "C" __global__ void layernorm_backward(
     int T, int d, const real* dy, const real* dsum, const real* x, const real* w, const real* mean,
     const real* inv_std, real* dx
@@ -75,17 +72,17 @@ extern "C" __global__ void layernorm_backward(
         total += dx_hat;
         along += dx_hat * (x[row + i] - center) * scale;
     }
-    total = warp_sum(total) / d;
-    along = warp_sum(along) / d;
+    total = warp_sum(total) / d, along = warp_sum(along) / d;
     EACH(i, d) {
-        const real x_hat = (x[row + i] - center) * scale;
-        dx[row + i] = (dsum ? dsum[row + i] : 0) + scale * (w[i] * dy[row + i] - total - x_hat * along);
+        const real x_hat = (x[row + i] - center) * scale, dx_hat = w[i] * dy[row + i];
+        dx[row + i] = (dsum ? dsum[row + i] : 0) + scale * (dx_hat - total - x_hat * along);
     }
 }
 
-// dw = Σ_t dy ⊙ x̂,  db = Σ_t dy, each over one chunk of tokens: parts (2, chunks, d)
-extern "C" __global__ void layernorm_backward_weights(
-    int T, int chunk, int d, const real* dy, const real* x, const real* mean, const real* inv_std, real* parts
+// dw = Σ_t dy ⊙ x̂,  db = Σ_t dy, each over one chunk of tokens: parts (chunks, 2, d)
+extern "C" __global__ void layernorm_weights(
+    int T, int chunk, int d, const real* dy, const real* x, const real* mean, const real* inv_std,
+    real* parts
 ) {
     const int i = column(), first = blockIdx.x * chunk;
     if (i >= d) return;
@@ -95,13 +92,13 @@ extern "C" __global__ void layernorm_backward_weights(
         dw += dy_ti * (x[(size_t)t * d + i] - mean[t]) * inv_std[t];
         db += dy_ti;
     }
-    parts[(size_t)blockIdx.x * d + i] = dw;
-    parts[(size_t)(gridDim.x + blockIdx.x) * d + i] = db;
+    parts[(size_t)blockIdx.x * 2 * d + i] = dw;
+    parts[(size_t)blockIdx.x * 2 * d + d + i] = db;
 }
 
-// ---- GELU and dropout --------------------------------------------------------------------------------
+// ---- GELU and dropout ---------------------------------------------------------------------------
 
-// tanh q(z),  q(z) = c (z + a z³),  c = sqrt(2/π), a = 0.044715; z is clipped where tanh is ±1 to the last bit
+// tanh q(z),  q(z) = c (z + a z³),  c = sqrt(2/π), a = 0.044715; z is clipped where tanh is ±1
 __device__ real gelu_tanh(real z, real* slope) {
     const real c = 0.7978845608028654, a = 0.044715;
     z = min(max(z, (real)-10), (real)10);
@@ -136,9 +133,11 @@ extern "C" __global__ void bias_gelu_backward(
     }
 }
 
-// y = keep ⊙ x / (1 - rate), where keep_i = [random_i >= rate] is a function of the key and i alone (SplitMix64,
-// Steele, Lea and Flood 2014), so that the backward draws it again instead of storing it
-extern "C" __global__ void dropout(long long n, const long long* key, real rate, const real* x, real* y) {
+// y = keep ⊙ x / (1 - rate), where keep_i = [random_i >= rate] is a function of the key and i alone
+// (SplitMix64, Steele, Lea and Flood 2014), so that the backward draws it again and stores nothing
+extern "C" __global__ void dropout(
+    long long n, const long long* key, real rate, const real* x, real* y
+) {
     const long long i = element();
     if (i >= n) return;
     unsigned long long bits = *key + (i + 1) * 0x9e3779b97f4a7c15ull;
@@ -149,11 +148,13 @@ extern "C" __global__ void dropout(long long n, const long long* key, real rate,
     y[i] = random >= rate ? x[i] / (1 - rate) : 0;
 }
 
-// ---- embedding and loss ------------------------------------------------------------------------------
+// ---- embedding and loss -------------------------------------------------------------------------
 
-// dE_k = Σ dx_t over the tokens t that are k; block (32, 8) for 32 columns of one row k. Its 8 warps look at 32 tokens
-// at a time each, add the rows that are k in ascending order, and their 8 sums are added in order
-extern "C" __global__ void embedding_backward(int T, int d, const int* tokens, const real* dx, real* dE) {
+// dE_k = Σ dx_t over the tokens t that are k; block (32, 8) for 32 columns of a row k. Its 8 warps
+// look at 32 tokens at a time each and add the rows that are k in order, and then their 8 sums
+extern "C" __global__ void embedding_backward(
+    int T, int d, const int* tokens, const real* dx, real* dE
+) {
     __shared__ real sums[8][32];
     const int lane = threadIdx.x, k = blockIdx.x, i = blockIdx.y * 32 + lane;
     real sum = 0;
@@ -179,7 +180,9 @@ __device__ real sum_exp(int V, const real* x, real* top) {
 }
 
 // loss_t = log Σ_k exp(x_k - max) - (x_target - max),  x = logits_t
-extern "C" __global__ void cross_entropy_forward(int T, int V, const real* logits, const int* targets, real* loss) {
+extern "C" __global__ void cross_entropy_forward(
+    int T, int V, const real* logits, const int* targets, real* loss
+) {
     const int t = token();
     if (t >= T) return;
     const real* x = logits + (size_t)t * V;
@@ -200,41 +203,33 @@ extern "C" __global__ void cross_entropy_backward(
     EACH(k, V) dlogits[(size_t)t * V + k] = (exp(x[k] - top) / total - (k == targets[t])) * dloss;
 }
 
-// ---- the wedge product -------------------------------------------------------------------------------
+// ---- the wedge product --------------------------------------------------------------------------
 
-// What the gradient of 1/|u ∧ v| needs (`unit_area_forward` in grassmann.py): v⊥ = v - (u·v / u·u) u and the same with
-// u and v exchanged. All zero where the two span no plane.
+// What the gradient of 1/|u ∧ v| needs (`unit_area_forward` in grassmann.py); v⊥ = v - (u·v/u·u) u,
+// u⊥ likewise, |v⊥|² = |v|² sin²θ, |u⊥|² = |u|² sin²θ. All zero where the two span no plane.
 struct Plane {
-    real inv_area;                   // 1/|u ∧ v| = 1 / (|u| |v⊥|)
-    real uv_over_uu, uv_over_vv;     // u·v / u·u, u·v / v·v
-    real inv_v_perp2, inv_u_perp2;   // 1/|v⊥|², 1/|u⊥|²
+    real inv_area;                  // 1/|u ∧ v| = 1 / (|u| |v⊥|)
+    real uv_over_uu, uv_over_vv;    // u·v / u·u, u·v / v·v
+    real inv_v_perp2, inv_u_perp2;  // 1/|v⊥|², 1/|u⊥|²
 };
 
 __device__ Plane plane(int r, const real* u, const real* v) {
     const real tiny = sizeof(real) == 4 ? 1.1754944e-38 : 2.2250738585072014e-308, parallel = 1e-5;
-    real uu = 0, vv = 0, uv = 0, v_perp2 = 0, u_perp2 = 0;
+    real uu = 0, vv = 0, uv = 0, height = 0;
     EACH(i, r) {
         uu += u[i] * u[i];
         vv += v[i] * v[i];
         uv += u[i] * v[i];
     }
-    uu = warp_sum(uu);
-    vv = warp_sum(vv);
-    uv = warp_sum(uv);
+    uu = warp_sum(uu), vv = warp_sum(vv), uv = warp_sum(uv);
     if (!(uu > tiny && vv > tiny)) return Plane();
-    EACH(i, r) {
-        const real v_perp = v[i] - uv / uu * u[i], u_perp = u[i] - uv / vv * v[i];
-        v_perp2 += v_perp * v_perp;
-        u_perp2 += u_perp * u_perp;
-    }
-    v_perp2 = warp_sum(v_perp2);
-    u_perp2 = warp_sum(u_perp2);
-    const real area = sqrt(uu) * sqrt(v_perp2);
-    const bool spans = area > tiny && sqrt(v_perp2) > parallel * sqrt(vv) && sqrt(u_perp2) > parallel * sqrt(uu);
-    return spans ? Plane{1 / area, uv / uu, uv / vv, 1 / v_perp2, 1 / u_perp2} : Plane();
+    EACH(i, r) height += (v[i] - uv / uu * u[i]) * (v[i] - uv / uu * u[i]);
+    height = warp_sum(height);  // |v⊥|²
+    if (!(height > max(parallel * parallel * vv, tiny))) return Plane();
+    return {1 / (sqrt(uu) * sqrt(height)), uv / uu, uv / vv, 1 / height, vv / height / uu};
 }
 
-// p_t = z_t ∧ s_t, p_ij = z_i s_j - z_j s_i, for the tokens from `past` on in windows of L: z (B, L, r), s (T, r), p (T, n)
+// p_t = z_t ∧ s_t, p_ij = z_i s_j - z_j s_i, of the tokens from `past` on in windows of L; s (T, r)
 //   taps:     s_t = Σ_Δ w_Δ ⊙ z_{t-Δ};  normalised, p_t is divided by |z_t ∧ s_t|
 //   average:  s_t = 1/|valid| Σ_Δ c_Δ z_{t-Δ},  c_Δ = 1/|z_t ∧ z_{t-Δ}| if normalised, else 1
 // Δ runs over the m offsets with t - Δ >= 0; I and J (n) are the index pairs i < j
@@ -262,8 +257,8 @@ extern "C" __global__ void wedge_forward(
     EACH(e, n) p[(size_t)t * n + e] = c * (u[I[e]] * s[J[e]] - u[J[e]] * s[I[e]]);
 }
 
-// dp -> the gradients of z_t and of s_t before it was divided by |valid|, du and ds (T, r); A antisymmetric, A_ij = dp_ij:
-//   du_i = Σ_j A_ij s_j,  ds_i = -Σ_j A_ij z_j
+// dp -> the gradients of z_t and of s_t, before it was divided by |valid|, du and ds (T, r):
+//   du_i = Σ_j A_ij s_j,  ds_i = -Σ_j A_ij z_j,  A antisymmetric, A_ij = dp_ij for i < j
 // and through q = s/|z ∧ s|, or each q = z_{t-Δ}/|z_t ∧ z_{t-Δ}| (`unit_area_backward`):
 //   du -= (dq·q) u⊥/|u⊥|²,  ds = dq/|u ∧ v| - (dq·q) v⊥/|v⊥|²
 extern "C" __global__ void wedge_backward(
@@ -274,10 +269,7 @@ extern "C" __global__ void wedge_backward(
     if (t >= T) return;
     const int position = t % L;
     const real* u = z + (size_t)t * r;
-    dp += (size_t)t * n;
-    s += (size_t)t * r;
-    du += (size_t)t * r;
-    ds += (size_t)t * r;
+    dp += (size_t)t * n, s += (size_t)t * r, du += (size_t)t * r, ds += (size_t)t * r;
     int valid = 0;
     for (int k = 0; k < m; k++) valid += offsets[k] <= position;
     const real share = taps ? 1 : (real)1 / max(valid, 1);
@@ -287,8 +279,8 @@ extern "C" __global__ void wedge_backward(
         real du_i = 0, dq_i = 0;
         for (int j = 0; j < r; j++) {
             if (j == i) continue;
-            const int low = min(i, j), high = max(i, j);
-            const real dp_ij = dp[low * (2 * r - low - 1) / 2 + high - low - 1], A_ij = i < j ? dp_ij : -dp_ij;
+            const int low = min(i, j), place = low * (2 * r - low - 1) / 2 + max(i, j) - low - 1;
+            const real A_ij = i < j ? dp[place] : -dp[place];
             du_i += A_ij * s[j];
             dq_i -= A_ij * u[j];
         }
@@ -300,7 +292,8 @@ extern "C" __global__ void wedge_backward(
         along = warp_sum(along);
         EACH(i, r) {
             du[i] -= along * (u[i] - whole.uv_over_vv * s[i]) * whole.inv_u_perp2;
-            ds[i] = ds[i] * whole.inv_area - along * (s[i] - whole.uv_over_uu * u[i]) * whole.inv_v_perp2;
+            const real v_perp = s[i] - whole.uv_over_uu * u[i];
+            ds[i] = ds[i] * whole.inv_area - along * v_perp * whole.inv_v_perp2;
         }
     } else if (normalize) {
         for (int k = 0; k < m; k++) {
@@ -316,7 +309,8 @@ extern "C" __global__ void wedge_backward(
 }
 
 // dz_t = du_t + what flows back from the tokens t+Δ whose partner t is (dz holds du_t at first):
-//   taps: w_Δ ⊙ ds_{t+Δ};  average: ds_{t+Δ}, if normalised ds_{t+Δ}/|u ∧ v| - (ds·q) v⊥/|v⊥|², u = z_{t+Δ}, v = z_t
+//   taps:     w_Δ ⊙ ds_{t+Δ}
+//   average:  ds_{t+Δ}, if normalised ds_{t+Δ}/|u ∧ v| - (ds·q) v⊥/|v⊥|²,  u = z_{t+Δ}, v = z_t
 extern "C" __global__ void partner_backward(
     int T, int L, int r, int m, int normalize, const int* offsets, const real* z, const real* taps,
     const real* ds, real* dz
@@ -335,15 +329,16 @@ extern "C" __global__ void partner_backward(
             real along = 0;
             EACH(i, r) along += dq[i] * v[i] * pair.inv_area;
             along = warp_sum(along);
-            EACH(i, r) dz[i] +=
-                dq[i] * pair.inv_area - along * (v[i] - pair.uv_over_uu * u[i]) * pair.inv_v_perp2;
+            EACH(i, r) dz[i] += dq[i] * pair.inv_area
+                - along * (v[i] - pair.uv_over_uu * u[i]) * pair.inv_v_perp2;
         }
     }
 }
 
-// dw_Δ = Σ_t ds_t ⊙ z_{t-Δ} over one chunk of tokens: parts (chunks, m, r), a column per offset and coordinate
+// dw_Δ = Σ_t ds_t ⊙ z_{t-Δ} over one chunk of tokens: parts (chunks, m, r), m r columns
 extern "C" __global__ void taps_backward(
-    int T, int chunk, int L, int r, int m, const int* offsets, const real* z, const real* ds, real* parts
+    int T, int chunk, int L, int r, int m, const int* offsets, const real* z, const real* ds,
+    real* parts
 ) {
     const int e = column(), first = blockIdx.x * chunk;
     if (e >= m * r) return;
@@ -354,10 +349,12 @@ extern "C" __global__ void taps_backward(
     parts[(size_t)blockIdx.x * m * r + e] = dw;
 }
 
-// ---- the gate ----------------------------------------------------------------------------------------
+// ---- the gate -----------------------------------------------------------------------------------
 
-// α = sigmoid(a + b),  out = α ⊙ h + (1-α) ⊙ g;  hg = [h ; g] (T, 2d), a = [h ; g] W (T, d) is overwritten by α
-extern "C" __global__ void gate_forward(int T, int d, const real* hg, const real* b, real* a, real* out) {
+// α = sigmoid(a + b),  out = α ⊙ h + (1-α) ⊙ g;  hg = [h ; g] (T, 2d), a = hg W (T, d) becomes α
+extern "C" __global__ void gate_forward(
+    int T, int d, const real* hg, const real* b, real* a, real* out
+) {
     const int t = token();
     if (t >= T) return;
     const real *h = hg + (size_t)t * 2 * d, *g = h + d;
@@ -395,13 +392,13 @@ extern "C" __global__ void gate_backward(
     }
 }
 
-// ---- the optimiser, over the flat buffers of all parameters ------------------------------------------
+// ---- the optimiser, over the flat buffers of all parameters -------------------------------------
 
-// Σ g² in double, each block its share: parts (blocks), added in the same order every time; block (256)
+// Σ g² in double, each block (256) its share: parts (blocks), always added in the same order
 extern "C" __global__ void sum_of_squares(long long n, const real* g, double* parts) {
     __shared__ double sums[256];
     double sum = 0;
-    for (long long i = element(); i < n; i += (long long)gridDim.x * blockDim.x) sum += (double)g[i] * g[i];
+    for (long long i = element(); i < n; i += gridDim.x * blockDim.x) sum += (double)g[i] * g[i];
     sums[threadIdx.x] = sum;
     for (int half = 128; half > 0; half /= 2) {
         __syncthreads();
@@ -416,10 +413,11 @@ extern "C" __global__ void clip(long long n, real max_norm, real* g, const doubl
     if (i < n && *norm > max_norm) g[i] *= max_norm / *norm;
 }
 
-// m ← β₁ m + (1-β₁) g,  v ← β₂ v + (1-β₂) g²,  θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ), λ for the first `matrices` only
+// m ← β₁ m + (1-β₁) g,  v ← β₂ v + (1-β₂) g²,  θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ), where
+// decay = lr λ is for the first `matrices` numbers only
 extern "C" __global__ void adamw(
-    long long n, long long matrices, real rate_1, real rate_2, real fix_1, real fix_2, real lr, real decay, real eps,
-    const real* g, real* theta, real* m, real* v
+    long long n, long long matrices, real rate_1, real rate_2, real fix_1, real fix_2, real lr,
+    real decay, real eps, const real* g, real* theta, real* m, real* v
 ) {
     const long long i = element();
     if (i >= n) return;
