@@ -1,0 +1,307 @@
+"""A stand-in for CuPy that computes on the CPU, so that gpu.py and kernels.cu run without a GPU.
+
+Its arrays are NumPy's inside, but like CuPy's they refuse to meet an array of the host. New memory
+holds NaN, and kernels see their arguments between guards: what is not written, or beside an array,
+does not go unnoticed. Kernels are the same file, compiled by the host's C++ compiler behind
+cuda_on_cpu.h. What runs while a stream captures is remembered and done again at each launch of the
+graph; copies between the sides raise, as on a card. Only what gpu.py uses is here.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+COMPILER = shutil.which("g++") if platform.libc_ver()[0] == "glibc" else None  # for its ucontext.h
+HEADER = Path(__file__).with_suffix(".h")
+
+
+def gpu_on_cpu() -> ModuleType:
+    """gpu.py, as it is when its CuPy is this module."""
+    spec = importlib.util.spec_from_file_location("gpu_on_cpu", HEADER.parents[2] / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", sys.modules[__name__])
+        spec.loader.exec_module(module)
+    return module
+
+# ---- arrays --------------------------------------------------------------------------------------
+
+class ndarray:
+    """An array that lies "on the device"."""
+
+    __hash__ = None
+
+    def __init__(self, host):
+        self.host = host
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("implicit conversion to a NumPy array is not allowed; use get")
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):  # as in np.float32(2) * array
+        return function(getattr(ufunc, method))(*inputs, **kwargs)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # above all __array_interface__, a way around __array__
+            raise AttributeError(name)
+        found = getattr(self.host, name)
+        return function(found) if callable(found) else device(found)
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.host.ctypes.data)
+
+    def get(self):
+        not_while_capturing()
+        return self.host.copy()
+
+
+def host(value):
+    """What is inside a device array, in lists and tuples too; arrays of the host are refused."""
+    if isinstance(value, np.ndarray):
+        raise TypeError("an array of the host meets one of the device")
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(host, value))
+    return value.host if isinstance(value, ndarray) else value
+
+def device(value):
+    """The reverse; what NumPy returns as a scalar is a 0-d array in CuPy."""
+    return ndarray(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
+
+def function(of_numpy):
+    def of_device(*args, **kwargs):
+        args, kwargs = host(args), {name: host(value) for name, value in kwargs.items()}
+        return launched(lambda: of_numpy(*args, **kwargs))
+
+    return of_device
+
+
+captured = None  # while a stream captures: what its graph is to do; None in it: it is spoilt
+
+def launched(compute):
+    """What compute() gives, on the device; a graph that is captured computes it into the place."""
+    result = device(compute())
+
+    def again():
+        new = compute()
+        if isinstance(result, ndarray) and not np.shares_memory(result.host, new):
+            result.host[...] = new
+
+    if captured is not None:
+        captured.append(again)
+    return result
+
+def not_while_capturing():
+    if captured is not None:
+        captured.append(None)
+        raise RuntimeError("cudaErrorStreamCaptureUnsupported: not when a stream is capturing")
+
+
+OPERATORS = ("add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd isub imul itruediv "
+             "neg invert float int bool lt le gt ge eq ne getitem setitem len")
+for _name in OPERATORS.split():
+
+    def _method(self, *others, name=f"__{_name}__"):
+        if name in ("__float__", "__int__", "__bool__", "__matmul__", "__rmatmul__"):
+            not_while_capturing()  # CuPy refuses its products too
+        result = function(getattr(self.host, name))(*others)
+        return self if getattr(result, "host", None) is self.host else result  # as after +=
+
+    setattr(ndarray, f"__{_name}__", _method)
+
+FUNCTIONS = "arange ascontiguousarray concatenate copyto exp ones sqrt stack tri zeros zeros_like"
+for _name in FUNCTIONS.split():
+    globals()[_name] = function(getattr(np, _name))
+inf = np.inf
+
+
+def asarray(value, dtype=None):
+    """From either side, without a copy if it is on the device already."""
+    if isinstance(value, ndarray):
+        return ndarray(np.asarray(value.host, dtype))
+    not_while_capturing()
+    return ndarray(np.array(value, dtype))
+
+array = asarray  # of what lies on the host
+
+def empty(shape, dtype=float):
+    """Holds what shows if it is read: NaN, or a token that texts have."""
+    return ndarray(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 1, dtype))
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+GUARD = 1024  # elements on either side of an argument
+LAUNCHES = set()  # the kernels that ran, of either precision
+
+
+def signatures(source: str) -> dict[str, list[tuple[str, str]]]:
+    """Name of every kernel in CUDA source -> (type, name) of its parameters."""
+    kernels = re.findall(r'extern "C" __global__ void (\w+)\(([^)]*)\)', source)
+    return {name: [tuple(parameter.strip().rsplit(" ", 1)) for parameter in parameters.split(",")]
+            for name, parameters in kernels}
+
+
+class RawModule:
+    """CUDA source, compiled for the CPU."""
+
+    def __init__(self, code: str, options: tuple[str, ...] = ()):
+        """The library is made once for a source and kept beside the compiled Python files."""
+        self.dtypes = {"int": "i4", "long long": "i8", "float": "f4", "double": "f8"}  # of C types
+        self.dtypes["real"] = self.dtypes[options[0].removeprefix("-Dreal=")]
+        self.signatures = signatures(code)
+        launchers = "".join(f"LAUNCHER({name})\n" for name in self.signatures)
+        source = HEADER.read_text() + code + launchers
+        command = [COMPILER, "-x", "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-Wall",
+                   "-Wno-sign-compare", *options, "-shared", "-fPIC", "-", "-o"]
+        key = hashlib.sha256((source + str(command)).encode()).hexdigest()[:16]
+        library = HEADER.parent / "__pycache__" / f"kernels-{key}.so"
+        if not library.exists():
+            library.parent.mkdir(exist_ok=True)
+            unfinished = library.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, unfinished], input=source, text=True, check=True)
+            unfinished.replace(library)
+        self.library = ctypes.CDLL(str(library))
+
+    def get_function(self, name: str):
+        launch, parameters = self.library[f"launch_{name}"], self.signatures[name]
+        launch.restype = ctypes.c_char_p
+
+        def run(grid: tuple, block: tuple, args: tuple) -> None:
+            guarded, numbers = {}, []
+            for value, (kind, parameter) in zip(args, parameters, strict=True):
+                dtype = np.dtype(self.dtypes[kind.removeprefix("const ").rstrip("*")])
+                fine = type(value) is np.intp and value == 0  # the null pointer
+                if isinstance(value, ndarray) and kind.endswith("*"):
+                    fine = value.dtype == dtype and value.flags.c_contiguous
+                    beside = -77.25 if dtype.kind == "f" else 1  # shows if it is read or changed
+                    room = np.pad(value.host.ravel(), GUARD, constant_values=beside)
+                    _, room, _ = guarded.setdefault(value.data.ptr, (value.host, room, beside))
+                    value = np.intp(room.ctypes.data + GUARD * dtype.itemsize)
+                elif not kind.endswith("*"):
+                    fine = isinstance(value, np.generic) and value.dtype == dtype
+                assert fine, f"{name}: {parameter} is {value!r}"
+                numbers.append(np.array(value))
+            sizes = [(ctypes.c_uint * 2)(*size, *[1] * (2 - len(size))) for size in (grid, block)]
+            addresses = (ctypes.c_void_p * len(numbers))(*(n.ctypes.data for n in numbers))
+            error = launch(*sizes, addresses)
+            if error:
+                raise RuntimeError(f"{name}: {error.decode()}")
+            for original, room, beside in guarded.values():
+                inside, guards = room[GUARD:-GUARD], np.r_[room[:GUARD], room[-GUARD:]]
+                assert (guards == beside).all(), f"{name} wrote beside an array"
+                original[...] = inside.reshape(original.shape)
+            LAUNCHES.add(name)
+
+        return lambda *how: launched(lambda: run(*how))
+
+# ---- cuBLAS --------------------------------------------------------------------------------------
+
+VERSION = 99  # of a libcublas.so that nobody has
+REALS = {0: np.float32, 1: np.float64, 14: np.uint16}  # CUDA_R_32F, 64F, 16BF: half of a float
+F32, F64, TF32 = 68, 70, 77  # how cuBLAS computes, and for which types:
+PRODUCTS = {(0, 0, 0, F32), (0, 0, 0, TF32), (1, 1, 1, F64), (14, 14, 0, F32)}
+
+
+def matrix(memory: ctypes.c_void_p, kind: int, rows: int, columns: int, ld: int, transposed=0):
+    """A matrix (rows, columns) as cuBLAS sees it: by columns, each `ld` numbers from the last."""
+    if transposed:
+        return matrix(memory, kind, columns, rows, ld).T
+    assert ld >= rows > 0 and columns > 0, "CUBLAS_STATUS_INVALID_VALUE"
+    size = np.dtype(REALS[kind]).itemsize
+    memory = (ctypes.c_char * (size * ((columns - 1) * ld + rows))).from_address(memory.value)
+    return np.ndarray((rows, columns), REALS[kind], memory, strides=(size, size * ld))
+
+def rounded(x: np.ndarray, compute: int) -> np.ndarray:
+    """What a tensor core sees of a matrix."""
+    if x.dtype == np.uint16:
+        return (x.astype(np.uint32) << 16).view(np.float32)
+    if compute == TF32:  # to nearest, in the bits
+        return ((np.ascontiguousarray(x).view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+    return x
+
+
+class Cublas:
+    """The functions that gpu.py calls, with the parameters of NVIDIA's cublas_api.h."""
+
+    def cublasSetStream_v2(self, handle, stream):
+        self.stream = stream.value or 0
+        return 0 if handle.value else 1
+
+    def cublasSetWorkspace_v2(self, handle, workspace, size):
+        return 0 if workspace.value and size.value > 4096 else 7
+
+    def cublasGemmEx(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb,
+                     beta, C, Ctype, ldc, compute, algo):
+        """C = alpha op(A) op(B) + beta C."""
+        if (Atype, Btype, Ctype, compute) not in PRODUCTS:
+            return 15  # CUBLAS_STATUS_NOT_SUPPORTED
+        assert self.stream == get_current_stream().ptr and handle.value
+        number = ctypes.c_double if compute == F64 else ctypes.c_float
+        for pointer, value in ((alpha, 1), (beta, 0)):  # by ctypes.byref
+            assert type(pointer._obj) is number and pointer._obj.value == value
+        a, b = matrix(A, Atype, m, k, lda, transa), matrix(B, Btype, k, n, ldb, transb)
+        c = matrix(C, Ctype, m, n, ldc)
+        launched(lambda: np.matmul(rounded(a, compute), rounded(b, compute), out=c) is None)
+        return 0
+
+
+load = ctypes.CDLL  # which is how gpu.py asks for the library
+ctypes.CDLL = lambda name, *how, **more: (
+    Cublas() if name == f"libcublas.so.{VERSION}" else load(name, *how, **more))
+
+# ---- the rest of the library that gpu.py touches -------------------------------------------------
+
+class Stream:
+    """Work is done at once, whatever the stream."""
+
+    def __init__(self, non_blocking: bool = False):
+        self.ptr = id(self)
+
+    def __enter__(self):
+        streams.append(self)
+
+    def __exit__(self, *_):
+        streams.pop()
+
+    def begin_capture(self):
+        global captured
+        assert get_current_stream() is self and captured is None
+        captured = []
+
+    def end_capture(self):
+        global captured
+        work, captured = captured, None
+        if None in work:
+            raise RuntimeError("cudaErrorStreamCaptureInvalidated: due to a previous error")
+        return SimpleNamespace(launch=lambda: [again() for again in work])
+
+
+streams = [SimpleNamespace(ptr=0)]  # the current one last
+
+def get_current_stream():
+    return streams[-1]
+
+def get_default_memory_pool(malloc=None):  # memory is NumPy's, whatever the allocator
+    return SimpleNamespace(malloc=malloc, free_all_blocks=not_while_capturing)
+
+cuda = SimpleNamespace(
+    Device=lambda: SimpleNamespace(compute_capability="90"),
+    Stream=Stream, get_current_stream=get_current_stream, get_cublas_handle=lambda: 0xB1A5,
+    Memory=bytearray, MemoryPointer=lambda *place: place, MemoryPool=get_default_memory_pool,
+    using_allocator=lambda malloc: contextlib.nullcontext(malloc(512)),
+    runtime=SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16BF=14),
+    cublas=SimpleNamespace(
+        getVersion=lambda handle: VERSION * 10000, CUBLAS_GEMM_DEFAULT=-1, CUBLAS_COMPUTE_32F=F32,
+        CUBLAS_COMPUTE_64F=F64, CUBLAS_COMPUTE_32F_FAST_TF32=TF32),
+)
