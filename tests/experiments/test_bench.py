@@ -1,0 +1,200 @@
+"""The benchmark's counts and PyTorch models are right; its sections run, also without PyTorch."""
+
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import grassmann
+from experiments import bench, bench_gpu
+from grassmann import Config
+from text import Corpus
+from training import Training
+
+PAPER = {"taps": False, "normalize": True, "positions": True}
+SIX = ((1, 2, 4, 8, 12, 16),) * 3
+SIZES = {"n_layer": 2, "d_model": 16, "rank": 4, "context": 24}
+IN_TORCH = {"w": "weight", "b": "bias", "E": "E.weight", "P": "P.weight", "W_1": "0.weight",
+            "b_1": "0.bias", "W_2": "2.weight", "b_2": "2.bias", "b_red": "red.bias",
+            "b_gate": "gate.bias"}
+IN_TORCH |= {f"W_{name}": f"{name}.weight" for name in ("red", "plu", "gate", "qkv", "out")}
+
+def need_torch():
+    return pytest.importorskip("torch", reason="no PyTorch: experiments/requirements.txt has it")
+
+@pytest.fixture(params=["with PyTorch", "without"])
+def has_torch(request, monkeypatch):
+    if request.param == "without":
+        monkeypatch.setattr(bench, "torch", None)
+    return request.param == "with PyTorch" and need_torch() is not None
+
+def tiny(threads: int = 1, quick: bool = False, **training) -> bench.Setup:
+    """Settings of train_char.py, only smaller; 1,000 random letters."""
+    tokens = np.random.default_rng(0).integers(0, 7, 1000).astype(np.uint8)
+    corpus = Corpus("", [*range(7)], tokens[:900], tokens[900:], 0)
+    return bench.Setup(corpus, threads, quick, Training(**{"batch_size": 3} | training), SIZES)
+
+def random_params(config: Config) -> dict:
+    """Weights of ordinary size, so that no branch is negligible; the GPT has no biases."""
+    rng, biased = np.random.default_rng(0), config.mixer != "attention"
+    return {name: 0.5 * rng.standard_normal(shape) * (biased or ".b" not in name)
+            for name, shape in grassmann.param_shapes(config).items()}
+
+def copy_weights(params: dict, model) -> None:
+    """grassmann.py's into a PyTorch model, whose Linears keep their matrices transposed."""
+    torch, state = need_torch(), {}
+    for name, value in params.items():
+        *path, last = name.split(".")
+        value = value.T if last.startswith("W_") else value
+        state[".".join([*path, IN_TORCH.get(last, last)])] = torch.from_numpy(value.copy())
+    model.double().load_state_dict({name: state[name] for name in model.state_dict()})
+
+def test_multiply_adds_by_hand():
+    """2 layers, d = 8, r = 3, so n = 3; d_ff = 32, V = 5, batch 2, context 4: T = 8 tokens."""
+    config = Config(5, 4, 2, 8, 3, ((1,), (1, 2)), d_ff=32)
+    # per token and layer: W_red 8·3, W_plu 3·8, W_gate 16·8, W_1 8·32, W_2 32·8; the head 8·5
+    assert bench.multiply_adds(config, 2) == 3 * 8 * (2 * (24 + 24 + 128 + 256 + 256) + 40)
+    config = Config(5, 4, 2, 8, mixer="attention", n_head=2)
+    # W_qkv 8·24, W_out 8·8; scores and weighted sums 4·8 each
+    assert bench.multiply_adds(config, 2) == 3 * 8 * (2 * (192 + 64 + 256 + 256 + 2 * 32) + 40)
+
+def test_sizes_of_the_gpt():
+    """nanoGPT's laptop recipe has 0.80M with 65 letters; the wider one is as large as our model."""
+    setup = bench.Setup(Corpus("", [*range(65)], None, None, 0), 1)
+    ours = sum(p.size for p in grassmann.init_params(setup.config()).values())
+    assert bench.n_parameters(setup.gpt_config()) == 804_096
+    assert bench.n_parameters(setup.config()) == ours
+    assert bench.n_parameters(bench.gpt_of_size(setup, ours)) == pytest.approx(ours, rel=0.01)
+
+def test_time_in_an_op_and_its_helpers(monkeypatch):
+    """With a slow `mean`, which only LayerNorm calls, LayerNorm is slow, not what calls it."""
+    mean = grassmann.mean
+    monkeypatch.setattr(grassmann, "mean", lambda x: time.sleep(0.02) or mean(x))
+    rows = {row["op"]: row for row in bench.ops(tiny(quick=True))}
+    assert rows["plucker_forward"]["calls"] == rows["plucker_backward"]["calls"] == 2  # layers
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+    assert rows.pop("layernorm_forward")["ms"] >= 20 * 2 * 5  # 2 means; twice a layer, and ln_f
+    assert rows.pop("layernorm_backward")["ms"] >= 20 * 5
+    assert all(row["ms"] < 20 * 5 for row in rows.values())
+
+@pytest.mark.parametrize("config", [
+    Config(7, 24, 3, 16, 5), Config(7, 24, 3, 16, 5, SIX), Config(7, 24, 3, 16, 5, **PAPER),
+    Config(7, 24, 3, 16, 5, SIX, **PAPER), Config(7, 24, 3, 16, mixer="attention", positions=True)])
+def test_pytorch_computes_our_models(config):
+    """The same logits with the same weights, for tokens without a partner and repeated letters too;
+    those of the GPT, once its GELU is not exact, also with its cache."""
+    torch = need_torch()
+    model, params = bench.Model(config), random_params(config)
+    assert bench.n_parameters(config) == sum(p.numel() for p in model.parameters())
+    copy_weights(params, model)
+    for block in model.blocks:
+        block.ffn[1].approximate = "tanh"
+    tokens = np.random.default_rng(1).integers(0, 7, (4, 24))
+    expected, tokens = grassmann.forward(params, config, tokens), torch.from_numpy(tokens)
+    with torch.inference_mode():
+        np.testing.assert_allclose(model(tokens), expected, rtol=0, atol=1e-10)
+        if config.mixer == "attention":
+            past = [{} for _ in range(config.n_layer)]
+            steps = [model(tokens[:, a:b], past, a) for a, b in [(0, 12), (12, 13), (13, 14)]]
+            np.testing.assert_allclose(torch.cat(steps, 1), expected[:, :14], rtol=0, atol=1e-10)
+
+@pytest.mark.parametrize(("grad_clip", "tolerance"), [(1e9, 1e-10), (1.0, 1e-6)])
+def test_both_sides_train_alike(grad_clip, tolerance):
+    """Ten steps in float64 from the same weights lead to the same weights. (Clipping differs by
+    design: PyTorch divides by norm + 1e-6, we divide by the norm.)"""
+    need_torch()
+    setup = tiny(grad_clip=grad_clip, warmup_iters=3, iters=10, lr=1e-2)
+    config = setup.config(**PAPER)
+    ours, theirs = bench.Ours(setup, config), bench.Theirs(setup, config)
+    ours.params = random_params(config)
+    ours.optimizer = grassmann.adamw_init(ours.params)
+    copy_weights(ours.params, theirs.model)
+    for _ in range(10):
+        ours.step()
+        theirs.step()
+    for name, own in (("E.weight", "E"), ("blocks.1.ffn.0.bias", "blocks.1.ffn.b_1")):
+        weights = theirs.model.get_parameter(name).detach().numpy()
+        np.testing.assert_allclose(weights, ours.params[own], rtol=0, atol=tolerance)
+    assert theirs.validate() == pytest.approx(ours.validate(), abs=tolerance)
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_gpt_writer_reads_its_context(cache, monkeypatch):
+    """A context of 24: all of it each time; with a cache its last half, then one by one."""
+    torch, read, cycle = need_torch(), [], [(0, 12), *((position, 1) for position in range(12, 24))]
+
+    def model(x, past=None, start=0):
+        read.append((start, x.shape[1]))
+        return torch.zeros(*x.shape, 7)
+
+    monkeypatch.setattr(bench, "Model", lambda config: model)
+    write = bench.gpt_writer(tiny(), np.zeros(100, np.uint8), cache)
+    for _ in range(27):
+        write()
+    assert read == (cycle * 2 + cycle[:1] if cache else [(0, 24)] * 27)
+
+@pytest.mark.parametrize(("section", "n_rows", "dashes"), [  # dashes where PyTorch is missing
+    (bench.step, 6, 10), (bench.efficiency, 2, 3), (bench.generation, 1, 4)])
+def test_sections_that_compare(section, n_rows, dashes, has_torch, capsys):
+    rows = section(tiny(threads=2, quick=True))
+    bench.print_table(rows)
+    assert len(rows) == n_rows
+    assert capsys.readouterr().out.count("–") == (0 if has_torch else dashes)
+
+def test_race(has_torch):
+    """The loss is that of a training run; ours, at last, has as many steps as the time allows."""
+    ours, *others = bench.race(tiny(), iters=60)
+    run = bench.Ours(tiny(iters=60), tiny().config())
+    for _ in range(60):
+        run.step()
+    assert ours["loss"] == run.validate() and len(others) == (4 if has_torch else 0)
+    for row, share in zip(others[2:], (0.2, 1), strict=False):
+        steps = share * others[0]["seconds"] / (ours["seconds"] / 60)
+        assert row["steps"] == max(1, round(steps))
+
+def test_length():
+    """Lengths of 64 to 512 in 1,024 tokens, with attention only as far as its tables go."""
+    rows = bench.length(tiny(threads=3), tokens=1024, longest_table=128)
+    assert [row["length"] * row["windows"] for row in rows] == [1024] * 4
+    assert [math.isnan(row["attention"]) for row in rows] == [False, False, True, True]
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is asked for on Linux")
+def test_memory():
+    """2,400 tokens keep 1.5 MB for their gradients; PyTorch's late imports, 60 MB, don't count."""
+    assert all(1.5 < row["MB"] < 60 for row in bench.memory(tiny(batch_size=100), repeats=1))
+
+@pytest.mark.parametrize(("precision", "broken"), [("float32", ""), ("bfloat16", "max-autotune")])
+def test_gpu_section(precision, broken, monkeypatch, capsys):
+    """grassmann.py plays gpu.py, the CPU the card; what is compiled runs as traced, or fails."""
+    torch, graph = need_torch(), SimpleNamespace(cache_clear=print)
+    trace, how = torch.compile, {"backend": "eager", "fullgraph": True}
+    gpu = SimpleNamespace(**vars(grassmann), set_precision=print, _graph=graph)
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **_: mode != broken and trace(f, **how))
+    monkeypatch.setattr(torch.cuda, "synchronize", print)
+    monkeypatch.setitem(sys.modules, "gpu", gpu)
+    for name, value in {"DEVICE": "cpu", "LARGE": 64, "SIZES": {"laptop": (SIZES, 3)}}.items():
+        monkeypatch.setattr(bench_gpu, name, value)
+    bench.print_table(bench_gpu.SECTIONS[f"laptop-{precision}"](tiny(quick=True)))
+    assert capsys.readouterr().out.count("–") == (3 * 3 if broken else 0)
+    batch = bench_gpu.OnCard(tiny(), tiny().config(), "tf32", None).batch()
+    assert np.array_equal(batch, grassmann.get_batch(tiny().corpus.train, 3, 24, 0, 0))
+
+@pytest.mark.parametrize(("options", "error"), [
+    ("--only speed", "speed"), ("--data short.txt", "characters"), ("--threads 0", "threads"),
+    ("--gpu", "--gpu"), ("--only race ops --quick", None)])
+def test_command_line(options, error, tmp_path, monkeypatch, capsys):
+    """Tables, or one line that says what is wrong."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(sys, "argv", ["bench.py", *options.split()])
+    monkeypatch.setattr(bench.cli, "plain_output", print)  # pytest's streams stay as they are
+    Path("short.txt").write_text("To be.")
+    try:
+        bench.main()
+        assert "skipped by --quick" in capsys.readouterr().out
+    except SystemExit as stop:
+        lines = capsys.readouterr().err
+        assert stop.code == 2 and error and error in lines and lines.count("\n") == 1
