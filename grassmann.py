@@ -5,12 +5,7 @@ Need" (Zhang Chong, arXiv 2512.19428) mixes them by geometry instead: each hidde
 to r numbers, the pair (this token, an earlier one) spans a plane in R^r, that plane's Plücker
 coordinates (the wedge product of the two vectors) are projected back to the model's width and
 blended into the hidden state by a learned gate. This file is that layer and a language model
-around it. Read it from top to bottom:
-
-    small ops, wedge, mixing layer, attention (to compare with), block, configuration and
-    parameters, model and loss, optimiser, batches and validation, streaming and sampling
-
-Letters for sizes, the same everywhere (also in the comments at the ends of lines):
+around it, to be read from top to bottom. Letters for sizes, the same everywhere:
 
     B batch   L length   V vocabulary   d model width   r rank   n = r(r-1)/2 Plücker coordinates
     m offsets in a layer   N layers   T = B·L tokens
@@ -334,9 +329,7 @@ def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
 
 # ---- attention, to compare with ------------------------------------------------------------------
 
-def attention_forward(
-    h: Array, w: Scope, config: Config, layer: int, past: dict | None = None
-) -> tuple[Array, dict]:
+def attention_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
     """Causal multi-head softmax attention: h (B, L, d) -> (B, L, d), an L x L table per head.
 
         [q k v] = h W_qkv + b_qkv,   a = softmax(q kᵀ / sqrt(d_h)) over the past,   d_h = d / n_head
@@ -463,20 +456,17 @@ BLOCKS = {"prenorm": (prenorm_block_forward, prenorm_block_backward),
 
 WIDENING = ((1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 4, 8, 12, 16))  # first to last layers
 
-
 def default_offsets(n_layer: int, context: int, taps: bool) -> tuple[tuple[int, ...], ...]:
     """With taps more and farther ones from layer to layer; without, one each: 1, 2, 4, 8, 1, …"""
     quarters = [3 - 4 * (n_layer - 1 - i) // n_layer for i in range(n_layer)]  # of the depth: 0-3
     layers = [WIDENING[k] for k in quarters] if taps else [(2 ** (i % 4),) for i in range(n_layer)]
     return tuple(tuple(delta for delta in layer if delta < context) or (1,) for layer in layers)
 
-
 @dataclass(unsafe_hash=True)  # to change one: dataclasses.replace
 class Config:
-    """The sizes and variants of one model; the defaults are those of train_char.py.
+    """The sizes and variants of one model; the defaults are train_char.py's. Raises ValueError.
 
     The paper's model: block="paper", taps=False, normalize=True, positions=True, d_ff=4*d_model.
-    Raises ValueError, with a sentence, on anything that cannot be built.
     """
 
     vocab_size: int
@@ -523,7 +513,6 @@ def check(fine: bool, rule: str, given: object) -> None:
     """Raises ValueError, saying the rule and what was given, unless it is fine."""
     if not fine:
         raise ValueError(f"{rule}, not as in {given}")
-
 
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in order."""
@@ -649,8 +638,8 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
     multiplied by `share`, the part of a larger batch that these rows are.
     """
     x, y, V = np.asarray(x), np.asarray(y), config.vocab_size
-    inside = x.shape == y.shape and min(x.min(), y.min()) >= 0 and max(x.max(), y.max()) < V
-    check(inside, f"x and y must have one shape, and tokens from 0 to {V - 1}", "this batch")
+    fine = x.shape == y.shape and min(x.min(), y.min()) >= 0 and max(x.max(), y.max()) < V
+    check(fine, f"x and y must have one shape, and tokens from 0 to {V - 1}", "this batch")
     rng = None if seed is None else np.random.default_rng(seed)
     logits, cache = model_forward(params, config, x, rng=rng)
     loss, c_loss = cross_entropy_forward(logits, y)
@@ -669,13 +658,11 @@ def adamw_step(
 ) -> None:
     """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101), in place; `step` counts from 0.
 
-        m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²
-        θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ),   m̂ = m / (1 - β₁^(step+1)),   v̂ likewise
-
-    The decay λ is applied to matrices only, not to biases and LayerNorm.
+        m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²,   m̂ = m / (1 - β₁^(step+1)),   v̂ likewise
+        θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ),   the decay λ for matrices only
     """
-    beta_1, beta_2 = betas
-    fix_1, fix_2 = 1 - beta_1 ** (step + 1), 1 - beta_2 ** (step + 1)
+    (beta_1, beta_2), t = betas, step + 1
+    fix_1, fix_2 = 1 - beta_1**t, 1 - beta_2**t
     for name, theta in params.items():
         g, m, v = grads[name], state["adam_m"][name], state["adam_v"][name]
         m += (1 - beta_1) * (g - m)
@@ -702,9 +689,9 @@ def get_batch(tokens: Array, batch_size: int, context: int, seed: int, step: int
     return tokens[windows], tokens[windows + 1]
 
 def validation_loss(params: Params, config: Config, tokens: Array, each: Callable = map) -> float:
-    """Mean nats per token over `tokens` (at least 2), every target once.
+    """Mean nats per token over `tokens` (at least 2), in consecutive windows, every target once.
 
-    The windows are consecutive and don't overlap. `each`: a map with threads, a progress bar, …
+    `each`: map, or one with threads, a progress bar, …
     """
     targets, context = len(tokens) - 1, config.context
     whole = targets // context * context
@@ -725,8 +712,8 @@ def validation_loss(params: Params, config: Config, tokens: Array, each: Callabl
 def stream_init(params: Params, config: Config) -> dict:
     """The state of a decoder that has read nothing.
 
-    It keeps, per layer, the last max(Δ) reduced states and nothing else: a token costs the same at
-    position 10 and at position 100,000. (Attention keeps all keys and values.)
+    It keeps, per layer, the last max(Δ) reduced states: a token costs the same at position 10 and
+    at position 100,000. (Attention keeps all keys and values.)
     """
     return {"past": [{} for _ in range(config.n_layer)], "position": 0, "recent": []}
 
@@ -759,8 +746,7 @@ def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> in
 
     Raises ValueError if the logits are not finite, as those of a run that diverged.
     """
-    if not np.isfinite(logits).all():
-        raise ValueError("the model's logits are not finite")
+    check(np.isfinite(logits).all(), "logits must be finite", "those of this model")
     logits = logits.astype(np.float64)
     if temperature == 0:
         return int(logits.argmax())
@@ -776,8 +762,7 @@ def generate(
 ) -> Iterator[int]:
     """Read the prompt (if empty, token 0), then yield n tokens, each drawn and read in turn.
 
-    Raises ValueError on a token outside the vocabulary, a negative temperature or n, top_k below 1;
-    TypeError where a whole number is none.
+    Raises ValueError or TypeError on tokens, temperature, n or top_k that make no sense.
     """
     prompt, last = [operator.index(token) for token in prompt] or [0], config.vocab_size - 1
     check(0 <= min(prompt) <= max(prompt) <= last, f"tokens go from 0 to {last}", "this prompt")
