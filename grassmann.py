@@ -551,7 +551,6 @@ def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Para
             params[name] = (scales.get(kind, 0.02) * rng.standard_normal(shape)).astype(dtype)
     return params
 
-
 class Scope:
     """A part of the parameters: Scope(params, "ln_f.")["w"] is params["ln_f.w"]."""
 
@@ -622,7 +621,6 @@ def model_backward(dlogits: Array, cache: dict) -> Params:
         grads["P"][: dh.shape[1]] = dh.sum(0)
     grads["E"] = dE + embedding_backward(dh, cache["embed"])
     return grads
-
 
 def forward(params: Params, config: Config, tokens: Array) -> Array:
     """Logits of the next token at every position: (B, L) integers -> (B, L, V).
@@ -740,13 +738,13 @@ def stream_step(params: Params, config: Config, state: dict, token: int) -> tupl
     """`stream_read` of one token."""
     return stream_read(params, config, state, [token])
 
-
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
     """Draw from softmax(logits / temperature), among the top_k largest; temperature 0: the largest.
 
     Raises ValueError if the logits are not finite, as those of a run that diverged.
     """
-    check(np.isfinite(logits).all(), "logits must be finite", "those of this model")
+    if not np.isfinite(logits).all():
+        raise ValueError("the model's logits are not finite")
     logits = logits.astype(np.float64)
     if temperature == 0:
         return int(logits.argmax())
