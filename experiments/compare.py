@@ -249,7 +249,7 @@ class Runs:
         costs = {key: cost(run) * run.training.iters for key, (_, run) in self.missing.items()}
         todo = [self.missing.pop(key) for key in sorted(costs, key=costs.get, reverse=True)]
         n, jobs = len(todo), min(jobs, len(todo))
-        print(f"{n} runs to train, {jobs} at a time", flush=True)
+        print(f"{cli.plural(n, 'run')} to train, {jobs} at a time", flush=True)
         form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
         with tqdm(total=sum(costs.values()), smoothing=0, bar_format=form, disable=None) as bar:
             results = (train_in_processes(todo, self.corpus, jobs, bar) if jobs > 1 else
