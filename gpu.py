@@ -450,8 +450,8 @@ def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
 attention_forward = _borrowed(grassmann.attention_forward)
 attention_backward = _borrowed(grassmann.attention_backward)
 
-MIXERS = {"grassmann": (mix_forward, mix_backward)}
-MIXERS["attention"] = attention_forward, attention_backward
+MIXERS = {"grassmann": (mix_forward, mix_backward),
+          "attention": (attention_forward, attention_backward)}
 
 # ---- the block -----------------------------------------------------------------------------------
 
@@ -511,8 +511,8 @@ def paper_block_forward(
 
 paper_block_backward = _borrowed(grassmann.paper_block_backward)
 
-BLOCKS = {"prenorm": (prenorm_block_forward, prenorm_block_backward)}
-BLOCKS["paper"] = paper_block_forward, paper_block_backward
+BLOCKS = {"prenorm": (prenorm_block_forward, prenorm_block_backward),
+          "paper": (paper_block_forward, paper_block_backward)}
 
 # ---- configuration and parameters ----------------------------------------------------------------
 

@@ -9,8 +9,8 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 
-import grassmann
 from training import Training, train_step
+
 
 @pytest.fixture(scope="session")
 def stand_in():
@@ -43,10 +43,6 @@ def set_precision(gpu):
     return set_or_skip
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-@pytest.fixture
 def same():
     """Asserts ‖a - b‖ <= bound max(‖a‖, ‖b‖) for each array a of one result and b of the other."""
     def check(ours, theirs, bound=0):
@@ -65,22 +61,10 @@ def same():
     return check
 
 @pytest.fixture
-def tiny_config():
-    """A model that is as small as it can be while every size differs from every other."""
-    sizes = {"vocab_size": 11, "context": 9, "n_layer": 2, "d_model": 8, "rank": 4, "d_ff": 10,
-             "offsets": ((1,), (1, 3)), "dropout": 0.0}
-    return lambda **changes: grassmann.Config(**sizes | changes)
-
-@pytest.fixture
-def model_and_batch(tiny_config):
-    """config, params, x, y: weights as after training, which hide no mistakes, or initial ones,
-    which do not cost a wide model more digits than float32 has."""
-    def make(dtype=np.float64, initial=False, **variant):
-        config, rng = tiny_config(**variant), np.random.default_rng(0)
-        params = grassmann.init_params(config, dtype=dtype) if initial else {
-            name: (name.endswith(".w") + 0.4 * rng.standard_normal(shape)).astype(dtype)
-            for name, shape in grassmann.param_shapes(config).items()}
-        return config, params, *rng.integers(0, config.vocab_size, (2, 5, config.context))
+def model_and_batch(tiny_model, batch):
+    def make(dtype=np.float64, **changes):
+        params, config = tiny_model(dtype, **changes)
+        return config, params, *batch(5)
     return make
 
 @pytest.fixture

@@ -1,5 +1,4 @@
-// Enough of CUDA to run kernels.cu on a CPU, for the tests: slow, but it does what a card does or
-// says that it cannot.
+// Enough of CUDA to run kernels.cu on a CPU, for the tests: what a card does, or why it would not.
 //
 // Blocks run one after another. The threads of a block are fibers (stacks of their own, one runs at
 // a time): each runs until it waits in __syncthreads, __syncwarp or a warp operation, and goes on
@@ -28,7 +27,6 @@ using std::exp, std::log, std::max, std::min, std::sqrt, std::tanh;
 struct Size { unsigned x, y; };
 
 namespace cuda_on_cpu {
-
 enum State { NEW, READY, AT_WARP, AT_BLOCK, DONE };
 
 struct Fiber {
@@ -132,7 +130,6 @@ const char* launch(void (*kernel)(Args...), Size g, Size b, void** args) {
         }
     return error.empty() ? nullptr : error.c_str();
 }
-
 }  // namespace cuda_on_cpu
 
 #define threadIdx (cuda_on_cpu::fibers[cuda_on_cpu::current].index)

@@ -132,7 +132,6 @@ def asarray(value, dtype=None):
         return ndarray(np.asarray(value.host, dtype))
     not_while_capturing()
     return ndarray(np.array(value, dtype))
-
 array = asarray  # of what lies on the host
 
 def empty(shape, dtype=float):

@@ -10,7 +10,6 @@ import inspect
 import itertools
 import math
 import os
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +21,7 @@ import checkpoint
 import grassmann
 from grassmann import Config, Scope
 
-ROOT = Path(__file__).parents[2]
-SOURCE = (ROOT / "kernels.cu").read_text(encoding="utf-8")
+SOURCE = (Path(__file__).parents[2] / "kernels.cu").read_text(encoding="utf-8")
 KERNELS = cuda_on_cpu.signatures(SOURCE)
 parametrize = pytest.mark.parametrize
 LEFT_OUT = {"mean", "pairs", "plucker_forward", "plucker_backward", "plucker", "partner_forward",
@@ -61,12 +59,10 @@ def test_every_name_is_one_of_cupy():
         assert all(getattr(module, name) is not None for name in found)
     runtime, cublas = vars(cuda_on_cpu.cuda.runtime), vars(cuda_on_cpu.cuda.cublas)
     assert {name: getattr(cupy.cuda.runtime, name) for name in runtime} == runtime
-    try:
+    binary = Path(importlib.util.find_spec("cupy_backends.cuda.libs.cublas").origin).read_bytes()
+    assert all(name.encode() in binary for name in cublas)
+    with contextlib.suppress(ImportError):  # it needs NVIDIA's library, which is large
         from cupy.cuda import cublas as real
-    except ImportError:  # it needs NVIDIA's library, which is large: is there such a name at least?
-        binary = importlib.util.find_spec("cupy_backends.cuda.libs.cublas").origin
-        assert all(name.encode() in Path(binary).read_bytes() for name in cublas)
-    else:
         assert all(getattr(real, name) == cublas[name] for name in cublas if name != "getVersion")
     assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)  # which the programs report
 
@@ -242,18 +238,14 @@ def test_pairs_that_span_no_plane(gpu, rng, taps, dtype, bound):
 
 # ---- whole models --------------------------------------------------------------------------------
 
-MODELS = {f"{name}-attention": {"block": name, "mixer": "attention"} for name in grassmann.BLOCKS}
-for block, taps, norm in itertools.product(grassmann.BLOCKS, [True, False], [True, False]):
-    name = f"{block}-{'taps' if taps else 'average'}{'-normalized' * norm}"
-    MODELS[name + "-positions" * (norm != taps)] = {
-        "block": block, "taps": taps, "normalize": norm, "positions": norm != taps}
-WIDE = {"rank": 33, "d_model": 64, "d_ff": 128}
-every_model = parametrize("variant", MODELS.values(), ids=MODELS)
+@pytest.fixture
+def model(variant, model_and_batch):
+    """Each of the ten, some with positions."""
+    return model_and_batch(**variant, positions=variant.get("normalize") != variant.get("taps"))
 
-@every_model
-def test_model(gpu, same, model_and_batch, recwarn, variant):
+def test_model(gpu, same, model, recwarn):
     """Kernel by kernel, then from a graph; attention is not recorded, without a word."""
-    config, params, x, y = model_and_batch(**variant)
+    config, params, x, y = model
     ours = gpu.Flat(params)
     same(gpu.forward(ours, config, x), grassmann.forward(params, config, x), 1e-12)
     for share in (1.0, 0.25) * 3:
@@ -263,17 +255,17 @@ def test_model(gpu, same, model_and_batch, recwarn, variant):
     assert not recwarn.list
 
 @parametrize("precision, bound", [("float32", 1e-5), ("tf32", 2e-3), ("bfloat16", 2e-2)])
-def test_precision(gpu, same, set_precision, model_and_batch, precision, bound):
+def test_precision(gpu, same, set_precision, tiny_config, batch, precision, bound):
     """Rounded products: the same gradients, within a few units of their last place."""
     set_precision(precision)
-    config, params, x, y = model_and_batch(np.float32, True, **WIDE)
+    config, (x, y) = tiny_config(rank=33, d_model=64, d_ff=128), batch(5)
+    params, exact = (grassmann.init_params(config, 0, dtype) for dtype in (np.float32, np.float64))
     ours = gpu.loss_and_grads(gpu.Flat(params), config, x, y)
     theirs = grassmann.loss_and_grads(params, config, x, y)
     same(ours, theirs, bound)
     if precision != "float32":
         with pytest.raises(AssertionError):  # something is rounded
             same(ours[1]["blocks.0.ffn.W_1"], theirs[1]["blocks.0.ffn.W_1"], 2e-5)
-    _, exact, *_ = model_and_batch(np.float64, True, **WIDE)  # is never rounded
     same(gpu.forward(gpu.Flat(exact), config, x), grassmann.forward(exact, config, x), 1e-12)
 
 def test_an_older_card_is_refused(stand_in, monkeypatch):
@@ -285,15 +277,15 @@ def test_an_older_card_is_refused(stand_in, monkeypatch):
         with pytest.raises(ValueError, match=error):
             stand_in.set_precision(precision)
 
-def test_gradients_with_dropout_are_slopes(gpu, rng, model_and_batch):
+def test_gradients_with_dropout_are_slopes(gpu, rng, model_and_batch, slope):
     config, params, x, y = model_and_batch(dropout=0.2, normalize=True)
-    _, grads = gpu.loss_and_grads(gpu.Flat(params), config, x, y, (3, 4))
+    result = lambda: gpu.loss_and_grads(gpu.Flat(params), config, x, y, (3, 4))  # noqa: E731
+    _, grads = result()
     for name in ["E", "blocks.0.mix.taps", "blocks.1.ln2.w", "blocks.1.ffn.b_1"]:
         direction = rng.standard_normal(params[name].shape)
-        step = 1e-5 * direction / np.linalg.norm(direction)
-        up, down = (gpu.Flat(params | {name: params[name] + sign * step}) for sign in (1, -1))
-        loss = [float(gpu.loss_and_grads(p, config, x, y, (3, 4))[0]) for p in (up, down)]
-        analytic, numeric = np.vdot(grads[name].get(), step) / 1e-5, (loss[0] - loss[1]) / 2e-5
+        direction /= np.linalg.norm(direction)
+        numeric = slope(lambda: float(result()[0]), params[name], direction)
+        analytic = np.vdot(grads[name].get(), direction)
         assert math.isclose(analytic, numeric, rel_tol=1e-6, abs_tol=1e-9), name
 
 # ---- products and the CUDA graph -----------------------------------------------------------------
@@ -315,13 +307,14 @@ def test_products_of_transposed_matrices(gpu, same, set_precision, rng, precisio
         same(gpu._matmul(*ours), (a @ b).astype(real), bound)
 
 def test_a_product_that_is_refused(gpu, monkeypatch):
-    a, b, c = (gpu.cp.asarray(np.ones((3, 3), dtype)) for dtype in (np.float64, np.float32, np.int32))
-    monkeypatch.setattr(gpu.cp.cuda.cublas, "CUBLAS_COMPUTE_64F", 64)  # half: not for float64
+    a, b, c = (on_device(gpu, np.ones((3, 3), dtype)) for dtype in (np.float64, np.float32, int))
     for one, other, error in [(a, b, "float64 and float32"), (b, a, "float32 and float64"),
-                              (a, a, r"refuses a product of \(3, 3\) and \(3, 3\), float64"),
-                              (c, c, "int32")]:
+                              (c, c, "int")]:
         with pytest.raises((RuntimeError, KeyError), match=error):
             gpu._matmul(one, other)
+    monkeypatch.setattr(gpu.cp.cuda.cublas, "CUBLAS_COMPUTE_64F", 64)  # half: not for float64
+    with pytest.raises(RuntimeError, match=r"refuses a product of \(3, 3\) and \(3, 3\), float64"):
+        gpu._matmul(a, a)
 
 @parametrize("variant", [
     {}, {"dropout": 0.3}, {"taps": False, "normalize": True, "positions": True},
@@ -453,8 +446,7 @@ def test_training_launches_every_kernel(stand_in, tiny_config, trained):
         trained(stand_in, config, stand_in.init_params(config), 1)
     assert KERNELS.keys() == cuda_on_cpu.LAUNCHES
 
-@parametrize("at_once, tokens, chunks", [
-    (2048, 100, 1), (2048, 103, 2), (20, 100, 6), (20, 103, 7), (20, 2, 1)])
+@parametrize("at_once, tokens, chunks", [(2048, 103, 2), (20, 100, 6), (20, 103, 7), (20, 2, 1)])
 def test_validation(gpu, rng, model_and_batch, monkeypatch, at_once, tokens, chunks):
     """Whole windows and the rest, from either side; `each` sees every chunk."""
     monkeypatch.setattr(gpu, "SHARD_TOKENS", at_once)
@@ -474,9 +466,8 @@ def test_clipping(gpu, same, rng):
         assert math.isclose(gpu.clip_grads(ours, max_norm), norm, rel_tol=1e-12)
         same(ours, theirs, bound)
 
-@every_model
-def test_streams_and_generated_texts(gpu, same, model_and_batch, variant):
-    config, params, x, _ = model_and_batch(**variant)
+def test_streams_and_generated_texts(gpu, same, model):
+    config, params, x, _ = model
     ours, state = gpu.Flat(params), gpu.stream_init(params, config)
     for token, logits in zip(x[0], gpu.forward(ours, config, x[:1])[0], strict=True):
         streamed, state = gpu.stream_step(ours, config, state, token)
@@ -521,7 +512,7 @@ def test_training_on_a_gpu_goes_on_on_a_cpu(stand_in, program, tmp_path):
     assert np.allclose(logs[0][:, :4], logs[1][:, :4], rtol=1e-5)
     process = program(None, "train_char.py", "--resume", "--out", out, "--iters", 30)
     assert (process.returncode, process.stderr) == (0, "")
-    samples = [program(WORKS, "sample.py", out / "best.npz", "--length", 30, *flags)
+    samples = [program(WORKS, "sample.py", out / "best.npz", "--length", 30, "--seed", 1, *flags)
                for flags in ([], ["--gpu"], ["--gpu", "--precision", "tf32"])]
     assert [process.stderr for process in samples] == [""] * 3
     assert len(samples[0].stdout) == 31 and len({process.stdout for process in samples}) == 1
@@ -529,7 +520,7 @@ def test_training_on_a_gpu_goes_on_on_a_cpu(stand_in, program, tmp_path):
 @parametrize("name", ["train_char.py", "sample.py"])
 @parametrize("cupy", [MISSING, NO_DEVICE], ids=["missing", "no device"])
 def test_no_gpu_is_one_sentence(program, cupy, name):
-    process = program(cupy, name, "--gpu")
+    process = program(cupy, name, "--gpu", "--seed", 1)
     assert (process.returncode, process.stdout, process.stderr.count("\n")) == (2, "", 1)
     for word in ("--gpu", "cupy-cuda12x[ctk]", "requirements-gpu.txt", "driver", "no "):
         assert word in process.stderr
@@ -540,5 +531,5 @@ def test_a_full_card_is_one_sentence(gpu, program, tmp_path):
         cupy, size = None, "--context 64 --batch-size 900000"
     options = f"--data {tmp_path / 'text.txt'} --gpu --out {tmp_path / 'out'} {size}"
     process = program(cupy, "train_char.py", *options.split())
-    error = r"train_char\.py: not enough memory; a smaller --batch-size.*\n"
-    assert process.returncode == 2 and re.fullmatch(error, process.stderr)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("train_char.py: not enough memory; a smaller --batch-size")
