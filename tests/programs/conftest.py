@@ -122,9 +122,12 @@ def refused(process: Process) -> str:
 
 @pytest.fixture(scope="session")
 def trained(train, succeeded, tmp_path_factory) -> tuple[Path, str]:
-    """A run of 30 steps, with its plot: its folder and what it printed. Tests may read it only."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    return out, succeeded(train("--iters", 30, "--eval-every", 15, out=out, env=None))
+    """A run of 30 steps, with its plot: its folder and what it printed. Tests may read it only.
+
+    (At such a rate that one character soon matters to the next.)
+    """
+    out, rate = tmp_path_factory.mktemp("run") / "out", ["--lr", 0.1, "--warmup-iters", 0]
+    return out, succeeded(train("--iters", 30, "--eval-every", 15, *rate, out=out, env=None))
 
 @helper
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:

@@ -320,33 +320,24 @@ def test_a_folder_that_is_moved_away(begin, wait_for_step, ended, refused, resum
     succeeded(resume(out, "--threads", 1))
     assert differences(out, alone(1)) == []
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """small_disk(n_bytes) mounts a file system of that size, or changes its size."""
-
-    def mount(size):
-        options = f"size={size}" + (",remount" if os.path.ismount(tmp_path) else "")
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path]
-        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("may not mount a small file system here")
-
-    yield mount
-    if os.path.ismount(tmp_path):
-        subprocess.run(["umount", tmp_path], check=True)
-
-def test_full_disk(
-        begin, alone, ended, small_disk, refused, resume, succeeded, differences, tmp_path):
+@pytest.mark.skipif(not shutil.which("mount"), reason="mounts a small file system")
+def test_full_disk(begin, alone, ended, refused, resume, succeeded, differences, tmp_path):
     """First nothing fits; then the first checkpoint and the best model do, but not the next."""
     best, last = ((alone(1) / name).stat().st_size for name in ("best.npz", "last.npz"))
-    for size, left in ((last // 2, ""), (best + 1.5 * last, "best.npz last.npz log.csv")):
-        small_disk(int(size))
-        sentence = refused(ended(begin(tmp_path, "--threads", 1)))
-        assert str(tmp_path) in sentence and "No space left on device" in sentence
-        assert " ".join(sorted(file.name for file in tmp_path.iterdir())) == left
-    assert step_of(tmp_path) == 0
-    small_disk(10 * (best + last))  # now there is room
-    succeeded(resume(tmp_path, "--threads", 1))
-    assert differences(tmp_path, alone(1)) == []
+    mount = ["mount", "-t", "tmpfs", "tmpfs", tmp_path, "-o"]
+    if subprocess.run([*mount, f"size={last // 2}"], capture_output=True).returncode:
+        pytest.skip("may not mount a small file system here")
+    try:
+        for size, left in ((best + 1.5 * last, ""), (10 * last, "best.npz last.npz log.csv")):
+            sentence = refused(ended(begin(tmp_path, "--threads", 1)))
+            assert str(tmp_path) in sentence and "No space left on device" in sentence
+            assert " ".join(sorted(file.name for file in tmp_path.iterdir())) == left
+            subprocess.run([*mount, f"remount,size={int(size)}"], check=True)
+        assert step_of(tmp_path) == 0
+        succeeded(resume(tmp_path, "--threads", 1))  # now there is room
+        assert differences(tmp_path, alone(1)) == []
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 def test_a_log_that_cannot_be_written(program, alone, copied, refused, log_lines, contents):
     """The system allows files of 1000 bytes, less than the log has; what was there is not lost."""

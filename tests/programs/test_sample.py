@@ -13,6 +13,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from grassmann import Config, generate, init_params
 from text import decode, encode, vocabulary
 
+
 @pytest.fixture
 def best(trained):
     return trained[0] / "best.npz"

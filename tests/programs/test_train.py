@@ -25,7 +25,6 @@ from checkpoint import load_checkpoint
 from grassmann import Config, default_offsets, generate, validation_loss
 from text import decode, encode, read_corpus, vocabulary
 
-as_root = hasattr(os, "geteuid") and os.geteuid() == 0
 FILES = ["best.npz", "last.npz", "log.csv", "loss.png"]
 
 def validated(checkpoint):
@@ -46,7 +45,8 @@ def test_the_log_has_a_line_every_ten_steps_and_at_each_validation(trained):
     assert [(row[0], bool(row[2])) for row in rows] == [
         ("10", False), ("15", True), ("20", False), ("30", True)]
     for step, train_loss, val_loss, lr, seconds in rows:
-        assert float(lr) == training.Training(iters=30).rate(int(step) - 1)
+        run = training.Training(iters=30, lr=0.1, warmup_iters=0)
+        assert float(lr) == run.rate(int(step) - 1)
         assert 0 < float(train_loss) < 4 and (not val_loss or 0 < float(val_loss) < 4)
         assert 0 < float(seconds) < 100
     picture = matplotlib.image.imread(trained[0] / "loss.png")
@@ -89,8 +89,8 @@ def test_checkpoints_hold_the_best_and_the_last_state(call, succeeded, tmp_path)
 
 def test_two_runs_are_equal_and_another_seed_is_not(call, succeeded, contents, trained, tmp_path):
     for seed, same in ((0, True), (2**63 - 1, False)):
-        options = ["--iters", 30, "--eval-every", 15, "--seed", seed, "--out", tmp_path]
-        succeeded(call("train_char.py", *options))
+        options = ["--iters", 30, "--eval-every", 15, "--lr", 0.1, "--warmup-iters", 0]
+        succeeded(call("train_char.py", *options, "--seed", seed, "--out", tmp_path))
         assert (contents(tmp_path / "last.npz") == contents(trained[0] / "last.npz")) == same
 
 def test_a_second_run_moves_the_first_one_aside(call, succeeded, refused, trained, tmp_path):
@@ -253,12 +253,6 @@ def test_ctrl_c_during_the_imports(program, tmp_path, module):
     process = program("train_char.py", env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert (process.returncode, process.stdout, process.stderr) == (-signal.SIGINT, "", "")
 
-def unreadable(path):
-    if as_root:
-        pytest.skip("root may read a file without permissions")
-    path.write_text(TEXT)
-    path.chmod(0)
-
 @pytest.mark.parametrize("name, make, message", [
     ("missing", lambda path: None, "No such file"), ("two\nlines", lambda path: None, "No such"),
     ("empty", lambda path: path.write_text(""), "the text has 0 characters"),
@@ -266,7 +260,7 @@ def unreadable(path):
     ("binary", lambda path: path.write_bytes(bytes(range(256)) * 10), "text (byte 128 is 0x80)"),
     ("cut", lambda path: path.write_bytes(b"a" * 99 + b"\xc3"), "not UTF-8 text (byte 99 is 0xc3)"),
     ("UTF-16", lambda path: path.write_text(TEXT, "utf-16"), "iconv -f WINDOWS-1252 -t UTF-8"),
-    ("folder", lambda path: path.mkdir(), "no UTF-8 text in"), ("unreadable", unreadable, "denied"),
+    ("folder", lambda path: path.mkdir(), "no UTF-8 text in"),
     ("dangling", lambda path: path.symlink_to("nowhere"), "No such file"),
     ("circular", lambda path: path.symlink_to("circular"), "symbolic links"),
     ("endless", lambda path: path.symlink_to("/dev/zero"), "is larger than")])
@@ -282,8 +276,8 @@ def test_bad_texts(call, refused, tmp_path, monkeypatch, name, make, message):
     ("--offsets 1,1;2", "distinct"), ("--offsets 1", "one tuple per layer"),
     ("--offsets 1;x", "'1;x' is not of the form"), ("--rank 1", "1 is not between 2 and 10,000"),
     ("--mixer attention --n-head 3", "n_head must divide d_model"), ("--d-model 1000000", "memory"),
-    ("--context 300000 --batch-size 1000000", "characters"), ("--context 1", "1 to context - 1"),
-    ("--lr 0", "--lr: 0 is not above 0 and at most 10"), ("--lr nan", "nan"), ("--iter 5", "--iter"),
+    ("--context 300000", "the text has 4,234 characters"), ("--context 1", "1 to context - 1"),
+    ("--lr 0", "--lr: 0 is not above 0 and at most 10"), ("--lr nan", "nan"), ("--iter 5", "iter"),
     ("--lr 0.001 --min-lr 0.01", "--min-lr (0.01) must not exceed --lr (0.001)"),
     ("--dropout 1", "--dropout"), ("--iters 1.5", "'1.5' is not a whole number"),
     ("--iters 1e9", "'1e9' is not a whole number"), ("--iters 5000000000", "1 and 1,000,000,000"),
@@ -313,11 +307,7 @@ def test_no_more_threads(call, refused, tmp_path, monkeypatch):
 
 def test_output_folder_that_cannot_be_written(call, refused, tmp_path):
     (tmp_path / "file").write_text("mine")
-    outs = [tmp_path / "file", tmp_path / "file" / "under", tmp_path / ("x" * 300)]
-    if not as_root:
-        (tmp_path / "locked").mkdir(mode=0o555)
-        outs += [tmp_path / "locked", tmp_path / "locked" / "under"]
-    for out in outs:
+    for out in (tmp_path / "file", tmp_path / "file" / "under", tmp_path / ("x" * 300)):
         assert str(out) in refused(call("train_char.py", "--iters", 2, "--out", out))
     assert (tmp_path / "file").read_text() == "mine"
 
