@@ -14,7 +14,7 @@ import numpy as np
 import grassmann
 from grassmann import Array, Config, param_shapes
 from text import Corpus
-from training import Training, in_threads, learning_rate, train_step
+from training import Training, in_threads, train_step
 
 try:
     import torch
@@ -79,7 +79,7 @@ class Theirs:
     def step(self) -> None:
         t, (x, y) = self.setup.training, self.batch()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.k, t.iters, t.lr, t.lr / 10, t.warmup_iters)
+            group["lr"] = t.rate(self.k)
         self.optimizer.zero_grad()
         self.loss(x, y).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip)
