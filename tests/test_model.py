@@ -224,14 +224,6 @@ def test_prompts(tiny_model, positions):
     assert write([]) == write([0])
     assert len(write([*range(11), *[1] * 20], 50)) == 50 and write([1, 2], 0) == []
 
-@pytest.mark.parametrize(("prompt", "how", "message"), [
-    ([7], (), "tokens go from 0 to 6"), ([0, -1], (), "tokens go from 0 to 6"),
-    *(([0], (wrong,), "temperature must be") for wrong in (-0.1, math.nan, math.inf)),
-    ([0], (1.0, 0), "top_k must be at least 1")])
-def test_generate_refuses_at_once(model, prompt, how, message):
-    with pytest.raises(ValueError, match=message):
-        G.generate(*model, prompt, 1, *how)  # before anything is drawn
-
 def test_logits_that_are_not_finite_are_not_sampled(model):
     model[0]["E"][3] = np.nan
     with pytest.raises(ValueError, match="not finite"):
