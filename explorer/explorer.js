@@ -92,7 +92,7 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
     return row ? (row[0] - dot(this.model.last_of(row), E.subarray(k, k + d))) / Math.LN2 : NaN;
   }
 
-  loss() { return mean(this.tokens.map((_, t) => this.bits(t)).filter(x => x === x)); }
+  surprise() { return this.tokens.map((_, t) => this.bits(t)); }
 
   look(t, layer) {  // the numbers that are drawn
     const { z, s, numbers: [alpha, mixer, ffn], share } = this.row(t, layer), { offsets } = this.model.layers[layer];
@@ -117,6 +117,7 @@ class Writer {  // goes on from the end of what a reader has read
   constructor(reader) {
     const value = (id, least, usual) => $(id).valueAsNumber >= least ? $(id).valueAsNumber : usual;
     const [temperature, top_k] = [value("temperature", 0, 0.8), value("top-k", 1, Infinity)];
+    reader.work(Infinity);
     const { model, off, tokens } = reader, size = () => new Float32Array(model.logits.length);
     Object.assign(this, { model, off, temperature, top_k, random: random_numbers(value("seed", 0, 0)),
       logits: size(), sorted: size(), state: reader.restore(tokens.length), count: 0 });
@@ -275,15 +276,20 @@ function draw() {
 }
 
 function draw_text(reader, chosen) {
-  const { value } = $("colour"), whole = intact.loss(), now = reader.loss(), left = reader.tokens.length - reader.next;
-  while (spans.length > cells.length) spans.pop().remove();
-  while (spans.length < cells.length) spans.push($("cells").appendChild(document.createElement("span")));
+  const colour = touched ? $("colour").value : "intact", left = reader.tokens.length - reader.next;
+  const before = intact.surprise(), after = touched ? touched.surprise() : before;
+  const [whole, now] = [before, after].map(bits => mean(bits.filter(x => x === x)));
+  const edit = cells.findIndex(({ c }, i) => spans[i]?.textContent !== c);  // -1: the end was cut off
+  while (spans.length > cells.length) spans.splice(edit, 1)[0].remove();
+  while (spans.length < cells.length) {
+    const node = $("cells").insertBefore(document.createElement("span"), spans[edit] || null);
+    spans.splice(edit, 0, node);
+  }
   cells.forEach(({ c, t }, i) => {
-    const before = intact.bits(t), bits = touched && value !== "intact" ? touched.bits(t) : before;
-    const colour = touched && value === "change" ? 2 * (bits - before) : bits || 0, node = spans[i];
+    const bits = colour === "change" ? 2 * (after[t] - before[t]) : (colour === "intact" ? before : after)[t];
+    const node = spans[i], style = `--b: ${Math.round(Math.min(8, Math.abs(bits || 0)) * 10)}%`;
     const names = `${c === "\n" ? "end" : ""} ${t < 0 ? "unknown" : ""} ${t === chosen ? "chosen" : ""} `
-      + `${differs(t) ? "changed" : ""} ${colour < 0 ? "better" : ""}`;
-    const style = `--b: ${Math.round(Math.min(8, Math.abs(colour)) * 10)}%`;
+      + `${differs(t) ? "changed" : ""} ${bits < 0 ? "better" : ""}`;
     if (node.textContent !== c) node.textContent = c;
     if (node.className !== names) node.className = names;
     if (node.dataset.style !== style) node.setAttribute("style", node.dataset.style = style);
