@@ -1,0 +1,408 @@
+"""The page that lies in the repository: what it draws, what its controls do, what it survives."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+
+import grassmann as G
+from checkpoint import load_checkpoint, save_checkpoint
+from text import encode, load_text, text_sha256
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGE = ROOT / "explorer" / "explorer.html"
+TEXT = "MENENIUS:\nYou are a fair viol, your sense the strings,\nWho, fingered, make man his lawful music;\n" * 2
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_checkpoint(ROOT / "shakespeare.npz")
+
+
+def seen(params, config, tokens, off=lambda params, config: (params, config)):
+    """What Python sees: cache of the blocks, surprise in bits (T-1), logits (T, V)."""
+    params, config = off({name: a.copy() for name, a in params.items()}, config)
+    logits, cache = G.model_forward(params, config, np.array([tokens]))
+    log_p = logits[0] - np.log(np.exp(logits[0]).sum(-1, keepdims=True))
+    return cache["blocks"], -log_p[np.arange(len(tokens) - 1), tokens[1:]] / np.log(2), logits[0]
+
+
+def basis(z, s):
+    return np.linalg.qr(np.stack([z, s], 1).astype(float))[0]
+
+
+def angles(A, B):
+    """The principal angles between planes, by their sines where they are small."""
+    cosine = np.linalg.svd(A.T @ B, compute_uv=False).clip(0, 1)
+    sine = np.linalg.svd(B - A @ (A.T @ B), compute_uv=False)[::-1]
+    return np.arctan2(sine, cosine)
+
+
+# ---- the model in the repository -------------------------------------------------------------------
+
+def test_shakespeare_npz_predicts_a_passage_that_it_was_not_trained_on(shipped):
+    params, config, extra = shipped
+    assert (ROOT / "shakespeare.npz").stat().st_size <= 3_000_000
+    assert str(Path.home()) not in str(extra) and "/" not in str(extra["settings"])
+    passage = """PETRUCHIO:
+Good Lord, how bright and goodly shines the moon!
+
+KATHARINA:
+The moon! the sun: it is not moonlight now.
+
+PETRUCHIO:
+I say it is the moon that shines so bright.
+
+KATHARINA:
+I know it is the sun that shines so bright.
+"""
+    tokens = encode(passage, extra["vocab"]).astype(int)
+    assert G.validation_loss(params, config, tokens) == pytest.approx(1.5, abs=1e-3)
+
+
+def test_shakespeare_npz_has_the_validation_loss_that_it_says(shipped):
+    params, config, extra = shipped
+    base = {"linux": "~/.cache"}.get(sys.platform, "~/Library/Caches")
+    path = Path(base).expanduser() / "grassmann" / "shakespeare.txt"
+    if not path.exists():
+        pytest.skip("Tiny Shakespeare is not in the cache")
+    text = load_text(str(path))
+    assert text_sha256(text) == extra["text_sha256"]
+    held_out = encode(text[-(len(text) // 10):], extra["vocab"])
+    assert G.validation_loss(params, config, held_out) == pytest.approx(extra["best"][1], abs=1e-3)
+
+
+def test_the_page_is_what_the_maker_makes_of_it(tmp_path):
+    out = ROOT / "explorer" / "test.html"
+    try:
+        make(ROOT / "shakespeare.npz", "--text", "@explorer/passage.txt", "--out", out)
+        assert out.read_bytes() == PAGE.read_bytes(), "python -m explorer --ship makes the page anew"
+    finally:
+        out.unlink(missing_ok=True)
+    assert PAGE.stat().st_size <= 3_000_000
+
+
+def make(*args):
+    command = [sys.executable, "-m", "explorer", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_page_of_ones_own_and_what_has_none(tmp_path):
+    config = G.Config(3, n_layer=1, d_model=4, rank=2, context=4)
+    more = {"vocab": [97, 98, 99], "most_common": 0}
+    save_checkpoint(tmp_path / "best.npz", G.init_params(config), config, **more)
+    done = make(tmp_path / "best.npz")
+    assert done.returncode == 0 and (tmp_path / "explorer.html").exists()
+    done = make(tmp_path / "best.npz", "--text", "abz")
+    assert done.returncode == 2 and "'z'" in done.stderr
+    config = G.Config(3, n_layer=1, d_model=4, context=4, mixer="attention", n_head=2)
+    save_checkpoint(tmp_path / "attention.npz", G.init_params(config), config, **more)
+    done = make(tmp_path / "attention.npz")
+    assert done.returncode == 2 and "Transformer" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_every_link_leads_to_a_section_of_the_tutorial():
+    headings = re.findall(r"^#+ (.+)$", (ROOT / "tutorial.md").read_text(encoding="utf-8"), re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r'href="\.\./tutorial\.md#([^"]+)"', PAGE.read_text(encoding="utf-8"))
+    assert links and set(links) <= anchors
+
+
+# ---- what is drawn ---------------------------------------------------------------------------------
+
+def test_logits_equal_those_of_the_checkpoint(explore, shipped):
+    params, config, extra = shipped
+    page, tokens = explore(PAGE), encode(TEXT * 12, extra["vocab"])[:2000]
+    logits = G.forward(params, config, tokens[None])[0]
+    assert np.abs(page.logits((TEXT * 12)[:2000]) - logits).max() <= 1e-4 * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("t", [0, 1, 5, 17, 20, 33, 60, 77, 100, 150])
+def test_numbers_on_the_page_are_those_of_python(explore, shipped, t):
+    params, config, extra = shipped
+    page, tokens = explore(PAGE, hash=f"#text={quote(TEXT)}&at={t}"), encode(TEXT, extra["vocab"])
+    page.wait()
+    blocks, bits, logits = seen(params, config, tokens)
+    if t:
+        assert f"surprise of {bits[t - 1]:.2f} bits" in page.text("#chosen")
+    assert page.text("#loss") == f"Loss: {bits.mean():.2f} bits a character"
+    p = np.exp(logits[t] - logits[t].max())
+    p /= p.sum()
+    likeliest = page.js("return [...document.querySelectorAll('#next tr')].map(row => row.textContent)")
+    for row, k in zip(likeliest[:10], np.argsort(-p), strict=False):
+        shown = float(re.search(r"([\d.]+)%", row)[1]) / 100
+        assert shown == pytest.approx(p[k], abs=0.006)
+    for i, block in enumerate(blocks):
+        z, s, alpha = (block["mix"][name][0].astype(float) for name in ("z", "s", "alpha"))
+        look = page.js("return explorer.shown().look(arguments[0], arguments[1])", t, i)
+        area = np.linalg.norm(G.plucker(z[t], s[t]))
+        angle = np.arctan2(area, z[t] @ s[t])
+        np.testing.assert_allclose([look["z"], look["s"], look["area"], look["alpha"]],
+            [np.linalg.norm(z[t]), np.linalg.norm(s[t]), area, alpha[t].mean()], rtol=1e-3, atol=1e-3)
+        drawn = page.js("return [...document.querySelectorAll('.card')[arguments[0]].querySelectorAll('b')]"
+                        ".map(node => node.textContent)", i)
+        if t:
+            assert look["angle"] == pytest.approx(angle, abs=1e-3)
+            assert float(drawn[2].rstrip("°")) == pytest.approx(np.degrees(angle), abs=0.6)
+        assert float(drawn[0]) == pytest.approx(np.linalg.norm(z[t]), abs=0.02)
+        assert drawn[5] == f"{100 * alpha[t].mean():.0f}%"
+        terms = np.array([np.linalg.norm(params[f"blocks.{i}.mix.taps"][k] * z[t - n]) if n <= t else 0
+                          for k, n in enumerate(config.offsets[i])])
+        np.testing.assert_allclose(look["share"], terms / max(terms.sum(), 1e-9), atol=1e-3)
+        if t > 1:
+            expected = angles(basis(z[t - 1], s[t - 1]), basis(z[t], s[t]))
+            np.testing.assert_allclose(look["angles"], expected, atol=1e-3)
+            assert [float(x.rstrip("°")) for x in drawn[4].split(", ")] == pytest.approx(np.degrees(expected), abs=0.6)
+
+
+def test_the_planes_of_words_and_their_steps_are_those_of_python(explore, shipped):
+    params, config, extra = shipped
+    page, tokens = explore(PAGE, hash=f"#text={quote(TEXT)}&tab=flow&scale=words"), encode(TEXT, extra["vocab"])
+    page.wait("document.querySelectorAll('#paths .card').length === 4")
+    blocks, _, _ = seen(params, config, tokens)
+    for i, block in enumerate(blocks):
+        z, s = (block["mix"][name][0].astype(float) for name in ("z", "s"))
+        planes = []
+        for word in re.finditer(r"\S+", TEXT):
+            A = sum(np.outer(z[t], s[t]) - np.outer(s[t], z[t]) for t in range(*word.span()))
+            planes.append(np.linalg.svd(A)[0][:, :2])
+        steps = [np.linalg.norm(angles(A, B)) for A, B in zip(planes, planes[1:], strict=False)]
+        points = page.js("return path(explorer.shown(), arguments[0], 'words').points", i)
+        np.testing.assert_allclose([p["step"] for p in points], steps, atol=1e-3)
+        apart = [np.linalg.norm(angles(A, B)) for k, A in enumerate(planes) for B in planes[:k]]
+        assert np.mean([p["noise"] for p in points]) == pytest.approx(np.mean(apart), abs=0.03)
+        card = page.js("return document.querySelectorAll('#paths .card')[arguments[0]].textContent", i)
+        assert f"mean step {np.mean(steps):.2f}" in card and "no flow" in card
+
+
+def test_every_scale_finds_its_pieces(explore):
+    page = explore(PAGE)
+    for scale, expected in {"characters": 9, "words": 3, "lines": 2, "blocks of 16": 0}.items():
+        assert len(page.js("return pieces([...'ab c\\n\\ndefg'].slice(0, 9), arguments[0])", scale)) == expected
+        page.click(f"[name=scale][value='{scale}']")
+        assert page.js("return state.scale") == scale
+
+
+def test_a_slow_path_is_a_flow_and_a_random_one_is_not(explore, rng):
+    """Planes that turn by little from step to step, and the same planes shuffled."""
+    page = explore(PAGE)
+    angle = np.linspace(0, np.pi / 2, 60)
+    rows = [[np.r_[np.cos(a), 0, np.sin(a), 0].tolist(), [0, 1, 0, 0]] for a in angle]
+    code = """const rows = arguments[0].map(([z, s]) => ({ z, s })), tokens = rows.map(() => 1);
+        return path({ tokens, rows, model: { view: row => row } }, 0, "characters").ratio"""
+    assert page.js(code, rows) < 0.2
+    assert page.js(code, [rows[k] for k in rng.permutation(60)]) == pytest.approx(1, abs=0.2)
+
+
+# ---- touching --------------------------------------------------------------------------------------
+
+def without(part, layer=2):
+    """The same model in Python with a part switched off."""
+    def off(params, config):
+        prefix = f"blocks.{layer}.mix."
+        if part == "wedge":
+            params[f"{prefix}W_plu"] *= 0
+        elif part == "gate":
+            params[f"{prefix}W_gate"] *= 0
+            params[f"{prefix}b_gate"] *= 0
+        elif part == "mixer":
+            params[f"{prefix}W_gate"] *= 0
+            params[f"{prefix}b_gate"] *= 0
+            params[f"{prefix}b_gate"] -= 1e9  # α = 0: g alone, which is nothing
+            params[f"{prefix}W_plu"] *= 0
+            params[f"{prefix}b_plu"] *= 0
+        else:
+            params[f"{prefix}taps"][config.offsets[layer].index(int(part))] = 0
+        return params, config
+    return off
+
+
+@pytest.mark.parametrize("part", ["1", "6", "wedge", "gate", "mixer"])
+def test_what_is_switched_off_is_off(explore, shipped, part):
+    params, config, extra = shipped
+    page, tokens = explore(PAGE, hash=f"#text={quote(TEXT)}"), encode(TEXT, extra["vocab"])
+    page.click(f"[data-keys='3-{part}']")
+    page.wait()
+    _, whole, before = seen(params, config, tokens)
+    _, bits, after = seen(params, config, tokens, without(part))
+    np.testing.assert_allclose(page.bits(), bits, atol=2e-3)
+    assert f"intact {whole.mean():.2f}, touched {bits.mean():.2f} bits" in page.text("#loss")
+    changed = page.js("return [...document.querySelectorAll('#cells span')].map(x => x.classList.contains('changed'))")
+    assert changed == (before.argmax(-1) != after.argmax(-1)).tolist()
+    assert f"At {sum(changed)} of" in page.text("#changes")
+    page.click("#jump")
+    assert changed[page.js("return explorer.state.at")] or not any(changed)
+    page.click("#mend")
+    page.wait()
+    np.testing.assert_allclose(page.bits(), whole, atol=2e-3)
+    assert page.text("#loss") == f"Loss: {whole.mean():.2f} bits a character"
+
+
+def test_a_switch_for_all_layers_and_both_continuations(explore):
+    page = explore(PAGE, hash=f"#text={quote(TEXT)}&tab=touch")
+    page.click("[aria-label='offset 1 of all layers']")
+    assert page.js("return [...explorer.state.off].join()") == "1-1,2-1,3-1,4-1"
+    assert page.js("return document.querySelector(\"[data-keys='4-1']\").getAttribute('aria-checked')") == "false"
+    page.wait("document.getElementById('on-touched').textContent.length === 120")
+    assert page.text("#on-intact") != page.text("#on-touched")
+    page.js("colour.value = 'change'; colour.onchange()")
+    assert page.js("return document.querySelectorAll('#cells .better').length") > 0
+
+
+def test_writing_starts_stops_counts_and_lands_in_the_text(explore):
+    page = explore(PAGE, hash=f"#text={quote(TEXT)}&tab=write&seed=3")
+    page.click("#start")
+    page.wait("document.getElementById('written').textContent.length > 20")
+    page.click("#start")
+    written = page.text("#written")
+    assert page.text("#start") == "Start"
+    assert page.text("#written") == written == page.js("return new Writer(shown()).write(arguments[0])", len(written))
+    count = int(re.match(r"(\d+) characters", page.text("#counter"))[1])
+    assert count == len(written)
+    assert "remembers 896 numbers" in " ".join(page.text("#counter").split())
+    assert f"{2 * 4 * 128 * (len(TEXT) + count):,} by now" in " ".join(page.text("#counter").split())
+    page.click("#take")
+    assert page.js("return document.getElementById('text').value") == TEXT + written
+
+
+def test_keys_and_pointer_choose_characters(explore, browser):
+    from selenium.webdriver import ActionChains, Keys
+    page = explore(PAGE, hash="#text=Good%20morrow")
+    box = browser.find_element("id", "text")
+    box.send_keys(Keys.END)
+    page.wait("explorer.state.at === 10")
+    box.send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
+    page.wait("explorer.state.at === 8")
+    assert page.text("#chosen").startswith("“r”, character 9 of 11")
+    box.send_keys("x")
+    page.wait("explorer.state.at === 9")
+    assert page.text("#cells") == "Good morrxow"
+    fifth = browser.find_elements("css selector", "#cells span")[5]
+    ActionChains(browser).move_to_element(fifth).perform()
+    page.wait("explorer.state.hover === 5")
+    assert page.text("#after") == "After Good␣m comes"
+    ActionChains(browser).click().perform()
+    page.wait("explorer.state.at === 5")
+    browser.find_element("id", "tab-layers").send_keys(Keys.ARROW_RIGHT)
+    assert page.js("return [document.activeElement.id, state.tab]") == ["tab-touch", "touch"]
+
+
+def test_tab_reaches_every_control_and_each_has_a_name(explore, browser):
+    from selenium.webdriver import ActionChains, Keys
+    page, reached = explore(PAGE, hash="#tab=write"), set()
+    for _ in range(40):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        reached.add(page.js("return document.activeElement.id"))
+    assert {"text", "tab-write", "start", "temperature", "top-k", "seed", "fast", "take", "written"} <= reached
+    nameless = page.js("""return [...document.querySelectorAll("button, input, textarea, select, [role], svg")].filter(
+        node => !(node.getAttribute("aria-label") || node.getAttribute("aria-labelledby") || node.closest("label")
+                  || node.textContent.trim() || node.getAttribute("role") === "status")).map(node => node.outerHTML)""")
+    assert nameless == []
+
+
+def test_the_address_is_the_state(explore, browser):
+    page = explore(PAGE)
+    page.type("Love all, trust a few.\n")
+    page.click("[data-keys='2-gate']")
+    page.click("[data-keys='4-16']")
+    page.click("#tab-flow")
+    page.click("[value=lines]")
+    page.js("choose(7)")
+    page.wait("location.hash.includes('lines') && location.hash.includes('at=7')")
+    state = ("const { off, at, tab, scale } = state;"
+             "return [[...off].sort(), at, tab, scale, document.getElementById('text').value, page.text.length > 0]")
+    before, address = page.js(state), browser.current_url
+    assert before[:5] == [["2-gate", "4-16"], 7, "flow", "lines", "Love all, trust a few.\n"]
+    browser.get("about:blank")
+    browser.get(address)
+    assert page.js(state) == before
+    page = explore(PAGE, hash="#at=-3&off=9-9,x&tab=nowhere&scale=toString&text=%E0%A4%A&temperature=hot")
+    assert page.js(state)[:4] == [[], 0, "layers", "words"]
+
+
+# ---- what it survives ------------------------------------------------------------------------------
+
+def test_no_message_and_no_request(explore, browser):
+    page = explore(PAGE)
+    for tab in ("touch", "flow", "write", "layers"):
+        page.click(f"#tab-{tab}")
+        page.wait()
+    page.click("[data-keys='1-1']")
+    page.wait()
+    assert browser.get_log("browser") == []
+    log = " ".join(entry["message"] for entry in browser.get_log("performance"))
+    requested = set(re.findall(r'"method":"Network.requestWillBeSent".*?"documentURL":"([^"#]*)', log))
+    assert requested <= {"about:blank", PAGE.as_uri()}
+    assert page.js("return performance.getEntriesByType('resource').length") == 0
+
+
+def test_hostile_text_neither_runs_nor_hangs(explore, browser):
+    text = "<script>hit = 1</script><img src=x onerror=hit=1>\"'&amp;</textarea>\u202e\U0001f600\u0301\0\ud83d end"
+    vocab = sorted({ord(c) for c in text if ord(c) != 0xd83d})
+    config = G.Config(len(vocab), n_layer=1, d_model=8, rank=4, context=32)
+    page = explore(G.init_params(config), config, vocab, hash="")
+    page.type(text)
+    for t in range(len(text)):
+        page.js("choose(arguments[0]); document.getElementById('tab-layers').click()", t)
+    page.click("#tab-touch")
+    page.click("[data-keys='1-wedge']")
+    page.wait("document.getElementById('on-touched').textContent.length >= 120")
+    assert page.js("return [typeof hit, document.querySelectorAll('img, #page script').length]") == ["undefined", 0]
+    assert "Skipped" in page.text("#note")
+    page.js("box = document.getElementById('text'); box.value = 'e<'.repeat(50000); box.oninput()")
+    assert "first 5,000" in page.text("#note")
+    page.wait()
+    assert page.js("return [box.value.length, explorer.shown().rows.length]") == [5000, 5000]
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("damage", [
+    lambda html: html.replace('id="weights">A', 'id="weights">B') if 'id="weights">A' in html
+        else re.sub(r'(id="weights">)(.)', r"\1A", html, count=1),
+    lambda html: re.sub(r'(id="weights">.{1000}).*?<', r"\1<", html, count=1, flags=re.DOTALL),
+    lambda html: html[: len(html) // 2],
+    lambda html: html.replace('"d_model": 128', '"d_model": 64'),
+    lambda html: html.replace('"config"', '"confog"'),
+    lambda html: html.replace("class Model {", "class Model {{"),
+])
+def test_a_damaged_page_says_so(explore, tmp_path, damage):
+    whole = PAGE.read_text(encoding="utf-8")
+    (tmp_path / "damaged.html").write_text(damage(whole), encoding="utf-8")
+    assert damage(whole) != whole
+    page = explore(tmp_path / "damaged.html")
+    assert page.js("return [document.getElementById('broken').hidden, document.getElementById('page')?.hidden]") == [False, True]
+    assert "python -m explorer" in page.text("#broken")
+
+
+def test_speed(explore, browser):
+    """In seconds of the page's own thread: others may be busy on this machine."""
+    explore(PAGE)
+    browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def seconds(code):
+        """The least of three, each until all is drawn."""
+        times = []
+        for _ in range(3):
+            before = metrics(browser)
+            page.js(f"{code}; document.body.offsetHeight")
+            times.append(metrics(browser) - before)
+        return min(times)
+
+    page = explore(PAGE)
+    assert metrics(browser) < 1
+    page.wait()
+    page.js("writer = new Writer(explorer.shown()); writer.write(1000)")
+    assert 2000 / seconds("writer.write(2000)") > 2000
+    page.type((TEXT * 5)[:500])
+    for edit in ("box.value + 'a'", "'a' + box.value", "box.value.slice(0, 250) + 'a' + box.value.slice(250)"):
+        assert seconds(f"box = document.getElementById('text'); box.value = {edit}; box.oninput()") < 0.05
+        assert page.js("return explorer.done()")
+
+
+def metrics(browser):
+    found = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    return next(entry["value"] for entry in found if entry["name"] == "TaskDuration")
