@@ -95,9 +95,7 @@ class Model {
     this.views = this.layers.map((_, i) => this.view(this.kept, i));
     this.last = this.last_of(this.kept);
   }
-
   last_of(kept) { return kept.subarray(2, 2 + this.config.d_model); }
-
   view(kept, layer) {  // numbers: the gate's mean α, how far mixer and FFN moved the state
     const { d_model, rank: r, memory } = this.config, m = memory ? r : 0;
     let at = 2 + d_model + layer * this.width;
@@ -105,7 +103,6 @@ class Model {
     return { z: take(r), s: take(r), share: take(this.shares), numbers: take(3), a: take(m), b: take(m),
              ab: kept.subarray(at - 2 * m, at) };
   }
-
   // s = Σ_Δ w_Δ ⊙ z_{t-Δ}, or the average of z_{t-Δ}; share_Δ is |term_Δ| / Σ |terms|.
   partner({ z, s, share }, { offsets, reach, mix: w }, past, position, off) {
     const { rank: r, taps, normalize } = this.config, { q } = this;
@@ -125,7 +122,6 @@ class Model {
     const scale = taps && normalize ? unit_area(z, s) : 1;
     for (let i = 0; i < r; i++) s[i] *= scale;
   }
-
   memory({ z, a, b }, past, c) {  // M += a ∧ b, c = z ⌟ M / sqrt(t)
     const scale = 1 / Math.sqrt(++past.seen);
     add_wedge(past.M, a, b);
@@ -133,7 +129,6 @@ class Model {
     accumulate(z, past.M, c);
     for (let i = 0; i < c.length; i++) c[i] *= scale;
   }
-
   gate(h, w, half, numbers, out) {  // α = sigmoid([h ; g] W + b), out = α ⊙ h + (1-α) ⊙ g
     const { a, g, hg } = this;
     let sum = 0;
@@ -146,7 +141,6 @@ class Model {
     }
     numbers[0] = sum / a.length;
   }
-
   mix(h, layer, past, position, off, out) {  // reduce, look back, span a plane, project back, blend
     const { mix: w, reach } = this.layers[layer], view = this.views[layer], { p, g, c } = this;
     linear(h, w.W_red, w.b_red, view.z);
@@ -162,13 +156,11 @@ class Model {
     }
     this.gate(h, w, off.gate, view.numbers, out);
   }
-
   ffn(x, w, out) {
     linear(x, w.W_1, w.b_1, this.inner);
     gelu(this.inner);
     linear(this.inner, w.W_2, w.b_2, out);
   }
-
   // h ← h + mix(LN1(h)), h ← h + FFN(LN2(h)); the paper's: h ← LN1(mix(h)), h ← LN2(h + FFN(h)).
   block(layer, past, position, off) {
     const { ln1, ln2, ffn } = this.layers[layer], { numbers } = this.views[layer];
@@ -186,7 +178,6 @@ class Model {
     if (!prenorm) layernorm(h, ln2, h);
     numbers[2] = distance(before, h);
   }
-
   head(h, logits) {  // logits = h Eᵀ
     let most = 0, total = 0;
     logits.fill(0);
@@ -196,7 +187,6 @@ class Model {
     this.kept[0] = logits[most] + Math.log(total);
     this.kept[1] = most;
   }
-
   forward(state, token, off = []) {  // embed, N blocks, the last state
     const { config, h, last, E, P } = this, d = config.d_model, { position, past } = state;
     for (let i = 0; i < d; i++) h[i] = E[token * d + i];
@@ -206,13 +196,11 @@ class Model {
     else last.set(h);
     state.position++;
   }
-
   stream_init() {  // per layer the last z, in a ring, and the memory
     const { rank: r, memory } = this.config, M = () => new Float64Array(memory ? r * r : 0);
     const past = this.layers.map(({ reach }) => ({ z: new Float32Array(reach * r), M: M(), seen: 0 }));
     return { past, position: 0, recent: [] };
   }
-
   stream_step(state, token, off) {  // off: what is switched off, for each layer
     const { positions, context } = this.config;
     if (positions && state.position === context) {  // the table ends: read the last half again from 0
