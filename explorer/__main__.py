@@ -57,8 +57,8 @@ def main() -> None:
     out = args.out or args.checkpoint.with_name("explorer.html")
     with short_errors(parser, out, "not enough memory for this model"):
         params, config, extra = load_trained(grassmann, args.checkpoint)
-        if config.mixer == "attention":
-            raise ValueError(f"{args.checkpoint} is a Transformer: its characters span no planes to look at")
+        if config.mixer != "grassmann":
+            raise ValueError(f"{args.checkpoint} mixes by {config.mixer}: its characters span no planes")
         text = read_file(Path(args.text[1:])) if args.text.startswith("@") else args.text
         encode(text, extra["vocab"])  # raises what the model does not know
         tutorial, folder = HERE.parent / "tutorial.md", out.resolve().parent

@@ -275,7 +275,7 @@ function draw_next(reader, t) {
   const list = [...p.keys()].sort((i, j) => p[j] - p[i]), rank = list.indexOf(came);
   const before = tokens.slice(Math.max(0, t - 11), t + 1).map(glyph).join("");
   const bar = (p, kind) => `<div class="bar ${kind}" style="width: ${(100 * p).toFixed(2)}%"></div>`;
-  $("after").innerHTML = `After <code>${t > 11 ? "…" : ""}${before}</code> comes`;
+  $("after").innerHTML = `After <code>${t > 11 ? "…" : ""}${before}</code> comes${touched ? ' <span class="soft">(intact → touched)</span>' : ""}`;
   $("next").innerHTML = list.slice(0, 10).concat(rank >= 10 ? came : []).map(k => `<tr${
     k === came ? ' class="came"' : ""}><th scope="row">${glyph(k)}</th>
     <td>${bar(p[k], "")}${touched ? bar(whole[k], "whole") : ""}</td><td>${k === came ? "came · " : ""}${

@@ -102,7 +102,7 @@ def test_a_page_of_ones_own_and_what_has_none(tmp_path):
     config = G.Config(3, n_layer=1, d_model=4, context=4, mixer="attention", n_head=2)
     save_checkpoint(tmp_path / "attention.npz", G.init_params(config), config, **more)
     done = make(tmp_path / "attention.npz")
-    assert done.returncode == 2 and "Transformer" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "mixes by attention" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_every_link_leads_to_a_section_of_the_tutorial():
