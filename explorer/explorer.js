@@ -2,9 +2,7 @@
 // The page around model.js: each character read leaves a row of numbers, and all is drawn from the rows.
 const $ = id => document.getElementById(id), all = selector => [...document.querySelectorAll(selector)];
 const LONGEST = 5000;  // characters that are read
-const SCALES = { characters: 1, words: /\S/u, lines: /[^\n]/u, "blocks of 16": 16, "blocks of 64": 64,
-                 "blocks of 256": 256 };
-
+const SCALES = { characters: 1, words: /\S/u, lines: /[^\n]/u, "blocks of 16": 16, "blocks of 64": 64, "blocks of 256": 256 };
 // ---- reading and writing ----------------------------------------------------------------------------
 function unpack() {  // the model in this page; throws where the page is damaged
   const page = JSON.parse($("model-data").textContent), packed = atob($("weights").textContent);
@@ -22,18 +20,16 @@ function unpack() {  // the model in this page; throws where the page is damaged
   const params = page.params.map(([name, shape]) => [name, take(shape)]);
   return [page, new Model(page.config, Object.fromEntries(params)), weights.length];
 }
-
 class Reader {  // what one model, whole or with parts switched off, makes of the text
   constructor(model, off) { Object.assign(this, { model, off, tokens: [], rows: [], read: -1, next: 0 }); }
   want(tokens) {  // keep the rows before the change, and those that lie beyond its reach
-    const { tokens: old, rows, model: { config, reach } } = this;
-    const least = Math.min(old.length, tokens.length);
+    const { tokens: old, rows, model: { config, reach } } = this, least = Math.min(old.length, tokens.length);
     let p = 0, q = 0;
     while (p < least && old[p] === tokens[p]) p++;
     while (q < least - p && old[old.length - 1 - q] === tokens[tokens.length - 1 - q]) q++;
-    const kept = config.positions || config.memory ? 0 : Math.max(0, q - reach);
-    const unread = Array(tokens.length - p - kept).fill(null);
-    this.rows = rows.slice(0, p).concat(unread, rows.slice(old.length - kept));
+    const endless = config.positions || config.memory, kept = endless ? 0 : Math.max(0, q - reach);
+    if (endless && p < this.read) p = 0;  // its reach: then all is read anew
+    this.rows = [...rows.slice(0, p), ...Array(tokens.length - p - kept).fill(null), ...rows.slice(old.length - kept)];
     Object.assign(this, { tokens, next: 0, read: this.read > p ? -1 : this.read });
   }
   work(until) {  // read on until that time; true when all is read
@@ -45,27 +41,14 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
       this.rows[this.next] = this.model.kept.slice();
       this.read = this.next + 1;
     }
+    if (this.read !== this.next) Object.assign(this, { state: this.restore(this.next), read: this.next });
     return true;
   }
-  start(t) {  // where the window begins in which t is read: 0 without positions
-    const { positions, context } = this.model.config, half = context >> 1, step = context - half;
-    return positions ? Math.max(0, step * Math.floor((t - half) / step)) : 0;
-  }
-  restore(n) {  // the decoder's state after n characters
-    const { model, tokens, off } = this, state = model.stream_init(), { memory, positions } = model.config;
-    if (positions) {
-      state.recent = n ? tokens.slice(this.start(n - 1), n) : [];
-      for (const token of state.recent) model.forward(state, token, off);
-      return state;
-    }
-    state.past.forEach((past, i) => {
-      const { reach } = model.layers[i];
-      for (let t = memory ? 0 : Math.max(0, n - reach); t < n; t++) {
-        const { z, a, b } = this.row(t, i);
-        past.z.set(z, t % reach * z.length);
-        if (memory) add_wedge(past.M, a, b);
-      }
-      past.seen = n;
+  restore(n) {  // the decoder's state after n characters, from the z that are kept of the last ones
+    const state = this.model.stream_init();
+    state.past.forEach(({ z: ring }, i) => {
+      const { reach } = this.model.layers[i], { rank } = this.model.config;
+      for (let t = Math.max(0, n - reach); t < n; t++) ring.set(this.row(t, i).z, t % reach * rank);
     });
     return Object.assign(state, { position: n });
   }
@@ -86,7 +69,7 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
              share: [...share].slice(0, this.model.layers[layer].offsets.length), reads: this.reads(t, layer) };
   }
   reads(t, layer) {  // the memory gives z back Σ (z·a) b - (z·b) a over all that wrote: their shares
-    const { z } = this.row(t, layer), start = this.start(t), lengths = [];
+    const { z } = this.row(t, layer), start = t - this.rows[t][2], lengths = [];
     for (let i = start; i <= t && this.model.config.memory; i++) {
       const { a, b } = this.row(i, layer), x = dot(z, a), y = dot(z, b);
       lengths.push(norm(b.map((v, k) => x * v - y * a[k])));
@@ -95,13 +78,12 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
     return shares.sort((x, y) => y[1] - x[1]);  // [place, share], the largest first
   }
 }
-
 class Writer {  // goes on from the end of what a reader has read
   constructor(reader) {
     const value = (id, least, usual) => $(id).valueAsNumber >= least ? $(id).valueAsNumber : usual;
     const { model, off, tokens } = reader, size = () => new Float32Array(model.logits.length);
     reader.work(Infinity);
-    Object.assign(this, { model, off, state: reader.restore(tokens.length), logits: size(), sorted: size(),
+    Object.assign(this, { model, off, state: structuredClone(reader.state), logits: size(), sorted: size(),
       temperature: value("temperature", 0, 0.8), top_k: value("top-k", 1, Infinity),
       random: random_numbers(value("seed", 0, 0)), start: tokens.length, count: 0 });
     if (tokens.length) this.logits.set(reader.logits(tokens.length - 1));
@@ -118,13 +100,11 @@ class Writer {  // goes on from the end of what a reader has read
     return text;
   }
 }
-
 // ---- planes (in Python: experiments/flow.py) --------------------------------------------------------
 const mean = list => list.reduce((sum, x) => sum + x, 0) / list.length;
 function sides(z, s) {  // of the parallelogram: lengths, angle, area
-  const base = norm(z), along = base && dot(z, s) / base;
-  const height = distance(s, z.map(x => x * along / (base || 1)));
-  return { z: base, s: norm(s), angle: Math.atan2(height, along), area: base * height };
+  const along = dot(z, s), area = Math.sqrt(Math.max(0, dot(z, z) * dot(s, s) - along * along));
+  return { z: norm(z), s: norm(s), angle: Math.atan2(area, along), area };
 }
 function plane(u, v) {  // an orthonormal basis, or null where u and v span no plane
   const unit = a => Float64Array.from(a, x => x / norm(a)), a = unit(u), along = unit(v);
@@ -157,12 +137,11 @@ function nearest_plane(rows) {  // to A = Σ z ∧ s: the one that A stretches m
   return plane(u, times(u, A));
 }
 function pieces(text, scale) {  // [from, to) of each character, word, line or block
-  const rule = SCALES[scale], found = [];
-  for (let t = 0; t < text.length; t += rule.source ? 1 : rule) {
-    if (!rule.source) t + rule <= text.length && found.push([t, t + rule]);
-    else if (!rule.test(text[t])) continue;
-    else if (t && rule.test(text[t - 1])) found.at(-1)[1]++;
-    else found.push([t, t + 1]);
+  const rule = SCALES[scale], found = [], blocks = Math.floor(text.length / rule) || 0;
+  for (let k = 0; k < blocks; k++) found.push([k * rule, (k + 1) * rule]);
+  for (let t = 0; t < text.length && rule.test; t++) {
+    if (rule.test(text[t]) && t && rule.test(text[t - 1])) found.at(-1)[1]++;
+    else if (rule.test(text[t])) found.push([t, t + 1]);
   }
   return found;
 }
@@ -184,7 +163,6 @@ function path(reader, layer, scale) {  // steps from plane to plane, and their m
   const spread = Math.sqrt(mean(points.map(p => (p.step - p.noise - step + noise) ** 2)) / points.length);
   return { points, step, noise, ratio: step / noise, error: spread / noise };
 }
-
 // ---- the text ---------------------------------------------------------------------------------------
 let page, model, intact, touched, writer, saved, written = "", cells = [];
 const state = { off: new Set(), at: 0, hover: -1, tab: "layers", scale: "words" }, timers = {};
@@ -224,17 +202,16 @@ function refresh(budget = 24) {  // read on as long as time allows (ms), draw, g
   later("read", 0, () => done ? settle() : refresh());
 }
 function settle() {  // what takes longer, once all is read and nobody types
-  later("save", 250, save);
   later("slow", 120, { flow: draw_paths, touch: go_on }[state.tab] || (() => 0));
 }
 function choose(t) {
   if (!(t >= 0 && t < shown().tokens.length)) return;
   Object.assign(state, { at: t, hover: -1 });
   draw();
-  later("save", 250, save);
 }
 function draw() {
   const reader = shown(), t = state.hover < 0 ? state.at : state.hover;
+  later("save", 250, save);
   draw_text(reader, t);
   if (!reader.tokens.length) $("next").innerHTML = $("cards").innerHTML = $("chosen").innerHTML = "";
   if (!reader.rows[t] || !intact.rows[t]) return;
@@ -253,12 +230,12 @@ function draw_text(reader, chosen) {
   }
   cells.forEach(({ c, t }, i) => {
     const bits = colour === "change" ? 2 * (after[t] - before[t]) : (colour === "intact" ? before : after)[t];
-    const node = spans[i], style = `--b: ${Math.round(Math.min(8, Math.abs(bits || 0)) * 10)}%`;
-    const names = Object.entries({ end: c === "\n", unknown: t < 0, chosen: t === chosen, changed: differs(t),
-      better: bits < 0 }).filter(([, on]) => on).map(([name]) => name).join(" ");
+    const node = spans[i], strength = `${Math.round(Math.min(8, Math.abs(bits || 0)) * 10)}%`;
+    const names = `${c === "\n" ? "end " : ""}${t < 0 ? "unknown " : ""}${t === chosen ? "chosen " : ""}${
+      differs(t) ? "changed " : ""}${bits < 0 ? "better" : ""}`;
     if (node.textContent !== c) node.textContent = c;
     if (node.className !== names) node.className = names;
-    if (node.dataset.style !== style) node.setAttribute("style", node.dataset.style = style);
+    if (node.style.getPropertyValue("--b") !== strength) node.style.setProperty("--b", strength);
   });
   $("loss").innerHTML = reader.tokens.length < 2 ? "Type something." : (touched
     ? `Loss: intact <b>${number(whole)}</b>, touched <b>${number(now)}</b> bits a character (${
@@ -281,7 +258,6 @@ function draw_next(reader, t) {
     <td>${bar(p[k], "")}${touched ? bar(whole[k], "whole") : ""}</td><td>${k === came ? "came · " : ""}${
     touched ? `${percent(whole[k])} → ` : ""}${percent(p[k])}</td></tr>`).join("");
 }
-
 // ---- layers -----------------------------------------------------------------------------------------
 function draw_layers(reader, t) {
   const looks = model.layers.map((_, i) => reader.look(t, i)), { tokens } = reader;
@@ -338,7 +314,6 @@ function draw_arcs(tokens, t, offsets, share) {
   return `<svg viewBox="0 0 344 116" role="img" aria-label="Arcs to the places that make up s">${
     letters.join("")}${arcs.join("")}</svg>`;
 }
-
 // ---- switches, flow, writing ------------------------------------------------------------------------
 const has = (i, part) => !(part > 0) || model.layers[i].offsets.includes(Number(part));
 function build_switches() {
@@ -410,10 +385,10 @@ function start_or_stop() {
   clearTimeout(timers.write);
   writer = writer ? null : Object.assign(new Writer(shown()), { counted: 0, rate: 0, since: performance.now() });
   $("start").textContent = writer ? "Stop" : "Start";
-  written = writer ? "" : written;
-  if (writer) write_on();
+  if (!writer) return;
+  written = "";
+  write_on();
 }
-
 // ---- the address, events, start ---------------------------------------------------------------------
 function save() {  // so that a finding can be sent to someone
   const query = new URLSearchParams({ at: state.at, tab: state.tab, scale: state.scale });
@@ -448,10 +423,8 @@ function listen() {
   const box = $("text"), under = event => cells[spans.indexOf(document.elementsFromPoint(event.clientX, event.clientY)
     .find(node => node.parentNode === $("cells")))]?.t ?? -1;  // the character under the pointer
   const hover = t => { if (t !== state.hover) { state.hover = t; draw(); } }, alone = () => box.selectionStart === box.selectionEnd;
-  const caret = () => {
-    if (document.activeElement !== box || !alone()) return;
-    choose(cells.findLast(cell => cell.t >= 0 && cell.end <= box.selectionStart)?.t ?? 0);
-  };
+  const before = () => cells.findLast(cell => cell.t >= 0 && cell.end <= box.selectionStart);
+  const caret = () => { if (document.activeElement === box && alone()) choose(before()?.t ?? 0); };
   const go_to = t => {
     const { end } = cells.find(cell => cell.t === t) || {};
     if (end) box.setSelectionRange(end, end);
@@ -476,11 +449,8 @@ function listen() {
   };
   all("[role=tab]").forEach((node, k, tabs) => {
     node.onclick = () => show(node.id.slice(4));
-    node.onkeydown = ({ key }) => {
-      const to = tabs[(k + { ArrowRight: 1, ArrowLeft: -1 }[key] + tabs.length) % tabs.length];
-      to?.click();
-      to?.focus();
-    };
+    node.onfocus = node.onclick;
+    node.onkeydown = ({ key }) => tabs.at((k + ({ ArrowRight: 1, ArrowLeft: -1 }[key] ?? 0)) % tabs.length).focus();
   });
   const radio = scale => `<label><input type="radio" name="scale" value="${scale}">${scale}</label>`;
   $("scales").innerHTML += Object.keys(SCALES).map(radio).join("");
@@ -506,10 +476,8 @@ try {
   load();
   [$("page").hidden, $("broken").hidden] = [false, true];
   const done = () => [intact, touched].every(reader => !reader?.rows.includes(null));
-  const token = c => page.vocab.indexOf(c.codePointAt()), logits = text => {
-    const stream = model.stream_init();
-    return Array.from(text, c => Array.from(model.stream_step(stream, token(c))));
-  };
+  const step = (c, stream) => [...model.stream_step(stream, page.vocab.indexOf(c.codePointAt()))];
+  const logits = (text, stream = model.stream_init()) => Array.from(text, c => step(c, stream));
   window.explorer = { model, state, shown, done, logits };  // for tests, and for the curious
 } catch (error) {
   $("broken").textContent = `This page is damaged (${error.message}). Make it anew: python -m explorer`;

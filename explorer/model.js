@@ -17,10 +17,7 @@ function accumulate(x, W, y) {  // y += x W; eight rows of W at a time: y is tou
   }
 }
 
-function linear(x, W, b, y) {  // y = x W + b
-  y.set(b);
-  accumulate(x, W, y);
-}
+const linear = (x, W, b, y) => { y.set(b); accumulate(x, W, y); };  // y = x W + b
 
 function dot(a, b) {
   let sum = 0;
@@ -88,17 +85,17 @@ class Model {
       before: size(d), normed: size(d), mixed: size(d), hg: size(2 * d), a: size(d), inner: size(d_ff),
       out: size(d), p: size(r * (r - 1) / 2), q: size(r), c: size(r) });
     this.g = this.hg.subarray(d);
-    // What is kept of a token, in one array: log Σ exp(logits), the likeliest next token, the last
-    // state, and of each layer what `view` names.
+    // What is kept of a token, in one array: log Σ exp(logits), the likeliest next token, the place in
+    // the window, the last state, and of each layer what `view` names.
     Object.assign(this, { shares, width: (memory ? 4 : 2) * r + shares + 3 });
-    this.kept = size(2 + d + n_layer * this.width);
+    this.kept = size(3 + d + n_layer * this.width);
     this.views = this.layers.map((_, i) => this.view(this.kept, i));
     this.last = this.last_of(this.kept);
   }
-  last_of(kept) { return kept.subarray(2, 2 + this.config.d_model); }
+  last_of(kept) { return kept.subarray(3, 3 + this.config.d_model); }
   view(kept, layer) {  // numbers: the gate's mean α, how far mixer and FFN moved the state
     const { d_model, rank: r, memory } = this.config, m = memory ? r : 0;
-    let at = 2 + d_model + layer * this.width;
+    let at = 3 + d_model + layer * this.width;
     const take = n => kept.subarray(at, at += n);
     return { z: take(r), s: take(r), share: take(this.shares), numbers: take(3), a: take(m), b: take(m),
              ab: kept.subarray(at - 2 * m, at) };
@@ -194,7 +191,7 @@ class Model {
     for (let i = 0; i < config.n_layer; i++) this.block(i, past[i], position, off[i] || NOTHING);
     if (config.block === "prenorm") layernorm(h, this.ln_f, last);
     else last.set(h);
-    state.position++;
+    this.kept[2] = state.position++;
   }
   stream_init() {  // per layer the last z, in a ring, and the memory
     const { rank: r, memory } = this.config, M = () => new Float64Array(memory ? r * r : 0);
