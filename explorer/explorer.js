@@ -3,6 +3,7 @@
 const $ = id => document.getElementById(id), all = selector => [...document.querySelectorAll(selector)];
 const LONGEST = 5000;  // characters that are read
 const SCALES = { characters: 1, words: /\S/u, lines: /[^\n]/u, "blocks of 16": 16, "blocks of 64": 64, "blocks of 256": 256 };
+
 // ---- reading and writing ----------------------------------------------------------------------------
 function unpack() {  // the model in this page; throws where the page is damaged
   const page = JSON.parse($("model-data").textContent), packed = atob($("weights").textContent);
@@ -20,6 +21,7 @@ function unpack() {  // the model in this page; throws where the page is damaged
   const params = page.params.map(([name, shape]) => [name, take(shape)]);
   return [page, new Model(page.config, Object.fromEntries(params)), weights.length];
 }
+
 class Reader {  // what one model, whole or with parts switched off, makes of the text
   constructor(model, off) { Object.assign(this, { model, off, tokens: [], rows: [], read: -1, next: 0 }); }
   want(tokens) {  // keep the rows before the change, and those that lie beyond its reach
@@ -53,10 +55,7 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
     return Object.assign(state, { position: n });
   }
   row(t, layer) { return this.model.view(this.rows[t], layer); }
-  logits(t) {
-    this.model.head(this.model.last_of(this.rows[t]), this.model.logits);
-    return this.model.logits;
-  }
+  logits(t) { return this.model.head(this.model.last_of(this.rows[t]), this.model.logits); }
   bits(t) {  // the surprise at character t; NaN where nothing was expected
     const row = this.rows[t - 1], { E, config: { d_model: d } } = this.model, k = this.tokens[t] * d;
     return row ? (row[0] - dot(this.model.last_of(row), E.subarray(k, k + d))) / Math.LN2 : NaN;
@@ -78,6 +77,7 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
     return shares.sort((x, y) => y[1] - x[1]);  // [place, share], the largest first
   }
 }
+
 class Writer {  // goes on from the end of what a reader has read
   constructor(reader) {
     const value = (id, least, usual) => $(id).valueAsNumber >= least ? $(id).valueAsNumber : usual;
@@ -100,6 +100,7 @@ class Writer {  // goes on from the end of what a reader has read
     return text;
   }
 }
+
 // ---- planes (in Python: experiments/flow.py) --------------------------------------------------------
 const mean = list => list.reduce((sum, x) => sum + x, 0) / list.length;
 function sides(z, s) {  // of the parallelogram: lengths, angle, area
@@ -163,6 +164,7 @@ function path(reader, layer, scale) {  // steps from plane to plane, and their m
   const spread = Math.sqrt(mean(points.map(p => (p.step - p.noise - step + noise) ** 2)) / points.length);
   return { points, step, noise, ratio: step / noise, error: spread / noise };
 }
+
 // ---- the text ---------------------------------------------------------------------------------------
 let page, model, intact, touched, writer, saved, written = "", cells = [];
 const state = { off: new Set(), at: 0, hover: -1, tab: "layers", scale: "words" }, timers = {};
@@ -196,13 +198,13 @@ function read() {  // what stands in the text box
   state.at = Math.max(0, Math.min(state.at, tokens.length - 1));
   refresh();
 }
-function refresh(budget = 24) {  // read on as long as time allows (ms), draw, go on later
-  const until = performance.now() + budget, done = intact.work(until) && (!touched || touched.work(until));
+function refresh() {  // read on for 24 ms, draw, go on later
+  const until = performance.now() + 24, done = intact.work(until) && (!touched || touched.work(until));
   draw();
-  later("read", 0, () => done ? settle() : refresh());
-}
-function settle() {  // what takes longer, once all is read and nobody types
-  later("slow", 120, { flow: draw_paths, touch: go_on }[state.tab] || (() => 0));
+  clearTimeout(timers.slow);
+  const slow = { flow: draw_paths, touch: go_on }[state.tab];  // once all is read and nobody types
+  if (done && slow) later("slow", 120, slow);
+  if (!done) later("read", 0, refresh);
 }
 function choose(t) {
   if (!(t >= 0 && t < shown().tokens.length)) return;
@@ -258,6 +260,7 @@ function draw_next(reader, t) {
     <td>${bar(p[k], "")}${touched ? bar(whole[k], "whole") : ""}</td><td>${k === came ? "came · " : ""}${
     touched ? `${percent(whole[k])} → ` : ""}${percent(p[k])}</td></tr>`).join("");
 }
+
 // ---- layers -----------------------------------------------------------------------------------------
 function draw_layers(reader, t) {
   const looks = model.layers.map((_, i) => reader.look(t, i)), { tokens } = reader;
@@ -314,6 +317,7 @@ function draw_arcs(tokens, t, offsets, share) {
   return `<svg viewBox="0 0 344 116" role="img" aria-label="Arcs to the places that make up s">${
     letters.join("")}${arcs.join("")}</svg>`;
 }
+
 // ---- switches, flow, writing ------------------------------------------------------------------------
 const has = (i, part) => !(part > 0) || model.layers[i].offsets.includes(Number(part));
 function build_switches() {
@@ -339,9 +343,8 @@ function touch() {  // what is switched off now
     .filter(([layer]) => Number(layer) === i + 1).map(([, part]) => [part, true])));
   touched = state.off.size ? new Reader(model, off) : null;
   touched?.want(intact.tokens);
-  for (const node of all("[role=switch]")) {
-    node.setAttribute("aria-checked", !node.dataset.keys.split(",").every(key => state.off.has(key)));
-  }
+  const on = node => !node.dataset.keys.split(",").every(key => state.off.has(key));
+  for (const node of all("[role=switch]")) node.setAttribute("aria-checked", on(node));
   refresh();
 }
 function go_on() {
@@ -372,9 +375,8 @@ function write_on() {
   written = written.slice(-LONGEST);
   $("written").textContent = written.slice(-2000);
   $("written").scrollTop = 1e6;
-  const passed = performance.now() - writer.since, { count } = writer;
-  const rate = (count - writer.counted) / passed * 1000;
-  if (passed > 500) Object.assign(writer, { rate, since: performance.now(), counted: count });
+  const since = performance.now(), passed = since - writer.since, { count } = writer;
+  if (passed > 500) Object.assign(writer, { since, counted: count, rate: (count - writer.counted) / passed * 1000 });
   const ours = model.layers.reduce((sum, { reach }) => sum + reach * r + (memory ? r * (r - 1) / 2 : 0), 0);
   $("counter").innerHTML = `<b>${many(count)}</b> characters, <b>${many(writer.rate)}</b> a second. This model
     remembers <b>${many(ours)}</b> numbers; a Transformer of its size would keep
@@ -385,10 +387,9 @@ function start_or_stop() {
   clearTimeout(timers.write);
   writer = writer ? null : Object.assign(new Writer(shown()), { counted: 0, rate: 0, since: performance.now() });
   $("start").textContent = writer ? "Stop" : "Start";
-  if (!writer) return;
-  written = "";
-  write_on();
+  if (writer) { written = ""; write_on(); }
 }
+
 // ---- the address, events, start ---------------------------------------------------------------------
 function save() {  // so that a finding can be sent to someone
   const query = new URLSearchParams({ at: state.at, tab: state.tab, scale: state.scale });
@@ -413,8 +414,7 @@ function show(tab) {
   state.tab = $(`tab-${tab}`) ? tab : "layers";
   for (const node of all("[role=tab]")) {
     const on = node.id === `tab-${state.tab}`;
-    node.setAttribute("aria-selected", on);
-    node.tabIndex = on ? 0 : -1;
+    Object.assign(node, { ariaSelected: on, tabIndex: on ? 0 : -1 });
     $(node.getAttribute("aria-controls")).hidden = !on;
   }
   refresh();
@@ -426,8 +426,10 @@ function listen() {
   const before = () => cells.findLast(cell => cell.t >= 0 && cell.end <= box.selectionStart);
   const caret = () => { if (document.activeElement === box && alone()) choose(before()?.t ?? 0); };
   const go_to = t => {
-    const { end } = cells.find(cell => cell.t === t) || {};
-    if (end) box.setSelectionRange(end, end);
+    const k = cells.findIndex(cell => cell.t === t);
+    if (k < 0) return;
+    box.setSelectionRange(cells[k].end, cells[k].end);
+    spans[k].scrollIntoView({ block: "nearest" });
     choose(t);
   };
   document.addEventListener("selectionchange", caret);
@@ -440,7 +442,6 @@ function listen() {
   $("jump").onclick = () => {
     const places = intact.rows.map((_, t) => t).filter(differs);
     go_to(places.find(t => t > state.at) ?? places[0]);
-    spans[cells.findIndex(cell => cell.t === state.at)]?.scrollIntoView({ block: "nearest" });
   };
   $("switches").onclick = ({ target }) => {
     const keys = target.dataset.keys?.split(",") || [], off = keys.every(key => state.off.has(key));

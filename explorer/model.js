@@ -183,6 +183,7 @@ class Model {
     for (let k = 0; k < logits.length; k++) total += Math.exp(logits[k] - logits[most]);
     this.kept[0] = logits[most] + Math.log(total);
     this.kept[1] = most;
+    return logits;
   }
   forward(state, token, off = []) {  // embed, N blocks, the last state
     const { config, h, last, E, P } = this, d = config.d_model, { position, past } = state;
@@ -207,8 +208,7 @@ class Model {
     }
     if (positions) state.recent.push(token);
     this.forward(state, token, off);
-    this.head(this.last, this.logits);
-    return this.logits;
+    return this.head(this.last, this.logits);
   }
 }
 

@@ -80,7 +80,7 @@ def test_the_page_is_what_the_maker_makes_of_it(tmp_path):
     out = ROOT / "explorer" / "test.html"
     try:
         make(ROOT / "shakespeare.npz", "--text", "@explorer/passage.txt", "--out", out)
-        assert out.read_bytes() == PAGE.read_bytes(), "python -m explorer --ship makes the page anew"
+        assert out.read_bytes() == PAGE.read_bytes(), "tests/explorer/ship.py makes it anew"
     finally:
         out.unlink(missing_ok=True)
     assert PAGE.stat().st_size <= 3_000_000
