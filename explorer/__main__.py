@@ -5,7 +5,7 @@ nothing from the network and can be sent to anyone. Without an argument it shows
 shakespeare.npz where nothing has been trained yet.
 """
 
-import cli  # noqa: I001  (before NumPy)
+from cli import Parser, load_trained, plain_output, short_errors  # noqa: I001  (before NumPy)
 
 import base64
 import html
@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 import grassmann
-from cli import Parser, load_trained, plain_output, short_errors
 from grassmann import Config, Params
 from text import encode, read_file
 

@@ -227,9 +227,8 @@ function draw_text(reader, chosen) {
   const [whole, now] = [before, after].map(bits => mean(bits.filter(x => x === x)));
   const edit = cells.findIndex(({ c }, i) => spans[i]?.textContent !== c);  // -1: the end was cut off
   while (spans.length > cells.length) spans.splice(edit, 1)[0].remove();
-  for (const add = node => $("cells").insertBefore(node, spans[edit] || null); spans.length < cells.length;) {
-    spans.splice(edit, 0, add(document.createElement("span")));
-  }
+  const fresh = () => $("cells").insertBefore(document.createElement("span"), spans[edit] || null);
+  while (spans.length < cells.length) spans.splice(edit, 0, fresh());
   cells.forEach(({ c, t }, i) => {
     const bits = colour === "change" ? 2 * (after[t] - before[t]) : (colour === "intact" ? before : after)[t];
     const node = spans[i], strength = `${Math.round(Math.min(8, Math.abs(bits || 0)) * 10)}%`;
@@ -244,9 +243,8 @@ function draw_text(reader, chosen) {
       now < whole ? "−" : "+"}${number(Math.abs(now - whole))})`
     : `Loss: <b>${number(whole)}</b> bits a character`) + (left ? `; ${many(left)} still to read` : "");
   $("touched").hidden = !touched;
-  const places = touched ? intact.rows.filter((_, t) => differs(t)).length : 0;
-  $("changes").textContent = `Off: ${names_off()}. At ${many(places)} of ${many(reader.tokens.length)} characters, `
-    + "underlined, another one is likeliest next.";
+  $("changes").textContent = `Off: ${names_off()}. At ${many(before.filter((_, t) => differs(t)).length)} of ${
+    many(before.length)} characters, underlined, another one is likeliest next.`;
 }
 function draw_next(reader, t) {
   const chances = reader => Array.from(reader.logits(t), x => Math.exp(x - reader.rows[t][0])), { tokens } = reader;
@@ -319,24 +317,22 @@ function draw_arcs(tokens, t, offsets, share) {
 }
 
 // ---- switches, flow, writing ------------------------------------------------------------------------
-const has = (i, part) => !(part > 0) || model.layers[i].offsets.includes(Number(part));
 function build_switches() {
   const parts = ["wedge", "gate", "mixer", ...model.config.memory ? ["memory"] : []];
   const row = (layers, of) => {
     const offsets = [...new Set(layers.flatMap(i => model.layers[i].offsets))].sort((a, b) => a - b);
+    const has = part => layers.filter(i => !(part > 0) || model.layers[i].offsets.includes(part));
     const list = some => some.map(part => `<button role="switch" aria-label="${part > 0 ? `offset ${part}` : part} of ${of}"
-      data-keys="${layers.filter(i => has(i, part)).map(i => `${i + 1}-${part}`)}">${part}</button>`).join("");
+      data-keys="${has(part).map(i => `${i + 1}-${part}`)}">${part}</button>`).join("");
     return `<div class="switches"><span>${of}</span><div><span class="soft">offset</span>${list(offsets)}</div>
       <div>${list(parts)}</div></div>`;
   };
   const layers = model.layers.map((_, i) => i), rows = layers.map(i => row([i], `layer ${i + 1}`));
   $("switches").innerHTML = row(layers, "all layers") + rows.join("");
 }
-function names_off() {  // offset 1 of all layers, gate of layers 2, 3
-  const layers = Object.groupBy([...state.off].map(key => key.split("-")), ([, part]) => part);
-  return Object.entries(layers).map(([part, list]) => `${part > 0 ? `offset ${part}` : part} of ${
-    list.length === model.layers.filter((_, i) => has(i, part)).length ? "all layers"
-    : `layer${list.length > 1 ? "s" : ""} ${list.map(([layer]) => layer).join(", ")}`}`).join("; ");
+function names_off() {  // offset 1 of all layers, gate of layer 3
+  const left = new Set(state.off), news = node => node.dataset.keys.split(",").filter(key => left.delete(key)).length;
+  return all("[role=switch][aria-checked=false]").filter(news).map(node => node.getAttribute("aria-label")).join(", ");
 }
 function touch() {  // what is switched off now
   const off = model.layers.map((_, i) => Object.fromEntries([...state.off].map(key => key.split("-"))
@@ -405,7 +401,6 @@ function load() {
   Object.assign(state, { at: Math.floor(get("at", 27)) || 0, off: new Set(get("off", "").split(",").filter(
     key => keys.includes(key))), scale: Object.hasOwn(SCALES, get("scale")) ? get("scale") : "words" });
   for (const node of all("[name=scale]")) node.checked = node.value === state.scale;
-  touched = null;
   read();
   touch();
   show(get("tab", "layers"));

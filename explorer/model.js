@@ -1,6 +1,6 @@
 "use strict";
 // The streaming step of grassmann.py, op by op, under the same names. Vectors are rows, W (in, out)
-// lies row after row; an op writes into its last argument: reading a token allocates nothing.
+// lies row after row; an op writes into its last argument, so that a token allocates nothing.
 
 function accumulate(x, W, y) {  // y += x W; eight rows of W at a time: y is touched seldom
   const n = y.length, whole = x.length - x.length % 8;

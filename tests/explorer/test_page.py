@@ -1,5 +1,6 @@
 """The page that lies in the repository: what it draws, what its controls do, what it survives."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def test_the_planes_of_words_and_their_steps_are_those_of_python(explore, shippe
         for word in re.finditer(r"\S+", TEXT):
             A = sum(np.outer(z[t], s[t]) - np.outer(s[t], z[t]) for t in range(*word.span()))
             planes.append(np.linalg.svd(A)[0][:, :2])
-        steps = [np.linalg.norm(angles(A, B)) for A, B in zip(planes, planes[1:], strict=False)]
+        steps = [np.linalg.norm(angles(A, B)) for A, B in itertools.pairwise(planes)]
         points = page.js("return path(explorer.shown(), arguments[0], 'words').points", i)
         np.testing.assert_allclose([p["step"] for p in points], steps, atol=1e-3)
         apart = [np.linalg.norm(angles(A, B)) for k, A in enumerate(planes) for B in planes[:k]]
@@ -233,7 +234,8 @@ def test_what_is_switched_off_is_off(explore, shipped, part):
     assert f"intact {whole.mean():.2f}, touched {bits.mean():.2f} bits" in page.text("#loss")
     changed = page.js("return [...document.querySelectorAll('#cells span')].map(x => x.classList.contains('changed'))")
     assert changed == (before.argmax(-1) != after.argmax(-1)).tolist()
-    assert f"At {sum(changed)} of" in page.text("#changes")
+    label = f"offset {part}" if part.isdigit() else part
+    assert page.text("#changes").startswith(f"Off: {label} of layer 3. At {sum(changed)} of")
     page.click("#jump")
     assert changed[page.js("return explorer.state.at")] or not any(changed)
     page.click("#mend")
@@ -246,6 +248,7 @@ def test_a_switch_for_all_layers_and_both_continuations(explore):
     page = explore(PAGE, hash=f"#text={quote(TEXT)}&tab=touch")
     page.click("[aria-label='offset 1 of all layers']")
     assert page.js("return [...explorer.state.off].join()") == "1-1,2-1,3-1,4-1"
+    assert page.text("#changes").startswith("Off: offset 1 of all layers. At")
     assert page.js("return document.querySelector(\"[data-keys='4-1']\").getAttribute('aria-checked')") == "false"
     page.wait("document.getElementById('on-touched').textContent.length === 120")
     assert page.text("#on-intact") != page.text("#on-touched")
