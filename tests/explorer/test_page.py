@@ -337,6 +337,9 @@ def test_no_message_and_no_request(explore, browser):
         page.wait()
     page.click("[data-keys='1-1']")
     page.wait()
+    page.js("draw_paths(); const box = document.getElementById('text');"  # an edit while paths are measured
+            "box.value = 'To be, or not to be. '.repeat(200); box.oninput()")
+    page.wait()
     assert browser.get_log("browser") == []
     log = " ".join(entry["message"] for entry in browser.get_log("performance"))
     requested = set(re.findall(r'"method":"Network.requestWillBeSent".*?"documentURL":"([^"#]*)', log))
@@ -352,8 +355,11 @@ def test_hostile_text_neither_runs_nor_hangs(explore, browser):
     page.type(text)
     page.js("box = document.getElementById('text'); box.value += '\\ud83d<b>'; box.oninput()")  # half a character
     page.wait()
-    for t in range(len(text)):
+    for t, c in enumerate(text.replace("\0", "")):
         page.js("choose(arguments[0]); document.getElementById('tab-layers').click()", t)
+        if c.isascii() and c != " ":
+            assert f"{c} comes" in page.text("#after") and f"“{c}”," in page.text("#chosen")
+            assert page.js("return document.querySelectorAll('#after code *').length") == 0
     page.click("#tab-touch")
     page.click("[data-keys='1-wedge']")
     page.wait("document.getElementById('on-touched').textContent.length >= 120")
