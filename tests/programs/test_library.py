@@ -42,9 +42,10 @@ def test_many_tokens_are_read_as_one_by_one(
     assert next(G.generate(params, config, text, 1, temperature=0)) == logits.argmax()
 
 @pytest.mark.parametrize("arguments, kind", [
-    (([0], -5), ValueError), (([0], 1.5), TypeError), (([0.0], 1), TypeError), (("0", 1), TypeError),
-    (([0], 1, 1.0, 2.0), TypeError), (([0], 1, 1.0, 0), ValueError), (([-1], 1), ValueError),
-    (([11], 1), ValueError), (([0], 1, -0.1), ValueError), (([0], 1, math.nan), ValueError)])
+    (([0], -5), ValueError), (([0], 1.5), TypeError), (([0.0], 1), TypeError),
+    (("0", 1), TypeError), (([0], 1, 1.0, 2.0), TypeError), (([0], 1, 1.0, 0), ValueError),
+    (([-1], 1), ValueError), (([11], 1), ValueError), (([0], 1, -0.1), ValueError),
+    (([0], 1, math.nan), ValueError)])
 def test_generate_refuses_at_once(model, arguments, kind):
     with pytest.raises(kind, match=r"\w"):
         G.generate(*model, *arguments)
