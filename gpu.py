@@ -24,6 +24,7 @@ import ctypes
 import functools
 import gc
 import math
+import operator  # noqa: F401  (for what is borrowed)
 import os
 import warnings
 from collections.abc import Callable
@@ -64,15 +65,12 @@ def _borrowed(function: Callable) -> Callable:
 
 
 class Flat(dict):
-    """A dict of arrays, from either side, copied into one `buffer` of which they become views.
-
-    The matrices, which AdamW decays, come first, `matrices` numbers. Only names and shapes matter.
-    """
+    """A dict of arrays, from either side, copied into one `buffer`, whose views they become."""
 
     def __init__(self, arrays: Params):
         order = sorted(arrays, key=lambda name: (arrays[name].ndim == 1, name))
         self.buffer = cp.concatenate([cp.asarray(arrays[name]).ravel() for name in order])
-        self.matrices = sum(a.size for a in arrays.values() if a.ndim > 1)
+        self.matrices = sum(a.size for a in arrays.values() if a.ndim > 1)  # first; these decay
         views, end = {}, 0
         for name in order:
             start, end = end, end + arrays[name].size
@@ -570,6 +568,7 @@ def loss_and_grads(
     be recorded: CuPy's products of stacks of matrices refuse.
     """
     inputs = [cp.asarray(x), cp.asarray(y)]
+    check(inputs[0].shape == inputs[1].shape, "x and y must have one shape", "this batch")
     if seed is not None and config.dropout:
         keys = numpy.random.default_rng(seed).integers(2**63, size=2 * config.n_layer + 1)
         inputs.append(cp.asarray(keys))
@@ -631,7 +630,8 @@ def validation_loss(params: Params, config: Config, tokens: Array, each: Callabl
 
 # ---- streaming and sampling ----------------------------------------------------------------------
 
-stream_init, stream_step = map(_borrowed, (grassmann.stream_init, grassmann.stream_step))
+stream_init = _borrowed(grassmann.stream_init)
+stream_read, stream_step = map(_borrowed, (grassmann.stream_read, grassmann.stream_step))
 
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
     """grassmann.py's, of logits that are fetched. Raises ValueError if they are not finite."""

@@ -87,11 +87,10 @@ def program(tmp_path):
     """Runs a program with this as cupy.py, if any; there is a text.txt."""
     text = "".join(f"{k} times {k} is {k * k}\n" for k in range(200))
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    (tmp_path / "cupy").mkdir()
 
     def run(cupy, name, *args):
-        (tmp_path / "cupy/cupy.py").write_text(cupy or "", encoding="utf-8")
-        paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "cupy"), os.path.dirname(__file__)])}
+        (tmp_path / "cupy.py").write_text(cupy or "", encoding="utf-8")
+        paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.path.dirname(__file__)])}
         command = [sys.executable, Path(__file__).parents[2] / name, *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, encoding="utf-8",
                               timeout=300, env=os.environ | (paths if cupy else {}))

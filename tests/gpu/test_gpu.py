@@ -51,11 +51,10 @@ def test_gpu_mirrors_grassmann(stand_in):
 def test_every_name_is_one_of_cupy():
     """What the stand-in offers, and so what gpu.py uses, exists in the real library."""
     cupy = pytest.importorskip("cupy", reason="no CuPy")
-    others = ["array", "asarray", "empty", "inf", "RawModule", "get_default_memory_pool"]
-    names = [*cuda_on_cpu.FUNCTIONS.split(), *others]
+    names = f"{cuda_on_cpu.FUNCTIONS} array asarray empty inf RawModule get_default_memory_pool"
     operators = ["get", *(f"__{name}__" for name in cuda_on_cpu.OPERATORS.split())]
     parts = vars(cuda_on_cpu.cuda).keys() - {"cublas"}
-    for module, found in [(cupy, names), (cupy.ndarray, operators), (cupy.cuda, parts)]:
+    for module, found in [(cupy, names.split()), (cupy.ndarray, operators), (cupy.cuda, parts)]:
         assert all(getattr(module, name) is not None for name in found)
     runtime, cublas = vars(cuda_on_cpu.cuda.runtime), vars(cuda_on_cpu.cuda.cublas)
     assert {name: getattr(cupy.cuda.runtime, name) for name in runtime} == runtime
@@ -210,8 +209,8 @@ def test_mixing_layer(gpu, same, rng, layer, dtype, bound):
 @both_dtypes
 def test_dropout(gpu, same, rng, dtype, bound):
     x = drawn((7, 50, D), dtype, rng)
-    ours, how = on_device(gpu, x), (5, 5, 6)
-    results = [gpu.dropout_forward(ours, 0.3, np.random.default_rng(seed)) for seed in how]
+    ours = on_device(gpu, x)
+    results = [gpu.dropout_forward(ours, 0.3, np.random.default_rng(k)) for k in (5, 5, 6)]
     y, again, other = (y.get() for y, _ in results)
     dx, kept = gpu.dropout_backward(ours, results[0][1]).get(), y != 0
     assert (y == again).all() and (y == dx).all() and (y != other).any()
@@ -253,6 +252,8 @@ def test_model(gpu, same, model, recwarn):
         assert list(grads) == list(params)
         same((loss, grads), grassmann.loss_and_grads(params, config, x, y, share=share), 1e-12)
     assert not recwarn.list
+    with pytest.raises(ValueError, match="one shape"):
+        gpu.loss_and_grads(ours, config, x, y[:4])
 
 @parametrize("precision, bound", [("float32", 1e-5), ("tf32", 2e-3), ("bfloat16", 2e-2)])
 def test_precision(gpu, same, set_precision, tiny_config, batch, precision, bound):
@@ -269,8 +270,7 @@ def test_precision(gpu, same, set_precision, tiny_config, batch, precision, boun
     same(gpu.forward(gpu.Flat(exact), config, x), grassmann.forward(exact, config, x), 1e-12)
 
 def test_an_older_card_is_refused(stand_in, monkeypatch):
-    old = SimpleNamespace(compute_capability="75")
-    monkeypatch.setattr(cuda_on_cpu.cuda, "Device", lambda: old)
+    monkeypatch.setattr("cuda_on_cpu.cuda.Device", lambda: SimpleNamespace(compute_capability="75"))
     stand_in.set_precision("float32")
     for precision, error in [("tf32", "tf32 needs compute capability 8.0"),
                              ("bfloat16", "bfloat16 needs"), ("float16", "not 'float16'")]:
@@ -429,8 +429,9 @@ def test_training_follows_the_cpu(gpu, same, tiny_config, trained):
     same((ours, our_state), (params, state), 1e-9)
 
 @pytest.mark.gpu
+@parametrize("gpu", ["card"], indirect=True)
 @parametrize("precision, bound", [("float32", 1e-5), ("tf32", 2e-3), ("bfloat16", 1e-2)])
-def test_200_steps_follow_the_cpu(card, gpu, set_precision, tiny_config, trained, precision, bound):
+def test_200_steps_follow_the_cpu(gpu, set_precision, tiny_config, trained, precision, bound):
     """At a learning rate that is not too high: there rounding grows from step to step."""
     set_precision(precision)
     config = tiny_config(rank=32, d_model=64, d_ff=128)
