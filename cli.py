@@ -55,6 +55,7 @@ import grassmann
 from checkpoint import load_checkpoint
 
 VERSION = "2.0"
+BEST = Path("out/best.npz")  # what the programs read unless told otherwise
 
 
 def available_cores() -> int:
@@ -120,13 +121,15 @@ def backend(gpu: bool, precision: str | None = None) -> ModuleType:
 def load_trained(model: ModuleType, checkpoint: Path) -> tuple:
     """(params, config, extra) of a checkpoint that train_char.py wrote, for model, grassmann or gpu.
 
-    Of a run that was stopped before its first validation, last.npz is read in place of best.npz.
-    Raises ValueError.
+    Of a run that was stopped before its first validation, last.npz is read in place of best.npz;
+    before any run, the model that the project ships in place of BEST. Raises ValueError.
     """
-    last = checkpoint.with_name("last.npz")
-    if checkpoint.name == "best.npz" and not checkpoint.exists() and last.exists():
-        print(f"there is no {checkpoint} yet, so this is {last}", file=sys.stderr)
-        checkpoint = last
+    last, shipped = checkpoint.with_name("last.npz"), Path(__file__).with_name("shakespeare.npz")
+    if checkpoint.name == "best.npz" and not checkpoint.exists():
+        other = last if last.exists() else shipped if checkpoint == BEST else checkpoint
+        if other != checkpoint:
+            print(f"there is no {checkpoint} yet, so this is {other}", file=sys.stderr)
+        checkpoint = other
     try:
         params, config, extra = load_checkpoint(checkpoint, getattr(model, "Flat", dict))
     except FileNotFoundError:

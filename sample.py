@@ -72,8 +72,7 @@ def main() -> None:
     cli.plain_output()
     parser = Parser(__doc__)
     add = parser.add_argument
-    best = Path("out/best.npz")
-    add("checkpoint", nargs="?", type=Path, default=best, help=f"what to sample from (default: {best})")
+    add("checkpoint", nargs="?", type=Path, default=cli.BEST, help=f"what to sample from (default: {cli.BEST})")
     add("--prompt", default="", help="text to go on from; - reads the standard input, @FILE a file "
         "(default: empty, as after a line end)")
     add("--escapes", action="store_true", help=r"\n and \t in --prompt are a line end and a tab")
