@@ -53,6 +53,8 @@ def test_clip_grads(dtype, max_norm, clipped):
     assert all(g is kept and g.dtype == dtype for g, kept in zip(grads.values(), same, strict=True))
     found = np.concatenate([g.ravel() for g in grads.values()])
     np.testing.assert_allclose(found, np.array([3, 4, 12, 0, 0]) * (clipped / 13), rtol=1e-6)
+    huge = {"a": np.full(2, 1e30, dtype)}  # the square of a float32 overflows
+    assert G.clip_grads(huge, 1.0) == pytest.approx(2**0.5 * 1e30) and huge["a"][0] > 0.7
 
 def test_learning_rate():
     """Up in equal steps, the peak right after the warm-up, half a cosine down to min_lr."""
