@@ -12,8 +12,9 @@ around it, to be read from top to bottom. Letters for sizes, the same everywhere
 
 Vectors are rows: y = x @ W + b with W of shape (in, out). dx is the gradient of the loss with
 respect to x. Every differentiable op is a pair, side by side: name_forward(...) -> (out, cache)
-and name_backward(dout, cache) -> gradients, in the order of the forward's arguments. The dtype of
-the parameters decides the precision: float32 trains, float64 checks.
+and name_backward(dout, cache) -> gradients, in the order of the forward's arguments; layers take
+their parameters as `w`, a part of one flat dict (`Scope`), and return theirs as a dict. The dtype
+of the parameters decides the precision: float32 trains, float64 checks.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def linear_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     """From y_tk = Σ_i x_ti W_ik + b_k:  dx = dy Wᵀ,  dW = xᵀ dy,  db = Σ_t dy_t."""
     x, W = cache
     dy, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, len(W))  # (T, out), (T, in)
-    dx = np.matmul(dy, W.T, out=np.empty_like(rows))  # in the memory order of x: faster for p
+    dx = np.matmul(dy, W.T, out=np.empty_like(rows))  # laid out like x: faster for p
     return dx.reshape(x.shape), rows.T @ dy, dy.sum(0)
 
 
@@ -72,8 +73,8 @@ def layernorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     x_hat, inv_std, w = cache
     dx_hat = dy * w
     dx = inv_std * (dx_hat - mean(dx_hat) - x_hat * (dot(dx_hat, x_hat) / len(w)))
-    rows = tuple(range(dy.ndim - 1))
-    return dx, (dy * x_hat).sum(rows), dy.sum(rows)
+    axes = tuple(range(dy.ndim - 1))
+    return dx, (dy * x_hat).sum(axes), dy.sum(axes)
 
 
 GELU_C = math.sqrt(2 / math.pi)
@@ -160,10 +161,9 @@ def plucker_forward(u: Array, v: Array) -> tuple[Array, tuple]:
     return p.T.reshape(*shape, len(p)), (u, v, shape)  # (..., n)
 
 def plucker_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
-    """u_i meets v_j in p_ij with a plus where i < j, and in p_ji with a minus where i > j; so do v_i
-    and u_j with the signs reversed. With the antisymmetric A, A_ij = dp_ij above the diagonal:
-
-        du_i = Σ_j A_ij v_j,   dv_i = -Σ_j A_ij u_j.
+    """u_i meets v_j in p_ij, with a plus, where i < j, and in p_ji, with a minus, where i > j; v_i and
+    u_j with the signs reversed: du_i = Σ_j A_ij v_j, dv_i = -Σ_j A_ij u_j, A antisymmetric with dp
+    above its diagonal.
     """
     u, v, shape = cache
     i, j = pairs(len(u))
@@ -195,7 +195,7 @@ def unit_area_forward(u: Array, v: Array, parallel: float = 1e-5) -> tuple[Array
     height = dot(v_perp, v_perp)  # |v⊥|² = |v|² sin²θ, and |u⊥|² = |u|² sin²θ
     plane = nonzero & (height > np.maximum(parallel**2 * vv, tiny))
     inv_height = plane / np.where(plane, height, 1)
-    inv_area = np.sqrt(inv_height) / np.sqrt(uu)  # the product of the squares can overflow
+    inv_area = np.sqrt(inv_height) / np.sqrt(uu)  # roots first: 1 / (|u|² |v⊥|²) could overflow
     q = inv_area * v
     return q, (q, inv_area, u_perp * (vv * inv_height / uu), v_perp * inv_height)
 
@@ -225,20 +225,20 @@ def partner_forward(
 
     c_Δ = 1/|z_t ∧ z_{t-Δ}| if normalised, else 1; an offset is valid where t - Δ >= 0. (The paper
     pairs t with t+Δ. In a language model that is the answer, so the partner lies behind.) A sum of
-    planes through one line z_t is again a plane, so nothing leaves the cone over the Grassmannian.
+    planes through one line z_t is again a plane: the mixed feature is a plane's, times a length.
 
     With taps, learned weights tell the offsets apart: s_t = Σ_Δ w_Δ ⊙ z_{t-Δ}, a depthwise causal
     convolution, where missing tokens count as 0; if normalised, s_t is then divided by |z_t ∧ s_t|.
     """
     s, caches = np.zeros(z.shape, z.dtype), []
     for k, delta in enumerate(offsets):
-        q = z[:, :-delta]  # (B, L-Δ, r), the partners of z[:, delta:]
+        term = z[:, :-delta]  # (B, L-Δ, r), the partners of z[:, delta:]
         if taps is not None:
-            q = taps[k] * q
+            term = taps[k] * term
         elif normalize:
-            q, cache = unit_area_forward(z[:, delta:], q)
+            term, cache = unit_area_forward(z[:, delta:], term)
             caches.append(cache)
-        s[:, delta:] += q
+        s[:, delta:] += term
     share = None
     if taps is None:
         valid = (np.arange(z.shape[1])[:, None] >= np.array(offsets)).sum(1).clip(1, None)  # (L)
@@ -259,17 +259,17 @@ def partner_backward(ds: Array, cache: tuple) -> tuple[Array, Array | None]:
     dz, dtaps = np.zeros_like(z), None if taps is None else np.empty_like(taps)
     if taps is None:
         ds = ds * share
-    elif caches:
+    elif caches:  # normalised
         dz, ds = unit_area_backward(ds, caches[0])
     for k, delta in enumerate(offsets):
-        dq = ds[:, delta:]  # (B, L-Δ, r)
+        dterm = ds[:, delta:]  # (B, L-Δ, r)
         if taps is not None:
-            dtaps[k] = (dq * z[:, :-delta]).sum((0, 1))
-            dq = taps[k] * dq
-        elif caches:
-            du, dq = unit_area_backward(dq, caches[k])
+            dtaps[k] = (dterm * z[:, :-delta]).sum((0, 1))
+            dterm = taps[k] * dterm
+        elif caches:  # normalised
+            du, dterm = unit_area_backward(dterm, caches[k])
             dz[:, delta:] += du
-        dz[:, :-delta] += dq
+        dz[:, :-delta] += dterm
     return dz, dtaps
 
 
@@ -356,15 +356,15 @@ def attention_forward(h: Array, w: Scope, config: Config, layer: int, past=None)
 def attention_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
     """softmax' for one row a of the table is diag(a) - a aᵀ: dscores = a ⊙ (da - Σ a ⊙ da). And
 
-    o = a v:  da = do vᵀ, dv = aᵀ do,    scores = q kᵀ / sqrt(d_h):  dq = dscores k / sqrt(d_h), …
+    o = a v:  da = do vᵀ, dv = aᵀ do;   with dqk = dscores / sqrt(d_h):  dq = dqk k, dk = dqkᵀ q.
     """
     q, k, v, a = (cache[name] for name in "qkva")
     B, n_head, L, d_h = q.shape
     dheads, dW_out, db_out = linear_backward(dout, cache["out"])
     do = dheads.reshape(B, L, n_head, d_h).swapaxes(1, 2)  # (B, n_head, L, d_h)
     da, dv = do @ v.swapaxes(-1, -2), a.swapaxes(-1, -2) @ do
-    dscores = a * (da - dot(a, da)) / math.sqrt(d_h)  # (B, n_head, L, L)
-    dqkv = np.stack([dscores @ k, dscores.swapaxes(-1, -2) @ q, dv])  # (3, B, n_head, L, d_h)
+    dqk = a * (da - dot(a, da)) / math.sqrt(d_h)  # (B, n_head, L, L)
+    dqkv = np.stack([dqk @ k, dqk.swapaxes(-1, -2) @ q, dv])  # (3, B, n_head, L, d_h)
     dqkv = dqkv.transpose(1, 3, 0, 2, 4).reshape(B, L, -1)  # (B, L, 3d)
     dh, dW_qkv, db_qkv = linear_backward(dqkv, cache["qkv"])
     return dh, {"W_qkv": dW_qkv, "b_qkv": db_qkv, "W_out": dW_out, "b_out": db_out}
@@ -393,7 +393,7 @@ def ffn_backward(dout: Array, cache: tuple) -> tuple[Array, Params]:
 def prenorm_block_forward(
     h: Array, w: Scope, config: Config, layer: int, past=None, rng: Rng | None = None
 ) -> tuple[Array, dict]:
-    """h ← h + D(mix(LN1(h))),  h ← h + D(FFN(LN2(h))),  D dropout; h (B, L, d)."""
+    """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))); the gate keeps LN1(h), the sum h (B, L, d)."""
     mixer_forward, _ = MIXERS[config.mixer]
     normed, c_ln1 = layernorm_forward(h, w["ln1.w"], w["ln1.b"])
     mix, c_mix = mixer_forward(normed, w.scope("mix."), config, layer, past)
@@ -458,11 +458,11 @@ WIDENING = ((1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 4, 8, 12, 16))  # f
 
 def default_offsets(n_layer: int, context: int, taps: bool) -> tuple[tuple[int, ...], ...]:
     """With taps more and farther ones from layer to layer; without, one each: 1, 2, 4, 8, 1, …"""
-    quarters = [3 - 4 * (n_layer - 1 - i) // n_layer for i in range(n_layer)]  # of the depth: 0-3
+    quarters = [3 - 4 * (n_layer - 1 - i) // n_layer for i in range(n_layer)]  # 0 to 3, the last 3
     layers = [WIDENING[k] for k in quarters] if taps else [(2 ** (i % 4),) for i in range(n_layer)]
     return tuple(tuple(delta for delta in layer if delta < context) or (1,) for layer in layers)
 
-@dataclass(unsafe_hash=True)  # to change one: dataclasses.replace
+@dataclass(unsafe_hash=True)  # dataclasses.replace changes one (and keeps its d_ff and offsets)
 class Config:
     """The sizes and variants of one model; the defaults are train_char.py's. Raises ValueError.
 
@@ -512,7 +512,7 @@ class Config:
 def check(fine: bool, rule: str, given: object) -> None:
     """Raises ValueError, saying the rule and what was given, unless it is fine."""
     if not fine:
-        raise ValueError(f"{rule}, not as in {given}")
+        raise ValueError(f"{rule}; got {given}")
 
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in order."""
@@ -546,7 +546,7 @@ def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Para
     for name, shape in param_shapes(config).items():
         kind = name.split(".")[-1]
         if kind == "w" or kind.startswith("b"):
-            params[name] = np.full(shape, kind == "w", dtype)
+            params[name] = np.full(shape, kind == "w", dtype)  # ones, or zeros
         else:
             params[name] = (scales.get(kind, 0.02) * rng.standard_normal(shape)).astype(dtype)
     return params
@@ -563,9 +563,9 @@ class Scope:
     def scope(self, prefix: str) -> Scope:
         return Scope(self.params, self.prefix + prefix)
 
-def prefixed(prefix: str, grads: dict) -> dict:
+def prefixed(prefix: str, named: dict) -> dict:
     """The way back: every name with `prefix` in front."""
-    return {prefix + name: value for name, value in grads.items()}
+    return {prefix + name: value for name, value in named.items()}
 
 # ---- the model and its loss ----------------------------------------------------------------------
 
@@ -585,8 +585,8 @@ def model_forward(
 ) -> tuple[Array, dict]:
     """Embed, N blocks, project onto the embedding: tokens (B, L) -> logits (B, L, V), cache.
 
-    `past`, one dict per layer, and `start`, the position of the first token, are for streaming; `rng`
-    draws dropout, in training. Look inside: cache["blocks"][i]["mix"]["alpha"], "z", "s", "p".
+    `past`, one dict per layer, and `start`, the position of the first token, are for streaming;
+    `rng` draws dropout. To look inside: cache["blocks"][i]["mix"]["alpha"], "z", "s", "p".
     """
     block_forward, _ = BLOCKS[config.block]
     h, c_embed = embedding_forward(tokens, params["E"])  # (B, L) -> (B, L, d)
@@ -630,7 +630,7 @@ def forward(params: Params, config: Config, tokens: Array) -> Array:
     return model_forward(params, config, np.asarray(tokens))[0]
 
 def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None, share=1.0) -> tuple:
-    """Mean cross-entropy in nats of predicting y from x, both (B, L), and its gradients, a new dict.
+    """Mean cross-entropy in nats of predicting y from x, (B, L), and its gradients, a new dict.
 
     `seed` (a whole number or several) drives dropout; None switches it off. Both results are
     multiplied by `share`, the part of a larger batch that these rows are.
@@ -647,8 +647,8 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
 
 def adamw_init(params: Params) -> dict[str, Params]:
     """The optimiser's state: running means of the gradient and of its square, zero at first."""
-    return {mean: {name: np.zeros_like(value) for name, value in params.items()}
-            for mean in ("adam_m", "adam_v")}
+    return {key: {name: np.zeros_like(value) for name, value in params.items()}
+            for key in ("adam_m", "adam_v")}
 
 def adamw_step(
     params: Params, grads: Params, state: dict[str, Params], step: int, lr: float,
@@ -657,7 +657,7 @@ def adamw_step(
     """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101), in place; `step` counts from 0.
 
         m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²,   m̂ = m / (1 - β₁^(step+1)),   v̂ likewise
-        θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ),   the decay λ for matrices only
+        θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ),   the decay λ for all but vectors
     """
     (beta_1, beta_2), t = betas, step + 1
     fix_1, fix_2 = 1 - beta_1**t, 1 - beta_2**t
@@ -682,7 +682,7 @@ def clip_grads(grads: Params, max_norm: float) -> float:
 def get_batch(tokens: Array, batch_size: int, context: int, seed: int, step: int) -> tuple:
     """x (B, L) and y, the same windows one later; where they lie is drawn from (seed, step)."""
     rng = np.random.default_rng((seed, step))
-    starts = np.asarray(rng.integers(0, len(tokens) - context, batch_size))
+    starts = np.asarray(rng.integers(0, len(tokens) - context, batch_size))  # (on a card: copied)
     windows = starts[:, None] + np.arange(context)  # (B, L)
     return tokens[windows], tokens[windows + 1]
 
@@ -721,7 +721,7 @@ def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tu
     Equals `forward` on the whole text. With positions, the table ends at the context: then the
     decoder forgets all but the last half of the context and reads that again from position 0.
     """
-    tokens, most = list(tokens), 512  # at a time: few, so that they stay in the caches
+    tokens, most = list(tokens), 512  # at once: few, so that they stay in the processor's caches
     while tokens:
         if config.positions:
             if state["position"] == config.context:

@@ -294,4 +294,4 @@ WRONG = {
 def test_a_wrong_configuration_gets_a_sentence(tiny_config, rule, changes):
     with pytest.raises(ValueError, match=rule) as error:
         tiny_config(**changes)
-    assert ", not as in Config(" in str(error.value) and "\n" not in str(error.value)
+    assert "; got Config(" in str(error.value) and "\n" not in str(error.value)
