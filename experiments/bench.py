@@ -47,13 +47,12 @@ def step(setup: Setup) -> list[dict]:
     Our default model against nanoGPT's laptop recipe and itself in PyTorch; the paper's layer
     (offsets averaged, normalised, positions) as it is usually written; and what offsets cost.
     """
-    default = setup.config()
+    default, rows = setup.config(), []
     one = setup.config(taps=False, normalize=True, positions=True)  # 1, 2, 4, 8 back, one a layer
     six = replace(one, offsets=((1, 2, 4, 8, 12, 16),) * one.n_layer)
     back_1, back_16 = (replace(default, offsets=[range(1, m + 1)] * one.n_layer) for m in (1, 16))
     gpts = {"GPT, equal width": setup.gpt_config(),
             "GPT, equal parameters": gpt_of_size(setup, n_parameters(default))}
-    rows = []
     for what, config, others in (
         ("default", default, gpts | {"the same": default}),
         ("one offset per layer", one, {"as usually written": one}),
@@ -265,9 +264,9 @@ def header(setup: Setup, data: str | None) -> dict[str, object]:
 
 def cell(value: object) -> str:
     """Whole numbers in full, others with four digits; a dash for nan."""
-    if isinstance(value, float) and not math.isnan(value):
-        return f"{value:,.{max(0, 4 - len(str(int(abs(value)))))}f}"
-    return f"{value:,}" if isinstance(value, int) else str(value).replace("nan", "–")
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:,.{max(0, 4 - len(str(int(value))))}f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 def print_table(rows: list[dict]) -> None:
     lines = [[*rows[0]]] + [[cell(value) for value in row.values()] for row in rows]
@@ -281,7 +280,8 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: the text of train_char.py)")
-    add("--threads", type=cli.number(int, 1, 1024), default=cli.available_cores(), help="all cores")
+    add("--threads", type=cli.number(int, 1, 1024), default=cli.available_cores(),
+        help="CPU threads (default: all cores)")
     add("--quick", action="store_true", help="fewer turns, and no race")
     add("--gpu", action="store_true", help="measure training steps on a CUDA GPU instead")
     add("--only", nargs="+", choices=[*SECTIONS, *bench_gpu.SECTIONS], help="some sections")

@@ -175,9 +175,9 @@ def test_gpu_section(precision, broken, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda f, mode, **_: mode != broken and trace(f, **how))
     monkeypatch.setattr(torch.cuda, "synchronize", print)
     monkeypatch.setitem(sys.modules, "gpu", gpu)
-    for name, value in {"DEVICE": "cpu", "LARGE": 64, "SIZES": {"laptop": (SIZES, 3)}}.items():
+    for name, value in {"DEVICE": "cpu", "LARGE": 64, "SIZES": {"nanogpt": (SIZES, 3)}}.items():
         monkeypatch.setattr(bench_gpu, name, value)
-    bench.print_table(bench_gpu.SECTIONS[f"laptop-{precision}"](tiny(quick=True)))
+    bench.print_table(bench_gpu.SECTIONS[f"nanogpt-{precision}"](tiny(quick=True)))
     assert capsys.readouterr().out.count("–") == (3 * 3 if broken else 0)
     batch = bench_gpu.OnCard(tiny(), tiny().config(), "tf32", None).batch()
     assert np.array_equal(batch, grassmann.get_batch(tiny().corpus.train, 3, 24, 0, 0))
