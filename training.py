@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
@@ -61,13 +62,15 @@ def train_step(
     return loss
 
 
+@lru_cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    """So many threads, kept: new ones for every step would each take memory of their own anew."""
+    return ThreadPoolExecutor(threads)
+
+
 def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
     """map(function, items), on so many threads (NumPy releases the interpreter lock)."""
-    if threads == 1:
-        yield from map(function, items)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(function, items)
+    return pool(threads).map(function, items) if threads > 1 else map(function, items)
 
 
 def loss_and_grads(
