@@ -22,7 +22,6 @@ import cli  # noqa: I001  (before NumPy)
 
 import argparse
 import contextlib
-import itertools
 import math
 import os
 import signal
@@ -209,7 +208,7 @@ def make_run(args: argparse.Namespace) -> Run:
     if given.get("data"):
         given["data"] = [name if name == "shakespeare" else os.path.abspath(name) for name in given["data"]]
     saved = resume_point(model, last) if args.resume else {"settings": {}}
-    settings = DEFAULTS | saved["settings"] | given
+    settings = DEFAULTS | saved["settings"] | given  # what is typed counts most
     if args.paper:
         own = paper(settings["n_layer"], settings["d_model"], settings["context"])
         given, settings = own | given, settings | own | given
@@ -336,85 +335,89 @@ def log_line(row: list) -> str:
 # ---- training --------------------------------------------------------------------------------------
 
 
-def validate(run: Run, signals: list[int]) -> float:
-    """The validation loss, of all that is held out or of MOST_VALIDATED characters.
-
-    Raises KeyboardInterrupt between two chunks once there is a signal, ValueError if it is not finite.
-    """
-    tokens, n = run.model.np.asarray(run.corpus.val), max(1, MOST_VALIDATED // 10_000)
-    pieces = [tokens]
-    if len(tokens) > MOST_VALIDATED:
-        starts = np.linspace(0, len(tokens) - 10_001, n).astype(int)
-        pieces = [tokens[start : start + 10_001] for start in starts.tolist()]
-    total = sum(len(piece) for piece in pieces) // run.config.context
-
-    def each(function: Callable, chunks: Iterable) -> Iterator:
-        for chunk in in_threads(function, chunks, run.threads or 1):
-            if signals:
-                raise KeyboardInterrupt
-            yield chunk
-            bar.update(max(1, 512 // run.config.context))
-
-    with tqdm(total=total, desc="validating", unit="window", leave=False, delay=2, disable=None) as bar:
-        losses = [run.model.validation_loss(run.params, run.config, piece, each) for piece in pieces]
-    loss = math.fsum(losses) / len(losses)
-    if not math.isfinite(loss):
-        raise ValueError(run.diverged("validation loss", loss, run.progress.step))
-    return loss
-
-
-def train(run: Run, signals: list[int]) -> float | None:
-    """Steps until --iters or a signal; returns the last validation loss. Raises ValueError, OSError."""
+def train(run: Run, signals: list[int]) -> None:
+    """Steps until --iters or a signal. Raises ValueError, OSError."""
     p, t, model, eval_every = run.progress, run.training, run.model, run.settings["eval_every"]
-    tokens, val_loss, warned = model.np.asarray(run.corpus.train), None, False
-    first, started, before = p.step, time.perf_counter(), p.seconds
+    tokens, first, before = model.np.asarray(run.corpus.train), p.step, p.seconds
+    started = time.perf_counter()
     bar = tqdm(total=t.iters, initial=p.step, unit="step", disable=None, dynamic_ncols=True)
     with bar, open_log(run) as log:
         while True:
             due = p.step % eval_every == 0 or p.step == t.iters
-            if p.recent and (due or p.step % LOG_EVERY == 0):  # (or a stop came in a validation)
-                losses = run.checked_losses()
-                train_loss = math.fsum(losses) / len(losses)
-                try:
-                    val_loss = validate(run, signals) if due else val_loss
-                except KeyboardInterrupt:
-                    break
-                p.log.append([p.step, train_loss, val_loss if due else None, t.rate(p.step - 1), round(p.seconds, 2)])
-                p.recent = []
-                log.write(log_line(p.log[-1]))
-                shown = f"loss {train_loss:.4f}" + (f" val {val_loss:.4f}" if val_loss else "")
-                bar.set_description_str(shown, refresh=False)
-                if due:
-                    keep(run, val_loss)
-                    bar.write(f"step {p.step:6d}   train {train_loss:.4f}   val {val_loss:.4f} nats/char"
-                              f"   {p.seconds:6.1f} s\n  {line_of(run)}")
-                    if not warned and (warned := overfits(p.log)):
-                        bar.write("The validation loss rises while the training loss falls: the model learns "
-                                  "the text by heart. More text, more --dropout or fewer --iters help; "
-                                  "best.npz is from before.")
+            if p.recent and (due or p.step % LOG_EVERY == 0):  # of the last step, or left by a stop
+                record(run, log, bar, due, signals)
             if signals or p.step >= t.iters:
                 break
             x, y = model.get_batch(tokens, t.batch_size, run.config.context, t.seed, p.step)
-            p.recent.append(train_step(model, run.params, run.config, t, run.optimizer, p.step, x, y, run.threads))
+            loss = train_step(model, run.params, run.config, t, run.optimizer, p.step, x, y, run.threads)
+            p.recent.append(loss)
             p.step += 1
             p.seconds = before + time.perf_counter() - started
             bar.update()
             if p.step == first + 10 and p.step < t.iters:
                 left = (p.seconds - before) / 10 * (t.iters - p.step)
-                bar.write(f"about {duration(left)} to go")
+                time_left = plural(round(left), "second") if left < 100 else f"{left / 60:.0f} minutes"
+                bar.write(f"about {time_left} to go")
         if signals:
             run.save_last()
-    return val_loss
 
 
-def keep(run: Run, val_loss: float) -> None:
-    """After a validation: last.npz, and best.npz if it is the best so far. Raises ValueError, OSError."""
-    p = run.progress
-    if p.best is None or val_loss < p.best[1]:
-        p.best = [p.step, val_loss]
-        run.save("best.npz")
-    run.save_last()
-    plot(run)
+def record(run: Run, log: TextIO, bar: tqdm, due: bool, signals: list[int]) -> None:
+    """A line of the log; where it is due a validation, and then checkpoints, plot and a line to read.
+
+    After a stop in the validation the losses wait for the next time. Raises ValueError, OSError.
+    """
+    p, losses = run.progress, run.checked_losses()
+    train_loss, val_loss = math.fsum(losses) / len(losses), validate(run, signals) if due else None
+    if due and val_loss is None:
+        return
+    p.log.append([p.step, train_loss, val_loss, run.training.rate(p.step - 1), round(p.seconds, 2)])
+    p.recent = []
+    log.write(log_line(p.log[-1]))
+    validated = [row for row in p.log if row[2] is not None]
+    shown = f" val {validated[-1][2]:.4f}" if validated else ""
+    bar.set_description_str(f"loss {train_loss:.4f}{shown}", refresh=False)
+    if due:
+        if p.best is None or val_loss < p.best[1]:
+            p.best = [p.step, val_loss]
+            run.save("best.npz")
+        run.save_last()
+        plot(run)
+        bar.write(f"step {p.step:6d}   train {train_loss:.4f}   val {val_loss:.4f} nats/char   {p.seconds:6.1f} s"
+                  f"\n  {line_of(run)}")
+        if overfits(validated):
+            bar.write("The validation loss rises while the training loss falls: the model learns the text by "
+                      "heart. More text, more --dropout or fewer --iters help; best.npz is from before.")
+
+
+def validate(run: Run, signals: list[int]) -> float | None:
+    """The validation loss, of all that is held out or of MOST_VALIDATED characters; None after a signal.
+
+    Raises ValueError if it is not finite.
+    """
+    tokens, context = run.model.np.asarray(run.corpus.val), run.config.context
+    pieces, losses = [tokens], []
+    if len(tokens) > MOST_VALIDATED:
+        starts = np.linspace(0, len(tokens) - 10_001, max(1, MOST_VALIDATED // 10_000)).astype(int)
+        pieces = [tokens[start : start + 10_001] for start in starts.tolist()]
+    total = sum(map(len, pieces)) // context
+
+    def each(function: Callable, chunks: Iterable) -> Iterator:
+        for chunk in in_threads(function, chunks, run.threads or 1):
+            yield chunk
+            bar.update(max(1, 512 // context))
+            if signals:
+                break
+
+    with tqdm(total=total, desc="validating", unit="window", leave=False, delay=2, disable=None) as bar:
+        for piece in pieces:
+            losses.append(run.model.validation_loss(run.params, run.config, piece, each))
+            if signals:
+                return None
+    loss = math.fsum(losses) / len(losses)
+    if not math.isfinite(loss):
+        raise ValueError(run.diverged("validation loss", loss, run.progress.step))
+    return loss
 
 
 def line_of(run: Run) -> str:
@@ -425,15 +428,14 @@ def line_of(run: Run) -> str:
     return visible("".join(chr(vocab[token]) for token in tokens)).replace("\n", "⏎").replace("\t", " ")
 
 
-def overfits(log: list[list]) -> bool:
-    """Has the validation loss risen three times in a row, while the training loss fell?"""
-    last = [row for row in log if row[2] is not None][-4:]
-    rises = all(a[2] < b[2] for a, b in itertools.pairwise(last))
-    return len(last) == 4 and rises and last[-1][1] < last[0][1]
+def overfits(validated: list[list]) -> bool:
+    """Has the validation loss risen three times in a row while the training loss fell, now and not before?
 
-
-def duration(seconds: float) -> str:
-    return plural(round(seconds), "second") if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    `validated` are the rows of the log that have a validation loss.
+    """
+    found = [k for k, rows in enumerate(zip(*(validated[i:] for i in range(4)), strict=False))
+             if rows[0][2] < rows[1][2] < rows[2][2] < rows[3][2] and rows[3][1] < rows[0][1]]
+    return found == [len(validated) - 4]
 
 
 # ---- afterwards ------------------------------------------------------------------------------------
@@ -465,10 +467,11 @@ def plot(run: Run) -> None:
         tqdm.write(f"no loss.png: {type(error).__name__}: {' '.join(str(error).split()):.100}")
 
 
-def report(run: Run, val_loss: float, go_on: str) -> None:
+def report(run: Run, go_on: str) -> None:
     """The numbers, the files and a sample; `go_on` is the command that trains further."""
     best, last = run.out / "best.npz", run.out / "last.npz"
-    for name, (step, loss) in {"best": run.progress.best, "last": [run.progress.step, val_loss]}.items():
+    last_step, _, last_loss, *_ = run.progress.log[-1]
+    for name, (step, loss) in (("best", run.progress.best), ("last", (last_step, last_loss))):
         print(f"{name} validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}")
     print(f"{best}   to sample from: {command('sample.py', best)}")
     print(f"{last}   to go on from: {go_on} --iters MORE")
@@ -513,14 +516,14 @@ def main() -> None:
               + f", {len(corpus.vocab)} different ones; {n_params / 1e6:.2f}M parameters; "
               f"{plural(args.threads, 'thread')}; writing into {run.out}")
         signals = catch_signals()
-        val_loss = train(run, signals)
+        train(run, signals)
         gpu = ["--gpu"] * args.gpu + (["--precision", args.precision] if args.precision else [])
         go_on = command("train_char.py", "--resume", "--out", run.out, *gpu)
         if signals and (run.progress.step < run.training.iters or run.progress.recent):
             print(f"stopped at step {run.progress.step} and saved; go on with: {go_on}")
             plot(run)
             sys.exit(128 + signals[0])
-        report(run, val_loss, go_on)
+        report(run, go_on)
 
 
 if __name__ == "__main__":
