@@ -23,7 +23,6 @@ from grassmann import Config, Params, param_shapes
 FORMAT = 1  # version of the file; a loader refuses any other
 MOST_META = 1 << 25  # bytes: more than a vocabulary of all of Unicode takes
 
-
 def save_checkpoint(path: str | os.PathLike, params: Params, config: Config, **extra) -> None:
     """Write parameters, configuration and `extra`.
 
@@ -51,7 +50,6 @@ def save_checkpoint(path: str | os.PathLike, params: Params, config: Config, **e
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
 
 def load_checkpoint(
     path: str | os.PathLike, place: Callable[[Params], Params] = dict
@@ -87,7 +85,6 @@ def load_checkpoint(
     groups = {key: place(group) for key, group in groups.items()}
     return groups.pop("param"), config, extra | groups
 
-
 def check(groups: dict[str, Params], config: Config, extra: dict) -> None:
     """What a checkpoint must be, when it is written and when it is read. Raises ValueError."""
     if "param" in extra or any("/" in key for key in extra):
@@ -110,7 +107,6 @@ def check(groups: dict[str, Params], config: Config, extra: dict) -> None:
             or vocab[0] < 0 or vocab[-1] > 0x10FFFF):
         raise ValueError("its vocabulary is not one of vocab_size code points in ascending order")
 
-
 def read(archive: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
     """One array, of at most so many bytes; zipfile compares its CRC. Raises ValueError."""
     info = archive.getinfo(f"{name}.npy")
@@ -124,10 +120,8 @@ def read(archive: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
     array = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
     return np.array(array, order="C")  # a copy that can be written to
 
-
 def is_arrays(value: object) -> bool:
     return isinstance(value, dict) and {hasattr(a, "dtype") for a in value.values()} == {True}
-
 
 def on_host(arrays: Params) -> Params:
     """CuPy's arrays are fetched."""

@@ -18,7 +18,6 @@ import sys
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit(f"this needs Python 3.10 or newer, not {sys.version.split()[0]}")
 
-
 def without_traceback(kind: type, error: BaseException, trace: object) -> None:
     """What ends a program during its imports: Ctrl-C in silence, a missing package with a sentence."""
     if issubclass(kind, ModuleNotFoundError):
@@ -27,7 +26,6 @@ def without_traceback(kind: type, error: BaseException, trace: object) -> None:
         print(f"{Path(sys.argv[0]).name}: {error.name} is not installed; {install}", file=sys.stderr)
     elif not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
-
 
 sys.excepthook = without_traceback
 
@@ -57,14 +55,11 @@ from checkpoint import load_checkpoint
 VERSION = "2.0"
 BEST = Path("out/best.npz")  # what the programs read unless told otherwise
 
-
 def available_cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-
 # ---- options ---------------------------------------------------------------------------------------
-
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, exit code 2."""
@@ -79,7 +74,6 @@ class Parser(argparse.ArgumentParser):
         if "expected one argument" in message:
             message += " (one that begins with a dash is written --option=-value)"
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
-
 
 def number(kind: type, least: float, most: float, *, above: bool = False) -> Callable:
     """A type for argparse: an int or float from least to most (`above`: greater than least)."""
@@ -96,12 +90,10 @@ def number(kind: type, least: float, most: float, *, above: bool = False) -> Cal
 
     return parse
 
-
 def add_gpu_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--gpu", action="store_true", help="run on a CUDA GPU, with CuPy (requirements-gpu.txt)")
     parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default=None,
         help="of matrix products on the GPU: tf32 and bfloat16 are faster and coarser (default: float32)")
-
 
 def backend(gpu: bool, precision: str | None = None) -> ModuleType:
     """The module that computes: grassmann (NumPy) or gpu (CuPy), same names. Raises ValueError."""
@@ -116,7 +108,6 @@ def backend(gpu: bool, precision: str | None = None) -> ModuleType:
     except ImportError as error:
         raise ValueError(f"--gpu: {error}") from None
     return cuda
-
 
 def load_trained(model: ModuleType, checkpoint: Path) -> tuple:
     """(params, config, extra) of a checkpoint that train_char.py wrote, for model, grassmann or gpu.
@@ -141,14 +132,11 @@ def load_trained(model: ModuleType, checkpoint: Path) -> tuple:
         raise ValueError(f"{checkpoint} was not written by train_char.py")
     return params, config, extra
 
-
 # ---- words and errors ------------------------------------------------------------------------------
-
 
 def plural(n: int, what: str) -> str:
     """1 thread, 2 threads."""
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
-
 
 def command(script: str, *args: object) -> str:
     """A command line to copy: with the interpreter that runs, and the script as it was found."""
@@ -158,7 +146,6 @@ def command(script: str, *args: object) -> str:
     paths = [f"./{a}" if isinstance(a, Path) and str(a).startswith("-") else str(a) for a in args]
     words = ["python" if same else sys.executable, str(Path(sys.argv[0]).with_name(script)), *paths]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
-
 
 class Patient:
     """A stream whose reader may leave (`| head`) or whose disk may fill: then it is silent."""
@@ -180,7 +167,6 @@ class Patient:
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
-
 def plain_output() -> None:
     """No surprises: escape what the terminal cannot show, and let no NumPy warning in between.
 
@@ -193,11 +179,9 @@ def plain_output() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (to the end)
         getattr(sys, name).reconfigure(errors="backslashreplace")
 
-
 def leave_quietly() -> None:
     """Whoever read our output has had enough: write the rest nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
 
 @contextmanager
 def short_errors(parser: Parser, where: object, memory: str = "not enough memory", stopped: str = "") -> Iterator[None]:

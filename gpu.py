@@ -57,12 +57,10 @@ GRAPHS = 4  # CUDA graphs at a time, each with its own memory for activations
 WORKSPACE = 2**25  # bytes of memory that cuBLAS may use, as much as it takes by itself on an H100
 _precision, _bfloat16 = "float32", None
 
-
 def _borrowed(function: Callable) -> Callable:
     """A function of grassmann.py that finds this module's names: CuPy as np, and the ops below."""
     own = FunctionType(function.__code__, globals(), function.__name__, function.__defaults__)
     return functools.update_wrapper(own, function)
-
 
 class Flat(dict):
     """A dict of arrays, from either side, copied into one `buffer`, whose views they become."""
@@ -117,7 +115,6 @@ def _sum_over_tokens(name: str, T: int, shape: tuple[int, ...], *args) -> Array:
     _launch(name, (len(parts), -(-math.prod(shape) // 256)), (256,), T, CHUNK, *args, parts)
     return parts.sum(0)
 
-
 def set_precision(precision: str) -> None:
     """How float32 matrices are multiplied from now on; all else, sums and weights too, is float32.
 
@@ -140,7 +137,6 @@ def set_precision(precision: str) -> None:
 def _rounded(a: Array) -> Array:
     """The operand of a product, in bfloat16 if that is set. (To tf32 cuBLAS rounds by itself.)"""
     return a.astype(_bfloat16) if _precision == "bfloat16" and a.dtype == numpy.float32 else a
-
 
 @functools.cache
 def _cublas() -> tuple[ctypes.CDLL, Array]:
@@ -189,7 +185,6 @@ def _matmul(a: Array, b: Array) -> Array:
         raise RuntimeError(f"cuBLAS refuses a product of {a.shape} and {b.shape}, "
                            f"{a.dtype} and {b.dtype}: {status}")
     return out
-
 
 class _Graph:
     """What function(*inputs) starts on the card, as a CUDA graph: the host starts it all at once.
@@ -273,11 +268,9 @@ def linear_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     db = _sum_over_tokens("column_sums", len(rows), (d,), d, dy)
     return _matmul(rows, W.T).reshape(*dy.shape[:-1], -1), _matmul(x.T, rows), db
 
-
 def dot(a: Array, b: Array) -> Array:
     """Inner product over the last axis, kept: (..., r), (..., r) -> (..., 1)."""
     return (a * b).sum(-1, keepdims=True)
-
 
 def layernorm_forward(
     x: Array, w: Array, b: Array, eps: float = 1e-5, residual: Array | None = None
@@ -301,7 +294,6 @@ def layernorm_backward(dy: Array, cache: tuple, dsum: Array | None = None) -> tu
     dw, db = _sum_over_tokens("layernorm_weights", T, (2, d), d, dy, x, mean, inv_std)
     return dx, dw, db
 
-
 def gelu_forward(x: Array, b: Array | None = None) -> tuple[Array, tuple]:
     """GELU(x + b) for x (..., d), b (d); GELU(x) = x/2 (1 + tanh q(x)), q as in grassmann.py."""
     y, d = cp.empty(x.shape, x.dtype), x.shape[-1]
@@ -314,7 +306,6 @@ def gelu_backward(dy: Array, cache: tuple) -> Array:
     dx, d = cp.empty(x.shape, x.dtype), x.shape[-1]
     _per_token("bias_gelu_backward", x.size // d, d, dy, x, b, dx)
     return dx
-
 
 def dropout_forward(x: Array, rate: float, rng: Rng | None) -> tuple[Array, tuple | None]:
     """Zero a fraction `rate` of x, divide the rest by 1 - rate: the mean stays. rng None: x.
@@ -334,7 +325,6 @@ def dropout_backward(dy: Array, keep: tuple | None) -> Array:
     _per_element("dropout", dy.size, *keep, dy, dx)
     return dx
 
-
 embedding_forward = _borrowed(grassmann.embedding_forward)
 
 def embedding_backward(dx: Array, cache: tuple) -> Array:
@@ -343,7 +333,6 @@ def embedding_backward(dx: Array, cache: tuple) -> Array:
     dE, tokens = cp.empty((V, d), dx.dtype), tokens.astype(numpy.int32)
     _launch("embedding_backward", (V, -(-d // 32)), (32, 8), tokens.size, d, tokens, dx, dE)
     return dE
-
 
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     """Mean over tokens of -log softmax(logits)[target] in nats; logits (..., V), targets (...)."""
@@ -388,7 +377,6 @@ def _wedge_backward(dp: Array, cache: tuple) -> tuple[Array, Array | None]:
         return dz, None
     return dz, _sum_over_tokens("taps_backward", T, (m, r), L, r, m, deltas, z, ds)
 
-
 def gate_forward(h: Array, g: Array, W: Array, b: Array) -> tuple[Array, tuple]:
     """α = sigmoid([h ; g] W + b), out = α ⊙ h + (1-α) ⊙ g; h, g (..., d), W (2d, d), b (d)."""
     hg, out, d = cp.concatenate([h, g], -1), cp.empty(h.shape, h.dtype), len(b)
@@ -405,7 +393,6 @@ def gate_backward(dout: Array, cache: tuple) -> tuple[Array, Array, Array, Array
     dhg, dW, db = linear_backward(da, c_product)
     _per_token("gate_backward", dout.size // d, d, dout, alpha, dhg, dh, dg)
     return dh, dg, dW, db
-
 
 def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
     """The Grassmann mixing layer (paper, section 3): h (B, L, d) -> mix (B, L, d).
@@ -462,7 +449,6 @@ def ffn_forward(x: Array, w: Scope) -> tuple[Array, tuple]:
 
 ffn_backward = _borrowed(grassmann.ffn_backward)
 
-
 def prenorm_block_forward(
     h: Array, w: Scope, config: Config, layer: int, past=None, rng: Rng | None = None
 ) -> tuple[Array, dict]:
@@ -487,7 +473,6 @@ def prenorm_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Ar
     dnormed, mix = mixer_backward(dropout_backward(dh, cache["keep_mix"]), cache["mix"])
     dh, grads["ln1.w"], grads["ln1.b"] = layernorm_backward(dnormed, cache["ln1"], dh)
     return dh, grads | prefixed("mix.", mix) | prefixed("ffn.", ffn)
-
 
 def paper_block_forward(
     h: Array, w: Scope, config: Config, layer: int, past=None, rng: Rng | None = None
@@ -536,10 +521,8 @@ def head_backward(dlogits: Array, cache: tuple) -> tuple[Array, Array]:
     rows = _rounded(dlogits.reshape(-1, dlogits.shape[-1]))
     return _matmul(rows, E_T.T).reshape(shape), _matmul(rows.T, h)
 
-
 model_forward, model_backward = map(_borrowed, (grassmann.model_forward, grassmann.model_backward))
 forward = _borrowed(grassmann.forward)
-
 
 class _Keys(list):
     """A generator for `dropout_forward` that hands out keys which are drawn already."""

@@ -17,7 +17,6 @@ from types import ModuleType
 from cli import Parser, number, short_errors
 from text import encode, read_file, visible
 
-
 def write_sample(
     model: ModuleType, params: dict, config: object, extra: dict, prompt: str, length: int,
     before: str = "", **how
@@ -40,7 +39,6 @@ def write_sample(
     print()
     return "".join(written)
 
-
 def read_prompt(prompt: str, escapes: bool) -> str:
     """--prompt: the text itself, - for the standard input, @FILE for a file. Raises ValueError."""
     if prompt == "-":
@@ -49,7 +47,6 @@ def read_prompt(prompt: str, escapes: bool) -> str:
         return read_file(Path(prompt[1:]))
     prompt = os.fsencode(prompt).decode("utf-8", "surrogateescape")  # in any locale
     return prompt.replace("\\n", "\n").replace("\\t", "\t") if escapes else prompt
-
 
 def converse(model: ModuleType, params: dict, config: object, extra: dict, text: str, args) -> None:
     """--interactive: what is typed is appended to the text, and the model goes on from there."""
@@ -66,7 +63,6 @@ def converse(model: ModuleType, params: dict, config: object, extra: dict, text:
         except ValueError as error:
             print(error)
         seed += 1
-
 
 def main() -> None:
     cli.plain_output()
@@ -100,7 +96,6 @@ def main() -> None:
                 print("-" * 40)
             how = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed + k}
             write_sample(model, params, config, extra, prompt, args.length, **how)
-
 
 if __name__ == "__main__":
     main()

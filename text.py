@@ -22,7 +22,6 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 MOST_BYTES = 1 << 30  # of one file; a device like /dev/zero never ends
 
-
 @dataclass(frozen=True)
 class Corpus:
     """A text as tokens: the last tenth is held out for validation."""
@@ -32,7 +31,6 @@ class Corpus:
     train: Array
     val: Array
     most_common: int  # token
-
 
 def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
     """The text behind --data as tokens. Raises ValueError, also if it is too short for the context."""
@@ -46,11 +44,9 @@ def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
     most_common = int(np.bincount(tokens[: 1 << 20]).argmax())
     return Corpus(text_sha256(text), vocab, tokens[:-n_val], tokens[-n_val:], most_common)
 
-
 def text_sha256(text: str) -> str:
     """By which a checkpoint knows its text again."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
 
 def load_text(data: str | Sequence[str] | None) -> str:
     """The text behind --data: files, folders, "shakespeare", or Python's documentation if None.
@@ -81,7 +77,6 @@ def load_text(data: str | Sequence[str] | None) -> str:
             raise ValueError(f"there is no UTF-8 text in {path}")
     return texts[0] if len(texts) == 1 else "".join(t if t.endswith("\n") else t + "\n" for t in texts)
 
-
 def read_file(path: Path) -> str:
     """A UTF-8 file, without a byte order mark. Raises ValueError."""
     try:
@@ -98,7 +93,6 @@ def read_file(path: Path) -> str:
                          f"iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-
 
 def shakespeare() -> Path:
     """Tiny Shakespeare, from the cache or the network. Raises ValueError."""
@@ -129,11 +123,9 @@ def shakespeare() -> Path:
         raise ValueError(f"cannot write {path}: {error.strerror}") from None
     return path
 
-
 def code_points(text: str) -> Array:
     """The Unicode code points of a text, lone surrogates included, as uint32."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-
 
 def vocabulary(text: str) -> list[int]:
     """The code points that occur in a text, in order; token k stands for the k-th of them."""
@@ -141,7 +133,6 @@ def vocabulary(text: str) -> list[int]:
     for k in range(0, len(text), 1 << 20):
         seen[code_points(text[k : k + (1 << 20)])] = True
     return np.flatnonzero(seen).tolist()
-
 
 def encode(text: str, vocab: list[int]) -> Array:
     """Text -> tokens, integers as small as they can be. Raises ValueError, naming what is unknown."""
@@ -155,11 +146,9 @@ def encode(text: str, vocab: list[int]) -> Array:
         tokens[k : k + len(ids)] = ids
     return tokens
 
-
 def decode(tokens: Iterable[int], vocab: list[int]) -> str:
     """Tokens -> text."""
     return "".join(chr(vocab[token]) for token in tokens)
-
 
 def visible(text: str) -> str:
     """For a terminal: control characters escaped, but for line ends and tabs."""

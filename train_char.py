@@ -58,14 +58,12 @@ PRESETS = {
 
 # ---- options ---------------------------------------------------------------------------------------
 
-
 def parse_offsets(text: str) -> tuple[tuple[int, ...], ...]:
     """ "1,2;4" -> ((1, 2), (4,)): layers separated by semicolons, offsets by commas."""
     try:
         return tuple(tuple(int(delta) for delta in layer.split(",")) for layer in text.split(";"))
     except ValueError:
         raise argparse.ArgumentTypeError(f'{text!r} is not of the form "1,2;1,2;4;8"') from None
-
 
 def build_parser() -> Parser:
     """Options are absent unless given (a resumed run must know which); help texts name defaults."""
@@ -120,16 +118,13 @@ def build_parser() -> Parser:
     add("--n-head", "attention heads", size)
     return parser
 
-
 def paper(n_layer: int, d_model: int, context: int) -> dict:
     """--paper at any size; with twelve layers each offset serves two in a row, as in the paper."""
     offsets = [(1, 2, 4, 8, 12, 16)[i * 6 // max(6, n_layer)] for i in range(n_layer)]
     return {"block": "paper", "taps": False, "normalize": True, "positions": True, "d_ff": 4 * d_model,
             "offsets": tuple((delta if delta < context else 1,) for delta in offsets)}
 
-
 # ---- a run -----------------------------------------------------------------------------------------
-
 
 @dataclass
 class Progress:
@@ -156,7 +151,6 @@ class Progress:
                 and real(loss) and real(lr) and real(seconds) for step, loss, val_loss, lr, seconds in rows)):
             raise ValueError
         return p
-
 
 @dataclass
 class Run:
@@ -200,7 +194,6 @@ class Run:
         last = self.out / "last.npz"
         return f"the {what} became {value} at step {step}: lower --lr; {last} is the last good checkpoint"
 
-
 def make_run(args: argparse.Namespace) -> Run:
     """A new run, or with --resume the one in last.npz. Raises ValueError and OSError."""
     model, last = cli.backend(args.gpu, args.precision), args.out / "last.npz"
@@ -234,7 +227,6 @@ def make_run(args: argparse.Namespace) -> Run:
     return Run(model, args.out, threads, settings, corpus, config, training, saved["params"], optimizer,
                saved["progress"])
 
-
 def resume_point(model: ModuleType, last: Path) -> dict:
     """What last.npz holds, and best.npz is whole if it is there. Raises ValueError and OSError."""
     if not last.exists():
@@ -259,7 +251,6 @@ def resume_point(model: ModuleType, last: Path) -> dict:
         saved["progress"].best = None
     return saved | {"params": params, "config": config}
 
-
 def may_go_on(last: Path, saved: dict, given: dict, iters: int) -> None:
     """Do the options ask for the run that was saved? Raises ValueError, saying what differs."""
     before, p = saved["settings"], saved["progress"]
@@ -269,7 +260,6 @@ def may_go_on(last: Path, saved: dict, given: dict, iters: int) -> None:
             raise ValueError(f"--resume cannot change {flag}: {last} has {before[name]}, not {given[name]}")
     if p.step > iters or (p.step == iters and not p.recent):  # (or it waits for its last validation)
         raise ValueError(f"{last} is at step {p.step} of {iters}; to go on, give a larger --iters")
-
 
 def check_memory(config: Config, batch_size: int, threads: int) -> None:
     """Refuse, before anything is allocated, what this machine cannot hold. Raises ValueError."""
@@ -287,7 +277,6 @@ def check_memory(config: Config, batch_size: int, threads: int) -> None:
     if needed > has:
         raise ValueError(f"this needs about {needed:.1f} GB of memory, the machine has {has:.1f}")
 
-
 def claim(out: Path) -> None:
     """Keep the folder for this process until it ends: two runs would mix their files. Raises ValueError."""
     try:
@@ -300,7 +289,6 @@ def claim(out: Path) -> None:
     except (ImportError, OSError):
         return  # Windows, or a file system without locks
 
-
 def set_aside(out: Path) -> None:
     """Move the files of an earlier run in `out` to out/previous-N, so that nothing is overwritten."""
     files = [out / name for name in ("best.npz", "last.npz", "log.csv", "loss.png", "flow") if (out / name).exists()]
@@ -311,7 +299,6 @@ def set_aside(out: Path) -> None:
         for file in files:
             file.rename(folder / file.name)
         print(f"the earlier run in {out} is now in {folder} (--resume would have gone on with it)")
-
 
 def open_log(run: Run) -> TextIO:
     """log.csv, written anew up to where the checkpoint is, for more lines. One that is not ours is kept."""
@@ -327,13 +314,10 @@ def open_log(run: Run) -> TextIO:
     unfinished.replace(path)
     return path.open("a", encoding="ascii", newline="\n", buffering=1)
 
-
 def log_line(row: list) -> str:
     return ",".join("" if cell is None else str(cell) for cell in row) + "\n"
 
-
 # ---- training --------------------------------------------------------------------------------------
-
 
 def train(run: Run, signals: list[int]) -> None:
     """Steps until --iters or a signal. Raises ValueError, OSError."""
@@ -361,7 +345,6 @@ def train(run: Run, signals: list[int]) -> None:
         if signals:
             run.save_last()
 
-
 def record(run: Run, log: TextIO, bar: tqdm, due: bool, signals: list[int]) -> None:
     """A line of the log; where it is due a validation, and then checkpoints, plot and a line to read.
 
@@ -388,7 +371,6 @@ def record(run: Run, log: TextIO, bar: tqdm, due: bool, signals: list[int]) -> N
         if overfits(validated):
             bar.write("The validation loss rises while the training loss falls: the model learns the text by "
                       "heart. More text, more --dropout or fewer --iters help; best.npz is from before.")
-
 
 def validate(run: Run, signals: list[int]) -> float | None:
     """The validation loss, of all that is held out or of MOST_VALIDATED characters; None after a signal.
@@ -419,14 +401,12 @@ def validate(run: Run, signals: list[int]) -> float | None:
         raise ValueError(run.diverged("validation loss", loss, run.progress.step))
     return loss
 
-
 def line_of(run: Run) -> str:
     """70 characters that the model writes by now, always from the same start and seed."""
     vocab, config = run.corpus.vocab, run.config
     start = [vocab.index(10) if 10 in vocab else run.corpus.most_common]
     tokens = run.model.generate(run.params, config, start, 70, temperature=0.8, seed=0)
     return visible("".join(chr(vocab[token]) for token in tokens)).replace("\n", "⏎").replace("\t", " ")
-
 
 def overfits(validated: list[list]) -> bool:
     """Has the validation loss risen three times in a row while the training loss fell, now and not before?
@@ -437,9 +417,7 @@ def overfits(validated: list[list]) -> bool:
              if rows[0][2] < rows[1][2] < rows[2][2] < rows[3][2] and rows[3][1] < rows[0][1]]
     return found == [len(validated) - 4]
 
-
 # ---- afterwards ------------------------------------------------------------------------------------
-
 
 def plot(run: Run) -> None:
     """loss.png. Training goes on without it: a font cache, LaTeX, a backend are matplotlib's own."""
@@ -466,7 +444,6 @@ def plot(run: Run) -> None:
     except Exception as error:
         tqdm.write(f"no loss.png: {type(error).__name__}: {' '.join(str(error).split()):.100}")
 
-
 def report(run: Run, go_on: str) -> None:
     """The numbers, the files and a sample; `go_on` is the command that trains further."""
     best, last = run.out / "best.npz", run.out / "last.npz"
@@ -478,7 +455,6 @@ def report(run: Run, go_on: str) -> None:
     print(f"{run.out / 'log.csv'}, {run.out / 'loss.png'}   the losses\n\nA sample:\n")
     params, config, extra = load_checkpoint(best, getattr(run.model, "Flat", dict))
     write_sample(run.model, params, config, extra, "", 600, temperature=0.8)
-
 
 def catch_signals() -> list[int]:
     """A list that Ctrl-C, SIGTERM and a closed terminal are noted in; a second Ctrl-C ends it at once."""
@@ -494,7 +470,6 @@ def catch_signals() -> list[int]:
         if signal.getsignal(stop) != signal.SIG_IGN:  # as nohup has it
             signal.signal(stop, note)
     return caught
-
 
 def main() -> None:
     cli.plain_output()
@@ -524,7 +499,6 @@ def main() -> None:
             plot(run)
             sys.exit(128 + signals[0])
         report(run, go_on)
-
 
 if __name__ == "__main__":
     main()

@@ -18,7 +18,6 @@ from grassmann import Array, Config, Params, check
 
 SHARD_TOKENS = 4096  # at most so many at a time in a thread: bounds the memory for activations
 
-
 @dataclass(frozen=True)
 class Training:
     """How a model is trained; the defaults are those of train_char.py."""
@@ -48,7 +47,6 @@ class Training:
         min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
         return min_lr + 0.5 * (self.lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
 
-
 def train_step(
     model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
     step: int, x: Array, y: Array, threads: int = 1,
@@ -61,17 +59,14 @@ def train_step(
     model.adamw_step(params, grads, optimizer, step, t.rate(step), weight_decay=t.weight_decay)
     return loss
 
-
 @lru_cache
 def pool(threads: int) -> ThreadPoolExecutor:
     """So many threads, kept: new ones for every step would each take memory of their own anew."""
     return ThreadPoolExecutor(threads)
 
-
 def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
     """map(function, items), on so many threads (NumPy releases the interpreter lock)."""
     return pool(threads).map(function, items) if threads > 1 else map(function, items)
-
 
 def loss_and_grads(
     model: ModuleType, params: Params, config: Config, x: Array, y: Array, seed: tuple | None, threads: int
