@@ -289,13 +289,58 @@ def gate_backward(dout: Array, cache: tuple) -> tuple[Array, Array, Array, Array
     return direct + dhg[..., :d], (dout - direct) + dhg[..., d:], dW, db
 
 
+def contract(x: Array, a: Array, b: Array, M: Array, chunk: int = 64) -> tuple[Array, Array]:
+    """x_t ⌟ (M + Σ_{i<=t} a_i ∧ b_i) at every t; x, a, b (B, L, r), M (B, r, r) -> (B, L, r), last M.
+
+    A vector is contracted with a plane by x ⌟ (a ∧ b) = (x·a) b - (x·b) a. As matrices,
+    out = (X Aᵀ ⊙ causal) B - (X Bᵀ ⊙ causal) A: attention's products without a softmax. Within a
+    chunk it is just that; of all chunks before, M = AᵀB - BᵀA is enough: time is linear in L.
+    """
+    out = np.empty_like(x)
+    for k in range(0, x.shape[1], chunk):
+        X, A, B = (v[:, k : k + chunk] for v in (x, a, b))  # (B, chunk, r)
+        A_T, B_T, causal = A.swapaxes(1, 2), B.swapaxes(1, 2), np.tri(X.shape[1], dtype=x.dtype)
+        out[:, k : k + chunk] = (X @ A_T * causal) @ B - (X @ B_T * causal) @ A + X @ M
+        M = M + A_T @ B - B_T @ A
+    return out, M
+
+
+def memory_forward(z: Array, a: Array, b: Array, past: dict | None = None) -> tuple[Array, tuple]:
+    """c_t = z_t ⌟ M_t / sqrt(t), M_t = Σ_{i<=t} a_i ∧ b_i, t counted from 1; all (B, L, r).
+
+    Every token adds a plane a_i ∧ b_i to a bivector, the memory, and reads it by contraction with
+    its own reduced state: what lies in the planes that z_t meets comes back, from any distance.
+    `past` (streaming) holds M, as an antisymmetric matrix, and how many tokens it has.
+    """
+    B, L, r = z.shape
+    M, seen = (past["M"], past["seen"]) if past else (np.zeros((B, r, r), z.dtype), 0)
+    scale = (1 / np.sqrt(np.arange(seen + 1, seen + L + 1))).astype(z.dtype)[:, None]  # (L, 1)
+    c, M = contract(z, a, b, M)
+    if past is not None:
+        past |= {"M": M, "seen": seen + L}
+    return c * scale, (z, a, b, scale)
+
+def memory_backward(dc: Array, cache: tuple) -> tuple[Array, Array, Array]:
+    """c_t·dc_t has the term (z·a_i)(b_i·dc) - (z·b_i)(a_i·dc) for every i <= t, with dc = dc_t / sqrt(t).
+
+    So dz_t = -dc_t ⌟ M_t. And a_i, b_i are met by all later t: with N_i = Σ_{t>=i} dc_t ∧ z_t, a sum
+    from the end, da_i = b_i ⌟ N_i and db_i = -a_i ⌟ N_i: the same op, run backwards in time.
+    """
+    z, a, b, scale = cache
+    dc, zero = dc * scale, np.zeros((len(z), z.shape[2], z.shape[2]), z.dtype)
+    z_r, a_r, b_r, dc_r = (v[:, ::-1] for v in (z, a, b, dc))  # from the end
+    dz = -contract(dc, a, b, zero)[0]
+    da, db = contract(b_r, dc_r, z_r, zero)[0], -contract(a_r, dc_r, z_r, zero)[0]
+    return dz, da[:, ::-1], db[:, ::-1]
+
+
 def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
     """The Grassmann mixing layer (paper, section 3): h (B, L, d) -> mix (B, L, d).
 
         z = h W_red + b_red        reduce          (B, L, r)
         s = partner(z)             look back       (B, L, r)
         p = z ∧ s                  span a plane    (B, L, n)
-        g = p W_plu + b_plu        project back    (B, L, d)
+        g = p W_plu + b_plu        project back    (B, L, d)      (+ memory(z) W_mem)
         mix = gate(h, g)           blend           (B, L, d)
 
     `w` are the layer's parameters; `past` (streaming) holds the last max(Δ) reduced states before
@@ -303,17 +348,22 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
     """
     offsets, taps = config.offsets[layer], w["taps"] if config.taps else None
     z, c_red = linear_forward(h, w["W_red"], w["b_red"])
-    length, window = z.shape[1], z
+    length, window, memory_past = z.shape[1], z, None
     if past is not None:
         window = np.concatenate([past["z"], z], 1) if past else z  # (B, max Δ + L, r)
-        past["z"] = window[:, -max(offsets) :]
+        past["z"], memory_past = window[:, -max(offsets) :], past.setdefault("memory", {})
     s, c_partner = partner_forward(window, taps, offsets, config.normalize)
     s = s[:, -length:]
     p, c_wedge = plucker_forward(z, s)
     g, c_plu = linear_forward(p, w["W_plu"], w["b_plu"])
-    mix, c_gate = gate_forward(h, g, w["W_gate"], w["b_gate"])
-    cache = {"red": c_red, "partner": c_partner, "wedge": c_wedge, "plu": c_plu, "gate": c_gate}
-    return mix, cache | {"z": z, "s": s, "p": p, "alpha": c_gate[1]}
+    cache = {"red": c_red, "partner": c_partner, "wedge": c_wedge, "plu": c_plu}
+    if config.memory:
+        ab, cache["ab"] = linear_forward(h, w["W_ab"], w["b_ab"])  # (B, L, 2r)
+        c, cache["memory"] = memory_forward(z, *np.split(ab, 2, -1), memory_past)
+        g += c @ w["W_mem"]
+        cache |= {"c": c, "W_mem": w["W_mem"]}
+    mix, cache["gate"] = gate_forward(h, g, w["W_gate"], w["b_gate"])
+    return mix, cache | {"z": z, "s": s, "p": p, "alpha": cache["gate"][1]}
 
 def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
     """The steps of `mix_forward` in reverse; z and h are used twice, so two gradients add up."""
@@ -324,7 +374,14 @@ def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
     dz_partner, dtaps = partner_backward(ds, cache["partner"])
     if dtaps is not None:
         grads["taps"] = dtaps
-    dh_red, grads["W_red"], grads["b_red"] = linear_backward(dz + dz_partner, cache["red"])
+    dz += dz_partner
+    if "memory" in cache:
+        c, W_mem = cache["c"], cache["W_mem"]
+        grads["W_mem"] = c.reshape(-1, len(W_mem)).T @ dg.reshape(-1, dg.shape[-1])
+        dz_memory, da, db = memory_backward(dg @ W_mem.T, cache["memory"])
+        dh_ab, grads["W_ab"], grads["b_ab"] = linear_backward(np.concatenate([da, db], -1), cache["ab"])
+        dz, dh = dz + dz_memory, dh + dh_ab
+    dh_red, grads["W_red"], grads["b_red"] = linear_backward(dz, cache["red"])
     return dh + dh_red, grads
 
 # ---- attention, to compare with ------------------------------------------------------------------
@@ -483,6 +540,7 @@ class Config:
     positions: bool = False  # a learned vector per position; without, the model takes any length
     mixer: str = "grassmann"  # or "attention", to compare with
     n_head: int = 4  # attention heads
+    memory: bool = False  # besides its short past a layer reads a bivector that all tokens write
 
     def __post_init__(self) -> None:
         attention = self.mixer == "attention"
@@ -528,6 +586,8 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         else:
             taps = {"taps": (len(config.offsets[i]), r)} if config.taps else {}
             mix = {"W_red": (d, r), "b_red": (r,)} | taps | project
+            if config.memory:
+                mix |= {"W_ab": (d, 2 * r), "b_ab": (2 * r,), "W_mem": (r, d)}
         block = {"ln1.w": (d,), "ln1.b": (d,), "ln2.w": (d,), "ln2.b": (d,)} | prefixed("mix.", mix)
         shapes |= prefixed(f"blocks.{i}.", block | prefixed("ffn.", ffn))
     if config.block == "prenorm":
