@@ -384,6 +384,14 @@ def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
     dh_red, grads["W_red"], grads["b_red"] = linear_backward(dz, cache["red"])
     return dh + dh_red, grads
 
+def mix_shapes(config: Config, layer: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the layer's parameters."""
+    d, r, n = config.d_model, config.rank, config.rank * (config.rank - 1) // 2
+    taps = {"taps": (len(config.offsets[layer]), r)} if config.taps else {}
+    memory = {"W_ab": (d, 2 * r), "b_ab": (2 * r,), "W_mem": (r, d)} if config.memory else {}
+    project = {"W_plu": (n, d), "b_plu": (d,), "W_gate": (2 * d, d), "b_gate": (d,)}
+    return {"W_red": (d, r), "b_red": (r,)} | taps | memory | project
+
 # ---- attention, to compare with ------------------------------------------------------------------
 
 def attention_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
@@ -426,8 +434,13 @@ def attention_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
     dh, dW_qkv, db_qkv = linear_backward(dqkv, cache["qkv"])
     return dh, {"W_qkv": dW_qkv, "b_qkv": db_qkv, "W_out": dW_out, "b_out": db_out}
 
-MIXERS = {"grassmann": (mix_forward, mix_backward),
-          "attention": (attention_forward, attention_backward)}
+def attention_shapes(config: Config, layer: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of attention's parameters."""
+    d = config.d_model
+    return {"W_qkv": (d, 3 * d), "b_qkv": (3 * d,), "W_out": (d, d), "b_out": (d,)}
+
+MIXERS = {"grassmann": (mix_forward, mix_backward, mix_shapes),
+          "attention": (attention_forward, attention_backward, attention_shapes)}
 
 # ---- the block -----------------------------------------------------------------------------------
 
@@ -451,7 +464,7 @@ def prenorm_block_forward(
     h: Array, w: Scope, config: Config, layer: int, past=None, rng: Rng | None = None
 ) -> tuple[Array, dict]:
     """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))); the gate keeps LN1(h), the sum h (B, L, d)."""
-    mixer_forward, _ = MIXERS[config.mixer]
+    mixer_forward, *_ = MIXERS[config.mixer]
     normed, c_ln1 = layernorm_forward(h, w["ln1.w"], w["ln1.b"])
     mix, c_mix = mixer_forward(normed, w.scope("mix."), config, layer, past)
     mix, keep_mix = dropout_forward(mix, config.dropout, rng)
@@ -464,7 +477,7 @@ def prenorm_block_forward(
 
 def prenorm_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Array, Params]:
     """A sum h + f(h) passes its gradient on unchanged, and once more through f."""
-    _, mixer_backward = MIXERS[config.mixer]
+    _, mixer_backward, _ = MIXERS[config.mixer]
     grads = {}
     dnormed, ffn = ffn_backward(dropout_backward(dout, cache["keep_ffn"]), cache["ffn"])
     dh, grads["ln2.w"], grads["ln2.b"] = layernorm_backward(dnormed, cache["ln2"])
@@ -481,7 +494,7 @@ def paper_block_forward(
 
     The gate inside mix keeps h; attention has none and gets a residual: mix(h) = h + attention(h).
     """
-    mixer_forward, _ = MIXERS[config.mixer]
+    mixer_forward, *_ = MIXERS[config.mixer]
     mix, c_mix = mixer_forward(h, w.scope("mix."), config, layer, past)
     if config.mixer == "attention":
         mix = h + mix
@@ -495,7 +508,7 @@ def paper_block_forward(
 
 def paper_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Array, Params]:
     """The steps of `paper_block_forward` in reverse."""
-    _, mixer_backward = MIXERS[config.mixer]
+    _, mixer_backward, _ = MIXERS[config.mixer]
     grads = {}
     dsum, grads["ln2.w"], grads["ln2.b"] = layernorm_backward(dout, cache["ln2"])
     dh, ffn = ffn_backward(dropout_backward(dsum, cache["keep_ffn"]), cache["ffn"])
@@ -574,22 +587,15 @@ def check(fine: bool, rule: str, given: object) -> None:
 
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in order."""
-    d, r, d_ff = config.d_model, config.rank, config.d_ff
+    d, d_ff, (*_, mixer_shapes) = config.d_model, config.d_ff, MIXERS[config.mixer]
     shapes = {"E": (config.vocab_size, d)}
     if config.positions:
         shapes["P"] = (config.context, d)
-    project = {"W_plu": (r * (r - 1) // 2, d), "b_plu": (d,), "W_gate": (2 * d, d), "b_gate": (d,)}
+    norms = {"ln1.w": (d,), "ln1.b": (d,), "ln2.w": (d,), "ln2.b": (d,)}
     ffn = {"W_1": (d, d_ff), "b_1": (d_ff,), "W_2": (d_ff, d), "b_2": (d,)}
     for i in range(config.n_layer):
-        if config.mixer == "attention":
-            mix = {"W_qkv": (d, 3 * d), "b_qkv": (3 * d,), "W_out": (d, d), "b_out": (d,)}
-        else:
-            taps = {"taps": (len(config.offsets[i]), r)} if config.taps else {}
-            mix = {"W_red": (d, r), "b_red": (r,)} | taps | project
-            if config.memory:
-                mix |= {"W_ab": (d, 2 * r), "b_ab": (2 * r,), "W_mem": (r, d)}
-        block = {"ln1.w": (d,), "ln1.b": (d,), "ln2.w": (d,), "ln2.b": (d,)} | prefixed("mix.", mix)
-        shapes |= prefixed(f"blocks.{i}.", block | prefixed("ffn.", ffn))
+        block = norms | prefixed("mix.", mixer_shapes(config, i)) | prefixed("ffn.", ffn)
+        shapes |= prefixed(f"blocks.{i}.", block)
     if config.block == "prenorm":
         shapes |= {"ln_f.w": (d,), "ln_f.b": (d,)}
     return shapes
