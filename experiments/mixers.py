@@ -1,0 +1,293 @@
+"""Mixers for the comparison: what a sceptic would put beside the Grassmann layer, and its relatives.
+
+Each is a triple (forward, backward, shapes) as in grassmann.MIXERS, every backward by hand. `install`
+puts them there, so that Config(mixer="rotary attention with taps") is a model like any other.
+
+    attention     with rotary positions, with learned taps on its input (a short convolution), both
+    convolution   gated, at full width: (a ⊙ (b + taps(b))) W
+    features      of z and its partner s in place of the wedge and W_plu:
+                  an MLP on [z ; s], all products z_i s_j, the one-sided product (z·x_k)(s·y_k), and
+                  learned planes, (z ∧ s)·(x_k ∧ y_k), of grade 2 and 3
+    hybrid        attention in one layer, the Grassmann layer in the others
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+import grassmann as G
+from grassmann import Array, Config, Params, Scope
+
+Shapes = dict[str, tuple[int, ...]]
+
+# ---- attention, with what a reader of today expects -----------------------------------------------
+
+
+def rotate(x: Array, sign: int = 1) -> Array:
+    """Rotary positions: pairs of coordinates of x (B, heads, L, d_h) turned by t times their frequency.
+
+    A rotary position is a rotor: the rotation of R^{d_h} that moves token t. Its backward is the
+    rotation by the opposite angle, sign=-1. The score of two tokens then depends on their distance.
+    """
+    half = x.shape[-1] // 2
+    angles = np.arange(x.shape[2])[:, None] * 10000.0 ** (-np.arange(half) / half)  # (L, d_h / 2)
+    cos, sin = np.cos(angles).astype(x.dtype), (sign * np.sin(angles)).astype(x.dtype)
+    u, v = x[..., :half], x[..., half:]
+    return np.concatenate([u * cos - v * sin, u * sin + v * cos], -1)
+
+
+def attention(rotary: bool, taps: bool) -> tuple:
+    """Causal attention on h + Σ_Δ w_Δ ⊙ h_{t-Δ} (taps), with rotary positions (rotary), or neither."""
+
+    def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
+        cache = {}
+        if taps:
+            s, cache["taps"] = G.partner_forward(h, w["taps"], G.WIDENING[layer % 4], False)
+            h = h + s
+        (B, L, d), n_head = h.shape, config.n_head
+        qkv, cache["qkv"] = G.linear_forward(h, w["W_qkv"], w["b_qkv"])
+        q, k, v = qkv.reshape(B, L, 3, n_head, -1).transpose(2, 0, 3, 1, 4)  # (B, n_head, L, d_h)
+        if rotary:
+            q, k = rotate(q), rotate(k)
+        scores = q @ k.swapaxes(-1, -2) / math.sqrt(d // n_head)
+        np.copyto(scores, -np.inf, where=~np.tri(L, dtype=bool))
+        a = np.exp(scores - scores.max(-1, keepdims=True))
+        a /= a.sum(-1, keepdims=True)
+        heads = (a @ v).swapaxes(1, 2).reshape(B, L, d)
+        out, cache["out"] = G.linear_forward(heads, w["W_out"], w["b_out"])
+        return out, cache | {"q": q, "k": k, "v": v, "a": a}
+
+    def backward(dout: Array, cache: dict) -> tuple[Array, Params]:
+        q, k, v, a = (cache[name] for name in "qkva")
+        B, n_head, L, d_h = q.shape
+        grads = {}
+        dheads, grads["W_out"], grads["b_out"] = G.linear_backward(dout, cache["out"])
+        do = dheads.reshape(B, L, n_head, d_h).swapaxes(1, 2)
+        da, dv = do @ v.swapaxes(-1, -2), a.swapaxes(-1, -2) @ do
+        dscores = a * (da - G.dot(a, da)) / math.sqrt(d_h)
+        dq, dk = dscores @ k, dscores.swapaxes(-1, -2) @ q
+        if rotary:
+            dq, dk = rotate(dq, -1), rotate(dk, -1)
+        dqkv = np.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4).reshape(B, L, -1)
+        dh, grads["W_qkv"], grads["b_qkv"] = G.linear_backward(dqkv, cache["qkv"])
+        if taps:
+            dh_taps, grads["taps"] = G.partner_backward(dh, cache["taps"])
+            dh = dh + dh_taps
+        return dh, grads
+
+    def shapes(config: Config, layer: int) -> Shapes:
+        own = {"taps": (len(G.WIDENING[layer % 4]), config.d_model)} if taps else {}
+        return own | G.attention_shapes(config, layer)
+
+    return forward, backward, shapes
+
+
+# ---- a gated convolution ---------------------------------------------------------------------------
+
+
+def convolution_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple:
+    """[a b] = h W_in + b_in,  out = (a ⊙ (b + Σ_Δ w_Δ ⊙ b_{t-Δ})) W_out + b_out; no softmax, no wedge."""
+    ab, c_in = G.linear_forward(h, w["W_in"], w["b_in"])
+    a, b = np.split(ab, 2, -1)
+    s, c_taps = G.partner_forward(b, w["taps"], config.offsets[layer], False)
+    s = b + s
+    out, c_out = G.linear_forward(a * s, w["W_out"], w["b_out"])
+    return out, {"in": c_in, "taps": c_taps, "out": c_out, "a": a, "s": s}
+
+
+def convolution_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
+    """A product passes each factor the gradient times the other; b is met directly and in the taps."""
+    grads = {}
+    dproduct, grads["W_out"], grads["b_out"] = G.linear_backward(dout, cache["out"])
+    da, ds = dproduct * cache["s"], dproduct * cache["a"]
+    db, grads["taps"] = G.partner_backward(ds, cache["taps"])
+    dh, grads["W_in"], grads["b_in"] = G.linear_backward(np.concatenate([da, ds + db], -1), cache["in"])
+    return dh, grads
+
+
+def convolution_shapes(config: Config, layer: int) -> Shapes:
+    d = config.d_model
+    return {"W_in": (d, 2 * d), "b_in": (2 * d,), "taps": (len(config.offsets[layer]), d),
+            "W_out": (d, d), "b_out": (d,)}
+
+
+# ---- features of z and its partner -----------------------------------------------------------------
+
+
+def with_features(features_forward, features_backward, features_shapes, n_partners: int = 1) -> tuple:
+    """The Grassmann layer with other features: reduce, look back, features, gate.
+
+    features_forward(z, partners, w) -> (g, cache), features_backward(dg, cache) -> (dz, dpartners,
+    grads). A second partner has taps of its own, taps_2.
+    """
+    names = ["taps", "taps_2"][:n_partners]
+
+    def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
+        z, c_red = G.linear_forward(h, w["W_red"], w["b_red"])
+        found = [G.partner_forward(z, w[name], config.offsets[layer], False) for name in names]
+        g, c_features = features_forward(z, [s for s, _ in found], w)
+        mix, c_gate = G.gate_forward(h, g, w["W_gate"], w["b_gate"])
+        return mix, {"red": c_red, "partners": [c for _, c in found], "features": c_features, "gate": c_gate}
+
+    def backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
+        dh, dg, dW_gate, db_gate = G.gate_backward(dmix, cache["gate"])
+        dz, dpartners, grads = features_backward(dg, cache["features"])
+        for name, ds, c_partner in zip(names, dpartners, cache["partners"], strict=True):
+            dz_partner, grads[name] = G.partner_backward(ds, c_partner)
+            dz = dz + dz_partner
+        dh_red, grads["W_red"], grads["b_red"] = G.linear_backward(dz, cache["red"])
+        return dh + dh_red, grads | {"W_gate": dW_gate, "b_gate": db_gate}
+
+    def shapes(config: Config, layer: int) -> Shapes:
+        d, r, m = config.d_model, config.rank, len(config.offsets[layer])
+        own = {"W_red": (d, r), "b_red": (r,)} | {name: (m, r) for name in names}
+        return own | features_shapes(d, r) | {"W_gate": (2 * d, d), "b_gate": (d,)}
+
+    return forward, backward, shapes
+
+
+def mlp_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
+    """g = GELU([z ; s] W_1 + b_1) W_2 + b_2: no product of the two at all."""
+    return G.ffn_forward(np.concatenate([z, *partners], -1), w.scope("mlp."))
+
+
+def mlp_backward(dg: Array, cache: tuple) -> tuple:
+    dzs, grads = G.ffn_backward(dg, cache)
+    dz, ds = np.split(dzs, 2, -1)
+    return dz, [ds], G.prefixed("mlp.", grads)
+
+
+def mlp_shapes(d: int, r: int) -> Shapes:
+    inner = r * (r - 1) // 2 * d // (2 * r + d)  # as many weights as W_plu has
+    return {"mlp.W_1": (2 * r, inner), "mlp.b_1": (inner,), "mlp.W_2": (inner, d), "mlp.b_2": (d,)}
+
+
+def outer_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
+    """g = vec(z sᵀ) W_plu + b_plu: all r² products, the symmetric ones and the wedge's."""
+    (s,) = partners
+    p = (z[..., :, None] * s[..., None, :]).reshape(*z.shape[:-1], -1)
+    g, c_plu = G.linear_forward(p, w["W_plu"], w["b_plu"])
+    return g, (z, s, c_plu)
+
+
+def outer_backward(dg: Array, cache: tuple) -> tuple:
+    """p_ij = z_i s_j: dz_i = Σ_j dp_ij s_j, ds_j = Σ_i dp_ij z_i."""
+    z, s, c_plu = cache
+    dp, dW, db = G.linear_backward(dg, c_plu)
+    dp = dp.reshape(*z.shape, z.shape[-1])
+    dz, ds = (dp @ s[..., None])[..., 0], (z[..., None, :] @ dp)[..., 0, :]
+    return dz, [ds], {"W_plu": dW, "b_plu": db}
+
+
+def outer_shapes(d: int, r: int) -> Shapes:
+    return {"W_plu": (r * r, d), "b_plu": (d,)}
+
+
+def dots_forward(vectors: list[Array], learned: list[Array]) -> list[list[Array]]:
+    """M[a][c] = vectors[a] X_c, each (B, L, d): the dot products of one with learned vectors."""
+    return [[(v.reshape(-1, v.shape[-1]) @ X).reshape(*v.shape[:-1], -1) for X in learned] for v in vectors]
+
+
+def dots_backward(dM: list[list[Array]], vectors: list[Array], learned: list[Array]) -> tuple:
+    """dvectors[a] = Σ_c dM[a][c] X_cᵀ, dX_c = Σ_a vectors[a]ᵀ dM[a][c]."""
+    rows = [v.reshape(-1, v.shape[-1]) for v in vectors]
+    dM = [[m.reshape(-1, m.shape[-1]) for m in line] for line in dM]
+    dvectors = [sum(m @ X.T for m, X in zip(line, learned, strict=True)).reshape(v.shape)
+                for line, v in zip(dM, vectors, strict=True)]
+    return dvectors, [sum(v.T @ line[c] for v, line in zip(rows, dM, strict=True)) for c in range(len(learned))]
+
+
+def determinant(M: list[list[Array]]) -> Array:
+    """Of a k x k table of arrays, by its first row."""
+    if len(M) == 1:
+        return M[0][0]
+    minors = [[row[:c] + row[c + 1 :] for row in M[1:]] for c in range(len(M))]
+    return sum((-1) ** c * M[0][c] * determinant(minors[c]) for c in range(len(M)))
+
+
+def planes(grade: int) -> tuple:
+    """Learned planes, or blades of higher grade: g_k = det of the dot products of (z, s, …) with (x_k, y_k, …).
+
+    By Cauchy and Binet (z ∧ s)·(x ∧ y) = (z·x)(s·y) - (z·y)(s·x): the paper's projection with every
+    column of W_plu itself a plane. The bivector is never built.
+    """
+    names = ["X", "Y", "Z"][:grade]
+
+    def forward(z: Array, partners: list[Array], w: Scope) -> tuple:
+        vectors, learned = [z, *partners], [w[name] for name in names]
+        M = dots_forward(vectors, learned)
+        return determinant(M) + w["b_plu"], (M, vectors, learned)
+
+    def backward(dg: Array, cache: tuple) -> tuple:
+        """∂det/∂M_ac is the cofactor: the determinant without row a and column c, with its sign."""
+        M, vectors, learned = cache
+
+        def cofactor(a: int, c: int) -> Array:
+            rest = [row[:c] + row[c + 1 :] for row in M[:a] + M[a + 1 :]]
+            return (-1) ** (a + c) * determinant(rest)
+
+        dM = [[dg * cofactor(a, c) for c in range(grade)] for a in range(grade)]
+        (dz, *dpartners), dlearned = dots_backward(dM, vectors, learned)
+        return dz, dpartners, dict(zip(names, dlearned, strict=True)) | {"b_plu": dg.sum((0, 1))}
+
+    def shapes(d: int, r: int) -> Shapes:
+        return {name: (r, d) for name in names} | {"b_plu": (d,)}
+
+    return with_features(forward, backward, shapes, grade - 1)
+
+
+def one_sided_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
+    """g_k = (z·x_k)(s·y_k) + b_k: one product of the determinant's two."""
+    M = dots_forward([z, *partners], [w["X"], w["Y"]])
+    return M[0][0] * M[1][1] + w["b_plu"], (M, [z, *partners], [w["X"], w["Y"]])
+
+
+def one_sided_backward(dg: Array, cache: tuple) -> tuple:
+    M, vectors, learned = cache
+    zero = np.zeros_like(dg)
+    (dz, ds), (dX, dY) = dots_backward([[dg * M[1][1], zero], [zero, dg * M[0][0]]], vectors, learned)
+    return dz, [ds], {"X": dX, "Y": dY, "b_plu": dg.sum((0, 1))}
+
+
+# ---- all of them -----------------------------------------------------------------------------------
+
+
+def hybrid(attention_layer: int, other: str) -> tuple:
+    """One layer of that attention, Grassmann layers otherwise."""
+
+    def name(layer: int) -> str:
+        return other if layer == attention_layer else "grassmann"
+
+    def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
+        mix, cache = G.MIXERS[name(layer)][0](h, w, config, layer, past)
+        return mix, cache | {"mixer": name(layer)}
+
+    def backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
+        return G.MIXERS[cache["mixer"]][1](dmix, cache)
+
+    def shapes(config: Config, layer: int) -> Shapes:
+        return G.MIXERS[name(layer)][2](config, layer)
+
+    return forward, backward, shapes
+
+
+MIXERS = {
+    "rotary attention": attention(rotary=True, taps=False),
+    "attention with taps": attention(rotary=False, taps=True),
+    "rotary attention with taps": attention(rotary=True, taps=True),
+    "gated convolution": (convolution_forward, convolution_backward, convolution_shapes),
+    "MLP on [z ; s]": with_features(mlp_forward, mlp_backward, mlp_shapes),
+    "outer product": with_features(outer_forward, outer_backward, outer_shapes),
+    "one-sided product": with_features(
+        one_sided_forward, one_sided_backward, lambda d, r: {"X": (r, d), "Y": (r, d), "b_plu": (d,)}),
+    "learned planes": planes(2),
+    "learned trivectors": planes(3),
+    "hybrid": hybrid(1, "rotary attention with taps"),
+}
+
+
+def install() -> None:
+    """Let Config know them."""
+    G.MIXERS.update(MIXERS)

@@ -1,0 +1,45 @@
+"""Interpolated n-grams (Witten and Bell), the first row of the first table: counting, no learning."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from grassmann import Array
+
+
+def ngram_loss(train: Array, test: Array, order: int, vocab_size: int) -> float:
+    """Mean nats per token of `test` (but its first `order - 1`), given counts of `train`.
+
+        P_n(c | context) = (N(context c) + T(context) P_{n-1}(c | shorter context)) / (N(context) + T(context))
+
+    N counts occurrences in the training text, T how many different tokens follow the context there;
+    P_0 is uniform. Raises ValueError if a context of that order has no number of 63 bits.
+    """
+    if order * np.log2(vocab_size) > 63:
+        raise ValueError(f"{order}-grams of {vocab_size} tokens are too many to number")
+    p = np.full(len(test) - order + 1, 1 / vocab_size)
+    for n in range(1, order + 1):
+        contexts, grams = numbered(train, n, vocab_size)
+        seen, counts = np.unique(grams, return_counts=True)  # grams = context * V + token
+        per_context, first = np.unique(seen // vocab_size, return_index=True)
+        different = np.diff(np.append(first, len(seen)))  # T
+        total = np.add.reduceat(counts, first)  # N(context)
+        contexts, grams = (x[order - n :] for x in numbered(test, n, vocab_size))
+        N_gram = look_up(grams, seen, counts)
+        N, T = look_up(contexts, per_context, total), look_up(contexts, per_context, different)
+        p = np.where(N > 0, (N_gram + T * p) / np.maximum(N + T, 1), p)
+    return float(-np.log(p).mean())
+
+
+def numbered(tokens: Array, n: int, vocab_size: int) -> tuple[Array, Array]:
+    """Every n-gram as a number, and the n-1 tokens before its last one as another; (len - n + 1) each."""
+    grams = np.zeros(len(tokens) - n + 1, np.int64)
+    for k in range(n):
+        grams = grams * vocab_size + tokens[k : len(tokens) - n + 1 + k]
+    return grams // vocab_size, grams
+
+
+def look_up(keys: Array, known: Array, values: Array) -> Array:
+    """values[i] where keys are known[i], else 0; `known` is sorted."""
+    place = np.searchsorted(known, keys).clip(max=len(known) - 1)
+    return np.where(known[place] == keys, values[place], 0)
