@@ -289,49 +289,55 @@ def gate_backward(dout: Array, cache: tuple) -> tuple[Array, Array, Array, Array
     return direct + dhg[..., :d], (dout - direct) + dhg[..., d:], dW, db
 
 
-def contract(x: Array, a: Array, b: Array, M: Array, chunk: int = 64) -> tuple[Array, Array]:
-    """x_t ⌟ (M + Σ_{i<=t} a_i ∧ b_i) at every t; x, a, b (B, L, r), M (B, r, r) -> (B, L, r), last M.
+def contract(x: Array, a: Array, b: Array, M: Array | None = None, chunk: int = 64) -> tuple:
+    """x_t ⌟ (M + Σ_{i<=t} a_i ∧ b_i) at every t, and the last sum; x a b (B, L, r), M (B, r, r).
 
     A vector is contracted with a plane by x ⌟ (a ∧ b) = (x·a) b - (x·b) a. As matrices,
     out = (X Aᵀ ⊙ causal) B - (X Bᵀ ⊙ causal) A: attention's products without a softmax. Within a
     chunk it is just that; of all chunks before, M = AᵀB - BᵀA is enough: time is linear in L.
     """
-    out = np.empty_like(x)
-    for k in range(0, x.shape[1], chunk):
+    (batch, L, r), out = x.shape, np.empty_like(x)
+    M = np.zeros((batch, r, r), x.dtype) if M is None else M
+    for k in range(0, L, chunk):
         X, A, B = (v[:, k : k + chunk] for v in (x, a, b))  # (B, chunk, r)
         A_T, B_T, causal = A.swapaxes(1, 2), B.swapaxes(1, 2), np.tri(X.shape[1], dtype=x.dtype)
         out[:, k : k + chunk] = (X @ A_T * causal) @ B - (X @ B_T * causal) @ A + X @ M
         M = M + A_T @ B - B_T @ A
     return out, M
 
+def memory_forward(h: Array, z: Array, w: Scope, past: dict | None = None) -> tuple[Array, tuple]:
+    """A bivector that every token writes and reads: h (B, L, d), z (B, L, r) -> m (B, L, d).
 
-def memory_forward(z: Array, a: Array, b: Array, past: dict | None = None) -> tuple[Array, tuple]:
-    """c_t = z_t ⌟ M_t / sqrt(t), M_t = Σ_{i<=t} a_i ∧ b_i, t counted from 1; all (B, L, r).
+        [a b] = h W_ab + b_ab           what a token writes      (B, L, r) each
+        M_t = Σ_{i<=t} a_i ∧ b_i        the memory: a sum of planes
+        c_t = z_t ⌟ M_t / sqrt(t)       what z_t reads           (B, L, r), t counted from 1
+        m = c W_mem                     project back             (B, L, d)
 
-    Every token adds a plane a_i ∧ b_i to a bivector, the memory, and reads it by contraction with
-    its own reduced state: what lies in the planes that z_t meets comes back, from any distance.
-    `past` (streaming) holds M, as an antisymmetric matrix, and how many tokens it has.
+    What lies in the planes that z_t meets comes back, from any distance. `past` (streaming) holds
+    M, as an antisymmetric matrix, and how many tokens it has seen.
     """
-    B, L, r = z.shape
-    M, seen = (past["M"], past["seen"]) if past else (np.zeros((B, r, r), z.dtype), 0)
+    (_, L, r), past = z.shape, {} if past is None else past
+    ab, c_ab = linear_forward(h, w["W_ab"], w["b_ab"])  # (B, L, 2r)
+    a, b, seen = ab[..., :r], ab[..., r:], past.get("seen", 0)
     scale = (1 / np.sqrt(np.arange(seen + 1, seen + L + 1))).astype(z.dtype)[:, None]  # (L, 1)
-    c, M = contract(z, a, b, M)
-    if past is not None:
-        past |= {"M": M, "seen": seen + L}
-    return c * scale, (z, a, b, scale)
+    c, past["M"] = contract(z, a, b, past.get("M"))
+    c, past["seen"] = c * scale, seen + L
+    return c @ w["W_mem"], (z, a, b, c, scale, w["W_mem"], c_ab)
 
-def memory_backward(dc: Array, cache: tuple) -> tuple[Array, Array, Array]:
-    """c_t·dc_t has the term (z·a_i)(b_i·dc) - (z·b_i)(a_i·dc) for every i <= t, with dc = dc_t / sqrt(t).
+def memory_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Params]:
+    """With dc_t over sqrt(t), dc_t·c_t sums (z_t·a_i)(b_i·dc_t) - (z_t·b_i)(a_i·dc_t) over i <= t.
 
-    So dz_t = -dc_t ⌟ M_t. And a_i, b_i are met by all later t: with N_i = Σ_{t>=i} dc_t ∧ z_t, a sum
-    from the end, da_i = b_i ⌟ N_i and db_i = -a_i ⌟ N_i: the same op, run backwards in time.
+    So dz_t = -dc_t ⌟ M_t; and with N_i = Σ_{t>=i} dc_t ∧ z_t, a sum from the end, da_i = b_i ⌟ N_i
+    and db_i = -a_i ⌟ N_i: the same op, run backwards in time.
     """
-    z, a, b, scale = cache
-    dc, zero = dc * scale, np.zeros((len(z), z.shape[2], z.shape[2]), z.dtype)
+    z, a, b, c, scale, W_mem, c_ab = cache
+    dc = dm @ W_mem.T * scale
     z_r, a_r, b_r, dc_r = (v[:, ::-1] for v in (z, a, b, dc))  # from the end
-    dz = -contract(dc, a, b, zero)[0]
-    da, db = contract(b_r, dc_r, z_r, zero)[0], -contract(a_r, dc_r, z_r, zero)[0]
-    return dz, da[:, ::-1], db[:, ::-1]
+    dz = -contract(dc, a, b)[0]
+    da, db = contract(b_r, dc_r, z_r)[0], -contract(a_r, dc_r, z_r)[0]
+    dh, dW_ab, db_ab = linear_backward(np.concatenate([da[:, ::-1], db[:, ::-1]], -1), c_ab)
+    dW_mem = c.reshape(-1, len(W_mem)).T @ dm.reshape(-1, dm.shape[-1])  # (r, T) @ (T, d)
+    return dh, dz, {"W_ab": dW_ab, "b_ab": db_ab, "W_mem": dW_mem}
 
 
 def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
@@ -340,7 +346,7 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
         z = h W_red + b_red        reduce          (B, L, r)
         s = partner(z)             look back       (B, L, r)
         p = z ∧ s                  span a plane    (B, L, n)
-        g = p W_plu + b_plu        project back    (B, L, d)      (+ memory(z) W_mem)
+        g = p W_plu + b_plu        project back    (B, L, d)      + memory(h, z), if any
         mix = gate(h, g)           blend           (B, L, d)
 
     `w` are the layer's parameters; `past` (streaming) holds the last max(Δ) reduced states before
@@ -348,20 +354,18 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
     """
     offsets, taps = config.offsets[layer], w["taps"] if config.taps else None
     z, c_red = linear_forward(h, w["W_red"], w["b_red"])
-    length, window, memory_past = z.shape[1], z, None
+    length, window = z.shape[1], z
     if past is not None:
         window = np.concatenate([past["z"], z], 1) if past else z  # (B, max Δ + L, r)
-        past["z"], memory_past = window[:, -max(offsets) :], past.setdefault("memory", {})
+        past["z"] = window[:, -max(offsets) :]
     s, c_partner = partner_forward(window, taps, offsets, config.normalize)
     s = s[:, -length:]
     p, c_wedge = plucker_forward(z, s)
     g, c_plu = linear_forward(p, w["W_plu"], w["b_plu"])
     cache = {"red": c_red, "partner": c_partner, "wedge": c_wedge, "plu": c_plu}
     if config.memory:
-        ab, cache["ab"] = linear_forward(h, w["W_ab"], w["b_ab"])  # (B, L, 2r)
-        c, cache["memory"] = memory_forward(z, *np.split(ab, 2, -1), memory_past)
-        g += c @ w["W_mem"]
-        cache |= {"c": c, "W_mem": w["W_mem"]}
+        m, cache["memory"] = memory_forward(h, z, w, past)
+        g += m
     mix, cache["gate"] = gate_forward(h, g, w["W_gate"], w["b_gate"])
     return mix, cache | {"z": z, "s": s, "p": p, "alpha": cache["gate"][1]}
 
@@ -376,11 +380,8 @@ def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
         grads["taps"] = dtaps
     dz += dz_partner
     if "memory" in cache:
-        c, W_mem = cache["c"], cache["W_mem"]
-        grads["W_mem"] = c.reshape(-1, len(W_mem)).T @ dg.reshape(-1, dg.shape[-1])
-        dz_memory, da, db = memory_backward(dg @ W_mem.T, cache["memory"])
-        dh_ab, grads["W_ab"], grads["b_ab"] = linear_backward(np.concatenate([da, db], -1), cache["ab"])
-        dz, dh = dz + dz_memory, dh + dh_ab
+        dh_memory, dz_memory, memory = memory_backward(dg, cache["memory"])
+        dz, dh, grads = dz + dz_memory, dh + dh_memory, grads | memory
     dh_red, grads["W_red"], grads["b_red"] = linear_backward(dz, cache["red"])
     return dh + dh_red, grads
 
@@ -409,10 +410,8 @@ def attention_forward(h: Array, w: Scope, config: Config, layer: int, past=None)
             k, v = np.concatenate([past["k"], k], 2), np.concatenate([past["v"], v], 2)
         past["k"], past["v"] = k, v
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(d // n_head)  # (B, n_head, L, keys)
-    future = ~np.tri(L, k.shape[2], k.shape[2] - L, dtype=bool)  # (L, keys)
-    np.copyto(scores, -np.inf, where=future)
-    scores -= scores.max(-1, keepdims=True)
-    a = np.exp(scores)
+    np.copyto(scores, -np.inf, where=~np.tri(L, k.shape[2], k.shape[2] - L, dtype=bool))  # future
+    a = np.exp(scores - scores.max(-1, keepdims=True))
     a /= a.sum(-1, keepdims=True)
     heads = (a @ v).swapaxes(1, 2).reshape(B, L, d)  # (B, n_head, L, d_h) -> (B, L, d)
     out, c_out = linear_forward(heads, w["W_out"], w["b_out"])
@@ -776,8 +775,8 @@ def validation_loss(params: Params, config: Config, tokens: Array, each: Callabl
 def stream_init(params: Params, config: Config) -> dict:
     """The state of a decoder that has read nothing.
 
-    It keeps, per layer, the last max(Δ) reduced states: a token costs the same at position 10 and
-    at position 100,000. (Attention keeps all keys and values.)
+    It keeps, per layer, the last max(Δ) reduced states, and the memory, if any: a token costs the
+    same at position 10 and at position 100,000. (Attention keeps all keys and values.)
     """
     return {"past": [{} for _ in range(config.n_layer)], "position": 0, "recent": []}
 

@@ -38,10 +38,11 @@ VARIANTS = {
     {"block": block, "taps": taps, "normalize": normalize}
     for block in ("prenorm", "paper") for taps in (True, False) for normalize in (True, False)
 } | {f"{block}-attention": {"block": block, "mixer": "attention"} for block in ("prenorm", "paper")}
+VARIANTS |= {f"{block}-memory": {"block": block, "memory": True} for block in ("prenorm", "paper")}
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
 def variant(request) -> dict:
-    """What makes each of the ten models, as arguments of Config."""
+    """What makes each of the twelve models, as arguments of Config."""
     return request.param
 
 @helper

@@ -8,6 +8,7 @@ import grassmann as G
 # ---- ops -----------------------------------------------------------------------------------------
 
 TOKENS = np.array([[3, 0, 3, 1], [4, 3, 3, 0]])  # of 6: some repeated, two missing
+MEMORY = {"W_ab": (8, 8), "b_ab": (8,), "W_mem": (4, 8)}
 FFN = {"W_1": (8, 10), "b_1": (10,), "W_2": (10, 8), "b_2": (8,)}
 
 def partner(offsets, normalize):
@@ -42,6 +43,9 @@ OPS = {
     "gate": (G.gate_forward, [(2, 3, 8), (2, 3, 8), (16, 8), (8,)]),
     "mix average": mixer(G.mix_forward, taps=False, normalize=True),
     "mix taps": mixer(G.mix_forward),
+    "mix memory": mixer(G.mix_forward, memory=True),
+    "memory": (G.memory_forward, [(2, 6, 8), (2, 6, 4), MEMORY]),
+    "memory of three chunks": (G.memory_forward, [(1, 150, 8), (1, 150, 4), MEMORY]),
     "mix rank 2": mixer(G.mix_forward, rank=2, taps=False),
     "attention 1 head": mixer(G.attention_forward, mixer="attention", n_head=1),
     "attention 4 heads": mixer(G.attention_forward, mixer="attention", n_head=4),

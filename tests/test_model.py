@@ -53,6 +53,12 @@ def written_out(params, config, text):
             s.append(total + np.zeros(config.rank))
         p = np.array([G.plucker(u, v) for u, v in zip(z, s, strict=True)])
         g = p @ params[name + "W_plu"] + params[name + "b_plu"]
+        if config.memory:
+            ab, M, c = h @ params[name + "W_ab"] + params[name + "b_ab"], 0, []
+            for t, (write_a, write_b) in enumerate(zip(*np.split(ab, 2, 1), strict=True)):
+                M = M + np.outer(write_a, write_b) - np.outer(write_b, write_a)
+                c.append(z[t] @ M / math.sqrt(t + 1))
+            g = g + c @ params[name + "W_mem"]
         a = np.concatenate([h, g], 1) @ params[name + "W_gate"] + params[name + "b_gate"]
         alpha = 1 / (1 + np.exp(-a))
         inside.append({"z": z, "s": np.array(s), "p": p, "alpha": alpha})
@@ -143,7 +149,7 @@ def stream(params, config, tokens):
     for token in tokens:
         step, state = G.stream_step(params, config, state, token)
         logits.append(step)
-        arrays = [a for layer in state["past"] for a in layer.values()]
+        arrays = [a for layer in state["past"] for a in map(np.asarray, layer.values())]
         sizes = [(a if a.base is None else a.base).nbytes for a in arrays]
         held.append(len(state["recent"]) + sum(sizes))
     return np.array(logits), held
@@ -158,10 +164,26 @@ def test_streaming_equals_forward_far_beyond_the_context(tiny_model, variant, dt
     assert logits.dtype == dtype
     near(logits, G.forward(*model, text[None])[0], atol)
 
+@pytest.mark.parametrize("sizes", [[1] * 200, [64, 64, 72], [63, 1, 1, 135], [130, 70]], ids=str)
+def test_the_memory_of_a_text_read_in_parts(tiny_model, sizes):
+    """However it is cut, and whatever lies in a chunk of the full pass: the same numbers."""
+    params, config = tiny_model(memory=True)
+    text, start, state = random_text(200), 0, G.stream_init(params, config)
+    logits = G.forward(params, config, text[None])[0]
+    for size in sizes:
+        last, state = G.stream_read(params, config, state, text[start : start + size])
+        start += size
+        near(last, logits[start - 1])
+    far = text.copy()
+    far[0] = (far[0] + 1) % 11  # beyond the reach of the offsets, 4, and in another chunk
+    assert np.abs(G.forward(params, config, far[None])[0, 100:] - logits[100:]).max() > 1e-4
+
 def test_the_state_does_not_grow(tiny_model, variant):
-    """Per layer the last max(Δ) reduced states and at most one more: 6 and 4 rows of 4 float64."""
+    """Per layer the last max(Δ) reduced states and at most one more: 6 and 4 rows of 4 float64; and
+    the memory, 4 rows and a count."""
     _, held = stream(*tiny_model(**variant, offsets=((1, 5), (3,))), random_text(100))
-    assert "mixer" in variant or (set(held[10:]) == {held[10]} and held[10] <= (6 + 4) * 4 * 8)
+    most = (6 + 4) * 4 * 8 + 2 * (4 * 4 * 8 + 8) * ("memory" in variant)
+    assert "mixer" in variant or (set(held[10:]) == {held[10]} and held[10] <= most)
     _, held = stream(*tiny_model(**variant, positions=True), random_text(100))
     assert max(held[20:]) <= max(held[:20])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import grassmann as G
-from grassmann import plucker, unit_area_backward, unit_area_forward
+from grassmann import contract, plucker, unit_area_backward, unit_area_forward
 
 ranks = pytest.mark.parametrize("r", [2, 3, 4, 7])
 dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -66,6 +66,29 @@ def test_plucker_relations(rng, r):
     one_line = plucker(u, v) + plucker(u, w)  # planes that share the line u
     np.testing.assert_allclose([*relations(plucker(u, v)), *relations(one_line)], 0, atol=1e-13)
     assert (np.abs(list(relations(plucker(u, v) + plucker(w, x)))).max(0) > 1e-3).all()
+
+@ranks
+@pytest.mark.parametrize("chunk", [1, 4, 13, 64])
+def test_contraction_with_the_planes_so_far(rng, r, chunk):
+    """Token by token, by the definition x ⌟ (a ∧ b) = (x·a) b - (x·b) a, and by the coordinates of
+    the sum of the planes, as a matrix; which is antisymmetric."""
+    x, a, b = rng.standard_normal((3, 2, 13, r))
+    start = rng.standard_normal((2, r, r))
+    start -= start.swapaxes(1, 2)
+    out, last = contract(x, a, b, start, chunk)
+    by_definition, by_coordinates, (i, j) = np.empty_like(x), np.empty_like(x), G.pairs(r)
+    for row, t in np.ndindex(2, 13):
+        before, A, B, X = slice(t + 1), a[row, : t + 1], b[row, : t + 1], x[row, t]
+        terms = [(X @ A[k]) * B[k] - (X @ B[k]) * A[k] for k in range(t + 1)]
+        by_definition[row, t] = X @ start[row] + np.sum(terms, 0)
+        M = np.zeros((r, r))
+        M[i, j] = plucker(a[row, before], b[row, before]).sum(0)
+        by_coordinates[row, t] = X @ (start[row] + M - M.T)
+    np.testing.assert_allclose(out, by_definition, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(out, by_coordinates, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(last[1], start[1] + M - M.T, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(last, -last.swapaxes(1, 2), rtol=0, atol=1e-13)
+    assert np.abs(np.einsum("bti,bti->bt", contract(x, a, b)[0], x)).max() < 1e-12  # at right angles
 
 # ---- unit area -----------------------------------------------------------------------------------
 
