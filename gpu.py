@@ -394,12 +394,16 @@ def gate_backward(dout: Array, cache: tuple) -> tuple[Array, Array, Array, Array
     _per_token("gate_backward", dout.size // d, d, dout, alpha, dhg, dh, dg)
     return dh, dg, dW, db
 
+contract = _borrowed(grassmann.contract)
+memory_forward, memory_backward = map(
+    _borrowed, (grassmann.memory_forward, grassmann.memory_backward))
+
 def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
     """The Grassmann mixing layer (paper, section 3): h (B, L, d) -> mix (B, L, d).
 
         z = h W_red + b_red        reduce                       (B, L, r)
         p = z ∧ partner(z)         look back and span a plane   (B, L, n)
-        g = p W_plu + b_plu        project back                 (B, L, d)
+        g = p W_plu + b_plu        project back                 (B, L, d)   + memory(h, z), if any
         mix = gate(h, g)           blend                        (B, L, d)
 
     `past` (streaming) holds the last max(Δ) reduced states before h and is brought up to date. The
@@ -415,9 +419,12 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
     before = window.shape[1] - length
     p, c_wedge = _wedge_forward(window, taps, offsets, config.normalize, before)
     g, c_plu = linear_forward(p, w["W_plu"], w["b_plu"])
-    mix, c_gate = gate_forward(h, g, w["W_gate"], w["b_gate"])
-    cache = {"red": c_red, "wedge": c_wedge, "plu": c_plu, "gate": c_gate}
-    return mix, cache | {"z": z, "s": c_wedge[-1], "p": p, "alpha": c_gate[1]}
+    cache = {"red": c_red, "wedge": c_wedge, "plu": c_plu}
+    if config.memory:
+        m, cache["memory"] = memory_forward(h, z, w, past)
+        g += m
+    mix, cache["gate"] = gate_forward(h, g, w["W_gate"], w["b_gate"])
+    return mix, cache | {"z": z, "s": c_wedge[-1], "p": p, "alpha": cache["gate"][1]}
 
 def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
     """The steps of `mix_forward` in reverse; h is used twice, so two gradients add up."""
@@ -427,16 +434,23 @@ def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
     dz, dtaps = _wedge_backward(dp, cache["wedge"])
     if dtaps is not None:
         grads["taps"] = dtaps
+    if "memory" in cache:
+        dh_memory, dz_memory, memory = memory_backward(dg, cache["memory"])
+        dz, dh, grads = dz + dz_memory, dh + dh_memory, grads | memory
     dh_red, grads["W_red"], grads["b_red"] = linear_backward(dz, cache["red"])
     return dh + dh_red, grads
+
+mix_shapes = grassmann.mix_shapes
 
 # ---- attention, to compare with ------------------------------------------------------------------
 
 attention_forward = _borrowed(grassmann.attention_forward)
 attention_backward = _borrowed(grassmann.attention_backward)
 
-MIXERS = {"grassmann": (mix_forward, mix_backward),
-          "attention": (attention_forward, attention_backward)}
+attention_shapes = grassmann.attention_shapes
+
+MIXERS = {"grassmann": (mix_forward, mix_backward, mix_shapes),
+          "attention": (attention_forward, attention_backward, attention_shapes)}
 
 # ---- the block -----------------------------------------------------------------------------------
 
@@ -453,7 +467,7 @@ def prenorm_block_forward(
     h: Array, w: Scope, config: Config, layer: int, past=None, rng: Rng | None = None
 ) -> tuple[Array, dict]:
     """h ← h + D(mix(LN1(h))),  h ← h + D(FFN(LN2(h))),  D dropout; h (B, L, d)."""
-    mixer_forward, _ = MIXERS[config.mixer]
+    mixer_forward, *_ = MIXERS[config.mixer]
     normed, c_ln1 = layernorm_forward(h, w["ln1.w"], w["ln1.b"])
     mix, c_mix = mixer_forward(normed, w.scope("mix."), config, layer, past)
     mix, keep_mix = dropout_forward(mix, config.dropout, rng)
@@ -466,7 +480,7 @@ def prenorm_block_forward(
 
 def prenorm_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Array, Params]:
     """A sum h + f(h) passes its gradient on unchanged, and once more through f."""
-    _, mixer_backward = MIXERS[config.mixer]
+    _, mixer_backward, _ = MIXERS[config.mixer]
     grads = {}
     dnormed, ffn = ffn_backward(dropout_backward(dout, cache["keep_ffn"]), cache["ffn"])
     dh, grads["ln2.w"], grads["ln2.b"] = layernorm_backward(dnormed, cache["ln2"], dout)
@@ -481,7 +495,7 @@ def paper_block_forward(
 
     The gate inside mix keeps h; attention has none and gets a residual: mix(h) = h + attention(h).
     """
-    mixer_forward, _ = MIXERS[config.mixer]
+    mixer_forward, *_ = MIXERS[config.mixer]
     mix, c_mix = mixer_forward(h, w.scope("mix."), config, layer, past)
     residual = h if config.mixer == "attention" else None
     normed, c_ln1 = layernorm_forward(mix, w["ln1.w"], w["ln1.b"], residual=residual)
@@ -547,8 +561,8 @@ def loss_and_grads(
     """Mean cross-entropy of predicting y from x, both (B, L), and its gradients: grassmann.py's.
 
     float(loss) waits for the card. A CUDA graph does it, from the second call on with parameters in
-    the same place in memory, the same configuration, precision, share and shapes. Attention cannot
-    be recorded: CuPy's products of stacks of matrices refuse.
+    the same place in memory, the same configuration, precision, share and shapes. Attention and a
+    memory cannot be recorded: CuPy's products of stacks of matrices refuse.
     """
     inputs = [cp.asarray(x), cp.asarray(y)]
     check(inputs[0].shape == inputs[1].shape, "x and y must have one shape", "this batch")
@@ -556,7 +570,7 @@ def loss_and_grads(
         keys = numpy.random.default_rng(seed).integers(2**63, size=2 * config.n_layer + 1)
         inputs.append(cp.asarray(keys))
     run = functools.partial(_forward_and_backward, params, config, share)
-    if config.mixer != "attention":
+    if config.mixer != "attention" and not config.memory:
         places = tuple((a.data.ptr, a.dtype) for a in params.values())
         shapes = tuple((a.shape, a.dtype) for a in inputs)
         layer = MIXERS[config.mixer], BLOCKS[config.block]  # somebody may have put in their own

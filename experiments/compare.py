@@ -41,7 +41,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import grassmann
-from experiments import tasks
+from experiments import mixers, tasks
 from experiments.variants import PRODUCTS, variant
 from grassmann import Array, Config, Params, param_shapes
 from text import Corpus, read_corpus
@@ -52,6 +52,7 @@ from training import Training, train_step
 BASE = {"iters": 2000, "dropout": 0.0, "product": "wedge", "landmarks": (), "W_red_scale": None}
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # tried first, see best_lr
 QUICK_STEPS, QUICK_QUESTIONS = 1500, (1, 3, 5)
+mixers.install()  # in every process: Config then takes their names
 
 # ---- the questions -------------------------------------------------------------------------------
 
@@ -78,6 +79,8 @@ PAPER = {"block": "paper", "taps": False, "normalize": True, "positions": True}
 SIX = {"offsets": ((1, 2, 4, 8, 12, 16),) * Config.n_layer}  # the paper's, all in every layer
 NEAR = ((1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6, 7, 8), (1, 2, 4, 6, 8, 10, 12, 16))
 FAR = ((1, 2, 3, 4), (1, 2, 3, 4, 8, 16), (1, 2, 3, 4, 5, 6, 16, 32), (1, 2, 4, 8, 12, 16, 32, 64))
+MEMORY, HYBRID = ("with memory", {"memory": True}), ("hybrid", {"mixer": "hybrid"})
+SMALL = {"vocab_size": tasks.VOCAB_SIZE, "context": 256, "batch_size": 8, "d_model": 64, "rank": 16}
 UP_TO_212 = ((1, 2, 3, 4), (4, 8, 12, 16), (16, 32, 48, 64), (64, 128))  # they reach every distance
 QUESTIONS = [
     Question(1, "Grassmann or attention",
@@ -126,11 +129,20 @@ QUESTIONS = [
                                                "dropout": 0.2, "iters": 6000}, large=True),
     Question(6, "Where attention wins", "How far back can an answer lie? Accuracy against "
              f"distance, {1 / tasks.ANSWERS:.1%} by chance.",
-             [(f"{task}, {label}", changes | {"data": task}) for task in tasks.TASKS
+             [(f"{task}, {label}", changes | {"data": task}) for task in ("recall", "brackets")
               for label, changes in (ATTENTION, GRASSMANN,
                                      ("Grassmann, far offsets", {"offsets": UP_TO_212}))],
-             {"vocab_size": tasks.VOCAB_SIZE, "context": 256, "batch_size": 8, "d_model": 64,
-              "rank": 16}, tasks=True),
+             SMALL, tasks=True),
+    Question(10, "Memory", "The same tasks, with a bivector in every layer that all tokens write, "
+             "and with attention in one layer of the four (hybrid).",
+             [(f"{task}, {label}", changes | {"data": task}) for task in ("recall", "brackets")
+              for label, changes in (ATTENTION, GRASSMANN, MEMORY, HYBRID)], SMALL, tasks=True),
+    Question(10, "How much a memory holds", "Accuracy against the number of keys to remember at "
+             "once. Widths are equal here, parameters are not; two learning rates.",
+             [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
+                 ATTENTION, ("with memory, rank 16", MEMORY[1]),
+                 ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
+             SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE}, same_size=False, large=True, tasks=True),
 ]
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -145,6 +157,8 @@ class Run:
         warmup = min(training.warmup_iters, training.iters // 10)  # the short runs too have a peak
         self.training = replace(training, warmup_iters=warmup)
         everything = settings | asdict(self.config) | asdict(self.training)
+        if not self.config.memory:  # as in runs from before there was one
+            del everything["memory"]
         self.spec = dict(sorted(everything.items()))
 
 def count_params(run: Run) -> int:
@@ -173,7 +187,7 @@ def batch(run: Run, corpus: Corpus, step: int) -> tuple[Array, Array]:
     """x, y (B, L) of a step: the same for all models with this data and seed."""
     size, seed = (run.training.batch_size, run.config.context), run.training.seed
     if task := tasks.TASKS.get(run.spec["data"]):
-        return task(np.random.default_rng((seed, step)), *size)[:2]
+        return task[0](np.random.default_rng((seed, step)), *size)[:2]
     return grassmann.get_batch(corpus.train, *size, seed, step)
 
 def steps(run: Run, corpus: Corpus, threads: int = 1) -> Iterator[tuple[Params, float]]:
@@ -189,9 +203,9 @@ def steps(run: Run, corpus: Corpus, threads: int = 1) -> Iterator[tuple[Params, 
 
 def evaluate(run: Run, corpus: Corpus, params: Params) -> float | list[float]:
     """The validation loss; on a task the list of `accuracy`."""
-    if task := tasks.TASKS.get(run.spec["data"]):
+    if (task := run.spec["data"]) in tasks.TASKS:
         rng = np.random.default_rng((run.training.seed, run.training.iters))  # a step never trained
-        return tasks.accuracy(params, run.config, *task(rng, 512, run.config.context))
+        return tasks.accuracy(params, run.config, task, rng)
     return grassmann.validation_loss(params, run.config, corpus.val)
 
 def cost(run: Run) -> int:
@@ -479,7 +493,7 @@ def plot(path: Path, answers: Answers) -> None:
 
 def compare(args) -> None:
     """Answer the questions. Raises ValueError and OSError."""
-    numbers = args.only or (QUICK_QUESTIONS if args.quick else range(1, 10))
+    numbers = args.only or (QUICK_QUESTIONS if args.quick else range(1, 11))
     asked = [q for q in QUESTIONS if q.number in numbers and not (args.quick and q.large)]
     if not asked:
         raise ValueError("question 9 is not for --quick")
@@ -498,7 +512,7 @@ def compare(args) -> None:
     text = report(args, corpus, answers)
     (args.out / "compare.md").write_text(text, encoding="utf-8")
     for number, group in itertools.groupby(answers, key=lambda each: each[0].number):
-        draw = tasks.plot if number == 6 else plot
+        draw = tasks.plot if number in (6, 10) else plot
         draw(args.out / f"compare_{number}.png", list(group))
     print(text)
     print(f"written to {args.out}: " + ", ".join(sorted(p.name for p in args.out.glob("compare*"))))
@@ -511,7 +525,7 @@ def main() -> None:
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: Python's own documentation)")
     add("--out", type=Path, default="compare", help="folder to write into (default: compare)")
     add("--quick", action="store_true", help=f"one seed, {QUICK_STEPS:,} steps, questions 1, 3, 5")
-    add("--only", type=number(int, 1, 9), nargs="+", metavar="QUESTION", help="some of 1 to 9")
+    add("--only", type=number(int, 1, 10), nargs="+", metavar="QUESTION", help="some of 1 to 10")
     add("--seeds", type=number(int, 1, 1000), help="per model (default: 3 in question 1, else 1)")
     add("--jobs", type=number(int, 1, 1024), default=cli.available_cores(),
         help="runs at a time, which changes no result (default: one per core)")

@@ -1,8 +1,8 @@
-"""Question 6 of compare.py: two tasks that ask for a token far back, their table and figure.
+"""Questions 6 and 10 of compare.py: tasks that ask for a token far back, their tables and figures.
 
-Both tasks give x, y, distance, each (batch, length): distance is that from an asking token to its
-answer, 0 for all others. Those repeat themselves, y = x, which is soon learned: what remains of the
-loss is the question.
+A task gives x, y, group, each (batch, length). For an asking token `group` is the distance to its
+answer, or how many keys there are to remember; for all others it is 0. Those repeat themselves,
+y = x, which is soon learned: what remains of the loss is the question.
 """
 
 import math
@@ -16,7 +16,9 @@ import grassmann
 from grassmann import Array, Config, Params, Rng
 
 ANSWERS, ASK, VOCAB_SIZE = 8, 16, 17  # tokens: 0 to 7 are answers, 8 to 15 filler, 16 asks
+SLOTS, KEYS_VOCAB_SIZE = 16, 48  # in `keys` 16 + k announces the key of slot k, 32 + k asks for it
 DISTANCES = (1, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 200)  # from, to
+NUMBERS = (2, 2), (4, 4), (8, 8), (16, 16)  # of keys at once
 
 
 def recall(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
@@ -45,15 +47,36 @@ def brackets(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
     return x, y, distance
 
 
-TASKS = {"recall": recall, "brackets": brackets}
+def keys(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
+    """What was the key of this slot? 2, 4, 8 or 16 slots get a key each, and are asked for later.
+
+    A key follows the token that names its slot, all of them within the first quarter of the text.
+    """
+    x, many = rng.integers(ANSWERS, ASK, (batch, length)), np.zeros((batch, length), int)
+    y, quarter = x.copy(), length // 4
+    for row, n in enumerate(np.resize([n for n, _ in NUMBERS], batch)):
+        slots, answers = rng.permutation(SLOTS)[:n], rng.integers(0, ANSWERS, n)
+        places = 2 * rng.permutation(quarter // 2)[:n]
+        x[row, places], x[row, places + 1] = ASK + slots, answers
+        y[row] = x[row]
+        asks = quarter + np.flatnonzero(rng.random(length - quarter) < 1 / 8)
+        which = rng.integers(0, n, len(asks))
+        x[row, asks], y[row, asks] = ASK + SLOTS + slots[which], answers[which]
+        many[row, asks] = n
+    return x, y, many
 
 
-def accuracy(params: Params, config: Config, x: Array, y: Array, distance: Array) -> list[float]:
-    """For each of DISTANCES: how often the likeliest of the eight answers is right."""
+TASKS = {"recall": (recall, DISTANCES), "brackets": (brackets, DISTANCES), "keys": (keys, NUMBERS)}
+
+
+def accuracy(params: Params, config: Config, task: str, rng: Rng) -> list[float]:
+    """For each group of asking tokens: how often the likeliest of the eight answers is right."""
+    draw, groups = TASKS[task]
+    x, y, group = draw(rng, 512, config.context)
     chunks = np.array_split(x, math.ceil(len(x) / 8))
     answers = [grassmann.forward(params, config, c)[..., :ANSWERS].argmax(-1) for c in chunks]
     right = np.concatenate(answers) == y
-    asked = [(near <= distance) & (distance <= far) for near, far in DISTANCES]
+    asked = [(low <= group) & (group <= high) for low, high in groups]
     return [float(right[here].mean()) if here.any() else math.nan for here in asked]
 
 
@@ -63,29 +86,34 @@ def reach(offsets: Sequence[Sequence[int]]) -> int:
 
 
 def table(rows: list) -> list[dict[str, str]]:
-    """One line per task and model: how often it is right, by distance."""
+    """One line per task and model: how often it is right, by distance or number of keys."""
     lines = []
     for row in rows:
         (task, _, label), result = row.label.partition(", "), row.results[0]
         cells = {"task": task, "model": label, "learning rate": f"{result['spec']['lr']:g}"}
-        shares = zip(DISTANCES, result["curve"][-1][1], strict=True)
-        lines.append(cells | {f"{near} to {far}": f"{share:.0%}" for (near, far), share in shares})
+        for (low, high), share in zip(TASKS[task][1], result["curve"][-1][1], strict=True):
+            cells[f"{low} to {high}" if low < high else f"{low} keys"] = f"{share:.0%}"
+        lines.append(cells)
     return lines
 
 
 def plot(path: Path, answers: list) -> None:
-    """Accuracy against distance, and how far the Grassmann models can see at all."""
-    figure, middles = Figure(figsize=(12, 4.2), layout="constrained"), np.prod(DISTANCES, 1) ** 0.5
-    ((_, rows),) = answers
-    for task, axes in zip(TASKS, figure.subplots(1, len(TASKS), sharey=True), strict=True):
+    """Accuracy against distance, and how far the Grassmann models can see at all; or against keys."""
+    rows = [row for _, some in answers for row in some]
+    found = [task for task in TASKS if any(row.label.startswith(task) for row in rows)]
+    figure = Figure(figsize=(6 * len(found), 4.2), layout="constrained")
+    for task, axes in zip(found, figure.subplots(1, len(found), sharey=True), strict=True):
+        groups = TASKS[task][1]
         for k, row in enumerate(row for row in rows if row.label.startswith(task)):
             label, result, color = row.label.removeprefix(f"{task}, "), row.results[0], f"C{k}"
+            middles, spec = np.prod(groups, 1) ** 0.5, result["spec"]
             axes.semilogx(middles, result["curve"][-1][1], "o-", base=2, color=color, label=label)
-            if far := reach(result["spec"]["offsets"]):  # attention has none
-                label = f"{label}: sees {far} back"
-                axes.axvline(far + 0.5, color=color, ls="--", lw=1, label=label)
+            if spec["mixer"] == "grassmann" and not spec.get("memory"):  # others see all
+                label = f"{label}: sees {reach(spec['offsets'])} back"
+                axes.axvline(reach(spec["offsets"]) + 0.5, color=color, ls="--", lw=1, label=label)
         axes.axhline(1 / ANSWERS, color="gray", ls=":", label="chance")
-        axes.set(title=task, xlabel="distance, tokens", ylabel="accuracy", ylim=(0, 1.05))
+        unit = "distance, tokens" if groups is DISTANCES else "keys to remember"
+        axes.set(title=task, xlabel=unit, ylabel="accuracy", ylim=(0, 1.05))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
         axes.legend(loc="best", fontsize=8)

@@ -120,7 +120,7 @@ for _name in OPERATORS.split():
 
     setattr(ndarray, f"__{_name}__", _method)
 
-FUNCTIONS = "arange ascontiguousarray concatenate copyto exp ones sqrt stack tri zeros zeros_like"
+FUNCTIONS = "arange ascontiguousarray concatenate copyto empty_like exp ones sqrt stack tri zeros zeros_like"
 for _name in FUNCTIONS.split():
     globals()[_name] = function(getattr(np, _name))
 inf = np.inf
