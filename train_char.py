@@ -116,6 +116,7 @@ def build_parser() -> Parser:
     add("--positions", "learned position vectors; beyond the context sampling re-reads its last half")
     add("--mixer", "what mixes the tokens", choices=["grassmann", "attention"])
     add("--n-head", "attention heads", size)
+    add("--memory", "a bivector in every layer that all earlier tokens have written")
     return parser
 
 def paper(n_layer: int, d_model: int, context: int) -> dict:

@@ -219,7 +219,7 @@ def test_two_runs_in_one_folder(
 @pytest.mark.parametrize("flags", [
     "--context 7", "--n-layer 3", "--d-model 16", "--rank 4", "--offsets 1;2", "--block paper",
     "--no-taps", "--normalize", "--positions", "--mixer attention", "--n-head 2", "--dropout 0.3",
-    "--seed 1", "--batch-size 5", "--weight-decay 0.3", "--grad-clip 0", "--d-ff 7", "--paper"])
+    "--memory", "--seed 1", "--batch-size 5", "--weight-decay 0.3", "--grad-clip 0", "--d-ff 7", "--paper"])
 def test_resume_refuses_another_model_by_name(alone, resume, refused, flags):
     name = {"--no-taps": "--taps", "--paper": "--block"}.get(flags, flags.split()[0])
     assert f"--resume cannot change {name}:" in refused(resume(alone(1), *MORE, *flags.split()))
@@ -255,13 +255,24 @@ def test_the_best_model_is_looked_at_before_a_run_goes_on(copied, resume, succee
     assert f"at step {STEPS + 20}\n" in succeeded(resume(copied, *MORE, "--lr", 5))
     assert step_of(copied, "best.npz") == STEPS + 20
 
-def rewrite(path, change):
-    """Change what a checkpoint holds beside arrays: change(extra)."""
+def rewrite(path, change, part="extra"):
+    """Change what a checkpoint holds beside arrays: change(extra), or of another part."""
     with np.load(path) as file:
         arrays = dict(file)
     meta = json.loads(arrays["meta"].tobytes())
-    change(meta["extra"])
+    change(meta[part])
     np.savez(path, **arrays | {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)})
+
+def test_a_run_from_before_there_was_a_memory(copied, resume, succeeded, differences, tmp_path_factory):
+    """Its files lack the setting: they load, and it goes on as one that has it."""
+    same = Path(shutil.copytree(copied, tmp_path_factory.mktemp("same"), dirs_exist_ok=True))
+    for name in ("last.npz", "best.npz"):
+        rewrite(copied / name, lambda config: config.pop("memory"), "config")
+        rewrite(copied / name, lambda extra: extra["settings"].pop("memory"))
+        assert not load_checkpoint(copied / name)[1].memory
+    for folder in (same, copied):
+        succeeded(resume(folder, *MORE))
+    assert differences(copied, same) == []
 
 NAN, INF, BAD = float("nan"), float("inf"), ["many", "", {}, {"a": 1}, True, 10**400, [[]]]
 ROW = [10, 3.0, None, 0.001, 1.0]

@@ -151,7 +151,7 @@ def test_a_plot_that_fails_is_a_line(train, tmp_path, trouble, fails):
     ("--context 9 --n-layer 3 --d-model 12 --rank 4 --offsets 1,2;5;8 --normalize --positions "
      "--dropout 0.25", {"context": 9, "n_layer": 3, "d_model": 12, "rank": 4, "normalize": True,
                         "offsets": ((1, 2), (5,), (8,)), "positions": True, "dropout": 0.25}),
-    ("--no-taps --block paper", {"taps": False, "block": "paper"}),
+    ("--no-taps --block paper", {"taps": False, "block": "paper"}), ("--memory", {"memory": True}),
     ("--mixer attention --n-head 2 --d-ff 7", {"mixer": "attention", "n_head": 2, "d_ff": 7}),
     ("--paper --rank 4 --no-positions", {"block": "paper", "taps": False, "normalize": True,
         "positions": False, "d_ff": 32, "rank": 4, "offsets": ((1,), (2,))}),
