@@ -87,24 +87,29 @@ class Page:
         return np.array(self.js("const r = explorer.shown(); return r.tokens.map((_, t) => r.bits(t)).slice(1)"))
 
 
+@pytest.fixture
+def random_model():
+    """random_model(…): small, with names for its letters; weights large enough to matter."""
+    def random_model(**sizes):
+        vocab = vocabulary("abcdefgh ijklm\nnopq")
+        config = G.Config(len(vocab), **{"context": 40, "n_layer": 2, "d_model": 24, "rank": 6} | sizes)
+        params, rng = G.init_params(config), np.random.default_rng(1)
+        for name, value in params.items():
+            if name != "E" and not name.endswith(".w"):
+                value += (0.3 * rng.standard_normal(value.shape)).astype(np.float32)
+        params["E"] *= 30
+        return SimpleNamespace(params=params, config=config, vocab=vocab)
+
+    return random_model
+
+
 @pytest.fixture(params=["default", "paper", "average", "normalized taps", "positions", "sizes", "memory"])
-def variant(request):
-    """A small random model of every kind, with names for its letters; weights large enough to matter."""
-    text = "abcdefgh ijklm\nnopq"
-    vocab = vocabulary(text)
+def variant(request, random_model):
+    """A small random model of every kind."""
     kinds = {
         "default": {}, "paper": {"block": "paper", "taps": False, "normalize": True, "positions": True},
         "average": {"taps": False, "offsets": ((1, 3), (2, 5))}, "normalized taps": {"normalize": True},
         "positions": {"positions": True, "context": 21}, "memory": {"memory": True},
         "sizes": {"n_layer": 3, "d_model": 21, "rank": 7, "d_ff": 10, "offsets": ((1,), (4, 2, 30), (9,))},
     }
-    sizes = {"context": 40, "n_layer": 2, "d_model": 24, "rank": 6} | kinds[request.param]
-    if "memory" in sizes and not hasattr(G, "memory_forward"):
-        pytest.skip("this model has no memory")
-    config = G.Config(len(vocab), **sizes)
-    params, rng = G.init_params(config), np.random.default_rng(1)
-    for name, value in params.items():
-        if name != "E" and not name.endswith(".w"):
-            value += (0.3 * rng.standard_normal(value.shape)).astype(np.float32)
-    params["E"] *= 30
-    return SimpleNamespace(name=request.param, params=params, config=config, vocab=vocab)
+    return random_model(**kinds[request.param])

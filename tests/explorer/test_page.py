@@ -245,6 +245,31 @@ def test_what_is_switched_off_is_off(explore, shipped, part):
     assert page.text("#loss") == f"Loss: {whole.mean():.2f} bits a character"
 
 
+def test_what_a_memory_reads_its_switch_and_what_it_holds(explore, random_model):
+    model, text = random_model(memory=True, offsets=((1, 3), (2,))), "abc efgh\nabqponm lk"
+    page, tokens = explore(model.params, model.config, model.vocab, text), encode(text, model.vocab)
+    blocks, whole, _ = seen(model.params, model.config, tokens)
+    for t, i in itertools.product((0, 5, 18), range(2)):
+        z, a, b = (x[0].astype(float) for x in blocks[i]["mix"]["memory"][:3])
+        read = np.array([np.linalg.norm((z[t] @ a[k]) * b[k] - (z[t] @ b[k]) * a[k]) for k in range(t + 1)])
+        page.js("choose(arguments[0])", t)
+        places, shares = np.transpose(page.js("return explorer.shown().look(arguments[0], arguments[1]).reads", t, i))
+        np.testing.assert_allclose(shares, (read / read.sum())[places.astype(int)], atol=1e-3)
+        assert sorted(places) == [*range(t + 1)] and (np.diff(shares) <= 0).all()
+        drawn = page.js("return document.querySelectorAll('.card')[arguments[0]].textContent", i).split("memory: reads ")[1]
+        found = [float(x) for x in re.findall(r"\(([\d.]+)%\)", drawn)]
+        assert found == pytest.approx(100 * shares[:4], abs=0.51)
+    page.click("[data-keys='2-memory']")
+    page.wait()
+    off = model.params | {"blocks.1.mix.W_mem": 0 * model.params["blocks.1.mix.W_mem"]}
+    _, bits, _ = seen(off, model.config, tokens)
+    np.testing.assert_allclose(page.bits(), bits, atol=2e-3)
+    assert np.abs(bits - whole).max() > 0.1 and page.text("#changes").startswith("Off: memory of layer 2.")
+    page.click("#start")
+    page.wait("document.getElementById('counter').textContent.length > 0")
+    assert f"remembers {(3 + 2) * 6 + 2 * 15} numbers" in " ".join(page.text("#counter").split())
+
+
 def test_a_switch_for_all_layers_and_both_continuations(explore):
     page = explore(PAGE, hash=f"#text={quote(TEXT)}&tab=touch")
     page.click("[aria-label='offset 1 of all layers']")
