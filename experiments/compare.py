@@ -3,7 +3,7 @@
   python -m experiments.compare --quick              questions 1, 3 and 5 in ten to twenty minutes
   python -m experiments.compare --data shakespeare   all of them, on Tiny Shakespeare: some hours
 
-The same for every model of a question: the number of parameters (within 2%, but for question 8),
+The same for every model of a question: the number of parameters (within 2%, but where a question says so),
 the batches, the optimiser, the schedule, the validation. Every model gets the learning rate that is
 best for it in short runs, without which no comparison is fair (with --quick, its mixer's plain
 model gets it for all). Runs use one thread each; steps are timed when all is done and quiet.
@@ -187,7 +187,7 @@ def batch(run: Run, corpus: Corpus, step: int) -> tuple[Array, Array]:
     """x, y (B, L) of a step: the same for all models with this data and seed."""
     size, seed = (run.training.batch_size, run.config.context), run.training.seed
     if task := tasks.TASKS.get(run.spec["data"]):
-        return task[0](np.random.default_rng((seed, step)), *size)[:2]
+        return task(np.random.default_rng((seed, step)), *size)[:2]
     return grassmann.get_batch(corpus.train, *size, seed, step)
 
 def steps(run: Run, corpus: Corpus, threads: int = 1) -> Iterator[tuple[Params, float]]:
@@ -203,9 +203,10 @@ def steps(run: Run, corpus: Corpus, threads: int = 1) -> Iterator[tuple[Params, 
 
 def evaluate(run: Run, corpus: Corpus, params: Params) -> float | list[float]:
     """The validation loss; on a task the list of `accuracy`."""
-    if (task := run.spec["data"]) in tasks.TASKS:
+    if task := tasks.TASKS.get(name := run.spec["data"]):
         rng = np.random.default_rng((run.training.seed, run.training.iters))  # a step never trained
-        return tasks.accuracy(params, run.config, task, rng)
+        sample = task(rng, 512, run.config.context)
+        return tasks.accuracy(params, run.config, *sample, tasks.GROUPS[name])
     return grassmann.validation_loss(params, run.config, corpus.val)
 
 def cost(run: Run) -> int:
@@ -512,8 +513,9 @@ def compare(args) -> None:
     text = report(args, corpus, answers)
     (args.out / "compare.md").write_text(text, encoding="utf-8")
     for number, group in itertools.groupby(answers, key=lambda each: each[0].number):
-        draw = tasks.plot if number in (6, 10) else plot
-        draw(args.out / f"compare_{number}.png", list(group))
+        group = list(group)
+        draw = tasks.plot if group[0][0].tasks else plot
+        draw(args.out / f"compare_{number}.png", group)
     print(text)
     print(f"written to {args.out}: " + ", ".join(sorted(p.name for p in args.out.glob("compare*"))))
 

@@ -66,13 +66,14 @@ def keys(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
     return x, y, many
 
 
-TASKS = {"recall": (recall, DISTANCES), "brackets": (brackets, DISTANCES), "keys": (keys, NUMBERS)}
+TASKS = {"recall": recall, "brackets": brackets, "keys": keys}
+GROUPS = {"recall": DISTANCES, "brackets": DISTANCES, "keys": NUMBERS}
 
 
-def accuracy(params: Params, config: Config, task: str, rng: Rng) -> list[float]:
-    """For each group of asking tokens: how often the likeliest of the eight answers is right."""
-    draw, groups = TASKS[task]
-    x, y, group = draw(rng, 512, config.context)
+def accuracy(
+    params: Params, config: Config, x: Array, y: Array, group: Array, groups: tuple = DISTANCES
+) -> list[float]:
+    """For each of the groups: how often the likeliest of the eight answers is right."""
     chunks = np.array_split(x, math.ceil(len(x) / 8))
     answers = [grassmann.forward(params, config, c)[..., :ANSWERS].argmax(-1) for c in chunks]
     right = np.concatenate(answers) == y
@@ -91,7 +92,7 @@ def table(rows: list) -> list[dict[str, str]]:
     for row in rows:
         (task, _, label), result = row.label.partition(", "), row.results[0]
         cells = {"task": task, "model": label, "learning rate": f"{result['spec']['lr']:g}"}
-        for (low, high), share in zip(TASKS[task][1], result["curve"][-1][1], strict=True):
+        for (low, high), share in zip(GROUPS[task], result["curve"][-1][1], strict=True):
             cells[f"{low} to {high}" if low < high else f"{low} keys"] = f"{share:.0%}"
         lines.append(cells)
     return lines
@@ -103,7 +104,7 @@ def plot(path: Path, answers: list) -> None:
     found = [task for task in TASKS if any(row.label.startswith(task) for row in rows)]
     figure = Figure(figsize=(6 * len(found), 4.2), layout="constrained")
     for task, axes in zip(found, figure.subplots(1, len(found), sharey=True), strict=True):
-        groups = TASKS[task][1]
+        groups = GROUPS[task]
         for k, row in enumerate(row for row in rows if row.label.startswith(task)):
             label, result, color = row.label.removeprefix(f"{task}, "), row.results[0], f"C{k}"
             middles, spec = np.prod(groups, 1) ** 0.5, result["spec"]

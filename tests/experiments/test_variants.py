@@ -1,6 +1,7 @@
-"""What compare.py puts in place of the wedge, partners at words and lines, and its two tasks."""
+"""What compare.py puts in place of the wedge, partners at words and lines, and its three tasks."""
 
 from dataclasses import asdict
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -88,9 +89,9 @@ def test_landmarks_are_partners_with_taps_of_their_own(landmarked):
         np.testing.assert_allclose(mix["s"][b, t], sum(partners, np.zeros(6)), atol=1e-12)
 
 
-# ---- question 6 ----------------------------------------------------------------------------------
+# ---- questions 6 and 10 ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", ["recall", "brackets"])
 def test_a_task_asks_for_what_lies_so_far_back(rng, task):
     """Whoever asks says nothing else; nothing nearer tells the answer; every distance occurs."""
     x, y, distance = tasks.TASKS[task](rng, 512, 256)
@@ -110,7 +111,7 @@ def test_a_task_asks_for_what_lies_so_far_back(rng, task):
     for low, high in tasks.DISTANCES:
         assert ((low <= distance) & (distance <= high)).sum() >= 80
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", ["recall", "brackets"])
 def test_accuracy_is_sorted_by_distance(monkeypatch, tiny_config, rng, task):
     """An untrained model guesses; one that is right from 2 to 16 tokens back is, and no other."""
     config, sample = tiny_config(vocab_size=17, context=64), tasks.TASKS[task](rng, 600, 64)
@@ -124,14 +125,35 @@ def test_accuracy_is_sorted_by_distance(monkeypatch, tiny_config, rng, task):
     assert (0 < first < 1) == (task == "recall")  # brackets ask at odd distances only
     assert others[:5] == [1, 1, 1, 0, 0]
 
+def test_keys_are_announced_before_they_are_asked_for(rng):
+    """As many as the group says, each slot once; an answer is the key that its slot was given."""
+    x, y, many = tasks.keys(rng, 64, 256)
+    for row in range(64):
+        slots = {}
+        for t in range(256):
+            announced = t and x[row, t - 1] in range(16, 32)
+            assert announced == (x[row, t] < tasks.ANSWERS)
+            if announced:
+                assert t < 64 and x[row, t - 1] - 16 not in slots
+                slots[x[row, t - 1] - 16] = x[row, t]
+            asks = x[row, t] >= 32
+            assert y[row, t] == (slots[x[row, t] - 32] if asks else x[row, t])
+            assert many[row, t] == (len(slots) if asks else 0) and (t >= 64 or not asks)
+        assert len(slots) == tasks.NUMBERS[row % 4][0] and x[row].max() < tasks.KEYS_VOCAB_SIZE
+    says = np.where(many > 4, (y + 1) % tasks.ANSWERS, y)
+    with patch.object(grassmann, "forward", lambda params, config, x: np.eye(48)[next(rows)]):
+        rows = iter(np.array_split(says, 8))
+        assert tasks.accuracy({}, None, x, y, many, tasks.NUMBERS) == [1, 1, 0, 0]
+
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_a_step_on_a_task_has_texts_of_its_own_and_the_accuracy_others(task):
-    sizes = {"context": 16, "n_layer": 1, "d_model": 8, "rank": 3, "batch_size": 4, "iters": 2}
-    run = Run(BASE | sizes | {"vocab_size": 17, "data": task, "seed": 3})
-    texts = tasks.TASKS[task](np.random.default_rng((3, 1)), 4, 16)[:2]
+    sizes = {"context": 128, "n_layer": 1, "d_model": 8, "rank": 3, "batch_size": 4, "iters": 2}
+    run = Run(BASE | sizes | {"vocab_size": 48, "data": task, "seed": 3})
+    texts = tasks.TASKS[task](np.random.default_rng((3, 1)), 4, 128)[:2]
     np.testing.assert_array_equal(batch(run, None, 1), texts)
     params, others = grassmann.init_params(run.config), np.random.default_rng((3, 2))  # no step
-    expected = tasks.accuracy(params, run.config, *tasks.TASKS[task](others, 512, 16))
+    expected = tasks.accuracy(params, run.config, *tasks.TASKS[task](others, 512, 128),
+                              tasks.GROUPS[task])
     np.testing.assert_array_equal(evaluate(run, None, params), expected)
 
 @pytest.mark.parametrize("offsets", [None, UP_TO_212])
