@@ -142,7 +142,7 @@ def with_features(features_forward, features_backward, features_shapes, n_partne
 
     def shapes(config: Config, layer: int) -> Shapes:
         d, r, m = config.d_model, config.rank, len(config.offsets[layer])
-        own = {"W_red": (d, r), "b_red": (r,)} | {name: (m, r) for name in names}
+        own = {"W_red": (d, r), "b_red": (r,)} | dict.fromkeys(names, (m, r))
         return own | features_shapes(d, r) | {"W_gate": (2 * d, d), "b_gate": (d,)}
 
     return forward, backward, shapes
@@ -233,7 +233,7 @@ def planes(grade: int) -> tuple:
         return dz, dpartners, dict(zip(names, dlearned, strict=True)) | {"b_plu": dg.sum((0, 1))}
 
     def shapes(d: int, r: int) -> Shapes:
-        return {name: (r, d) for name in names} | {"b_plu": (d,)}
+        return dict.fromkeys(names, (r, d)) | {"b_plu": (d,)}
 
     return with_features(forward, backward, shapes, grade - 1)
 

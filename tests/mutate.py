@@ -33,7 +33,7 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("init_params", "math.sqrt(2 * config.n_layer)", "math.sqrt(config.n_layer)"),
     ("init_params", "scales.get(kind, 0.02)", 'scales.get(kind.replace("taps", ""), 0.02)'),
     ("init_params", "config.d_model ** -0.5", "0.02"),
-    ("param_shapes", "(2 * d, d)", "(d, d)"),
+    ("mix_shapes", "(2 * d, d)", "(d, d)"),
     # small ops
     ("linear_forward", "y += b", "y -= b"),
     ("linear_backward", "W.T", "W"),
@@ -91,8 +91,8 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("gate_forward", "0.5 + 0.5 * np.tanh(0.5 * a)", "1 / (1 + np.exp(-a))"),
     ("gate_backward", "difference * direct * (1 - alpha)", "difference * direct"),
     ("gate_backward", "dout - direct", "direct"),
-    ("mix_forward", "c_gate[1]", "1 - c_gate[1]"),
-    ("mix_backward", "dz + dz_partner", "dz"),
+    ("mix_forward", 'cache["gate"][1]', '1 - cache["gate"][1]'),
+    ("mix_backward", "dz += dz_partner", "pass"),
     ("mix_backward", "dh + dh_red", "dh"),
     # memory
     ("contract", "M + A_T @ B - B_T @ A", "M + A_T @ B"),
