@@ -72,7 +72,7 @@ def main() -> None:
     add("--prompt", default="", help="text to go on from; - reads the standard input, @FILE a file "
         "(default: empty, as after a line end)")
     add("--escapes", action="store_true", help=r"\n and \t in --prompt are a line end and a tab")
-    add("--interactive", action="store_true", help="type, it goes on, and so forth")
+    add("--interactive", action="store_true", help="type a line: it is appended to the text, and the model goes on")
     add("--length", type=number(int, 0, 10**9), default=500, help="characters to write (default: 500)")
     add("--temperature", type=number(float, 0, 100), default=0.8,
         help="below 1 safer, above 1 wilder, 0 always the likeliest (default: 0.8)")

@@ -47,7 +47,8 @@ MOST_VALIDATED = 1_000_000  # characters; of more held out, evenly spread pieces
 PACE = ("iters", "lr", "min_lr", "warmup_iters", "eval_every")  # what a resumed run may change
 DEFAULTS = {f.name: f.default for f in fields(Config)[1:] + fields(Training)} | {"data": None, "eval_every": 250}
 PRESETS = {
-    "laptop": ("the defaults: some minutes on two cores", {}),
+    "laptop": ("the defaults: some minutes on two cores", {
+        name: DEFAULTS[name] for name in ("n_layer", "d_model", "context", "batch_size", "dropout", "iters")}),
     "tiny": ("under a minute, to see that it learns", {"iters": 1000, "d_model": 64, "eval_every": 100}),
     "best": ("for a megabyte of text: half an hour or more", {
         "iters": 8000, "eval_every": 500, "n_layer": 6, "d_model": 224, "context": 1024, "batch_size": 2,
@@ -69,7 +70,7 @@ def build_parser() -> Parser:
     """Options are absent unless given (a resumed run must know which); help texts name defaults."""
     parser = Parser(__doc__)
     parser.argument_default = argparse.SUPPRESS
-    parser.set_defaults(out=Path("out"), resume=False, paper=False, preset="laptop", gpu=False,
+    parser.set_defaults(out=Path("out"), resume=False, paper=False, preset=None, gpu=False,
                         threads=cli.available_cores())
     count, size, rate = number(int, 1, 10**9), number(int, 1, 10**6), number(float, 0, 10)
 
@@ -198,7 +199,8 @@ class Run:
 def make_run(args: argparse.Namespace) -> Run:
     """A new run, or with --resume the one in last.npz. Raises ValueError and OSError."""
     model, last = cli.backend(args.gpu, args.precision), args.out / "last.npz"
-    given = PRESETS[args.preset][1] | {k: v for k, v in vars(args).items() if k in DEFAULTS}
+    preset = PRESETS[args.preset][1] if args.preset else {}
+    given = preset | {k: v for k, v in vars(args).items() if k in DEFAULTS}
     if given.get("data"):
         given["data"] = [name if name == "shakespeare" else os.path.abspath(name) for name in given["data"]]
     saved = resume_point(model, last) if args.resume else {"settings": {}}
@@ -210,7 +212,11 @@ def make_run(args: argparse.Namespace) -> Run:
         raise ValueError(f"--min-lr ({settings['min_lr']}) must not exceed --lr ({settings['lr']})")
     if args.resume:
         may_go_on(last, saved, given, settings["iters"])
-    corpus = read_corpus(settings["data"], settings["context"])
+    try:
+        corpus = read_corpus(settings["data"], settings["context"])
+    except ValueError as error:
+        advice = "" if "data" in given or not args.resume else "; where it was moved, --data says to where"
+        raise ValueError(f"{error}{advice}") from None
     config = Config(len(corpus.vocab), **{f.name: settings[f.name] for f in fields(Config)[1:]})
     training = Training(**{f.name: settings[f.name] for f in fields(Training)})
     settings |= {name: value for name, value in asdict(config).items() if name != "vocab_size"}
@@ -260,7 +266,7 @@ def may_go_on(last: Path, saved: dict, given: dict, iters: int) -> None:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"--resume cannot change {flag}: {last} has {before[name]}, not {given[name]}")
     if p.step > iters or (p.step == iters and not p.recent):  # (or it waits for its last validation)
-        raise ValueError(f"{last} is at step {p.step} of {iters}; to go on, give a larger --iters")
+        raise ValueError(f"{last} is at step {p.step}; to go on, give --iters more than that, not {iters}")
 
 def check_memory(config: Config, batch_size: int, threads: int) -> None:
     """Refuse, before anything is allocated, what this machine cannot hold. Raises ValueError."""
@@ -292,7 +298,7 @@ def claim(out: Path) -> None:
 
 def set_aside(out: Path) -> None:
     """Move the files of an earlier run in `out` to out/previous-N, so that nothing is overwritten."""
-    files = [out / name for name in ("best.npz", "last.npz", "log.csv", "loss.png", "flow") if (out / name).exists()]
+    files = [out / name for name in ("best.npz", "last.npz", "log.csv", "loss.png", "flow", "explorer.html") if (out / name).exists()]
     if files:
         number = next(k for k in range(1, 10**6) if not (out / f"previous-{k}").exists())
         folder = out / f"previous-{number}"
@@ -325,7 +331,7 @@ def train(run: Run, signals: list[int]) -> None:
     p, t, model, eval_every = run.progress, run.training, run.model, run.settings["eval_every"]
     tokens, first, before = model.np.asarray(run.corpus.train), p.step, p.seconds
     started = time.perf_counter()
-    bar = tqdm(total=t.iters, initial=p.step, unit="step", disable=None, dynamic_ncols=True)
+    bar = tqdm(total=t.iters, initial=p.step, unit="step", disable=None, dynamic_ncols=True, smoothing=0)
     with bar, open_log(run) as log:
         while True:
             due = p.step % eval_every == 0 or p.step == t.iters
@@ -341,7 +347,7 @@ def train(run: Run, signals: list[int]) -> None:
             bar.update()
             if p.step == first + 10 and p.step < t.iters:
                 left = (p.seconds - before) / 10 * (t.iters - p.step)
-                time_left = plural(round(left), "second") if left < 100 else f"{left / 60:.0f} minutes"
+                time_left = plural(max(1, round(left)), "second") if left < 100 else f"{left / 60:.0f} minutes"
                 bar.write(f"about {time_left} to go")
         if signals:
             run.save_last()
@@ -437,6 +443,8 @@ def plot(run: Run) -> None:
             if run.progress.best:
                 axes.axhline(run.progress.best[1], color="gray", ls=":", label=f"best {run.progress.best[1]:.3f}")
             axes.set(xlabel="step", ylabel="loss (nats per character)")
+            later = [row[k] for row in run.progress.log[len(run.progress.log) // 20 :] for k in (1, 2) if row[k]]
+            axes.set_ylim(top=1.05 * max(later, default=1.0))  # not the fall at the beginning
             bits = axes.secondary_yaxis("right", functions=(lambda x: x / math.log(2), lambda x: x * math.log(2)))
             bits.set_ylabel("bits per character")
             axes.grid(alpha=0.3)
@@ -452,7 +460,7 @@ def report(run: Run, go_on: str) -> None:
     for name, (step, loss) in (("best", run.progress.best), ("last", (last_step, last_loss))):
         print(f"{name} validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}")
     print(f"{best}   to sample from: {command('sample.py', best)}")
-    print(f"{last}   to go on from: {go_on} --iters MORE")
+    print(f"{last}   to go on from: {go_on} --iters {2 * run.progress.step}")
     print(f"{run.out / 'log.csv'}, {run.out / 'loss.png'}   the losses\n\nA sample:\n")
     params, config, extra = load_checkpoint(best, getattr(run.model, "Flat", dict))
     write_sample(run.model, params, config, extra, "", 600, temperature=0.8)
@@ -489,7 +497,7 @@ def main() -> None:
         text = " ".join(run.settings["data"] or ["Python's documentation"])
         print(f"{text}: {plural(len(corpus.train), 'character')} to train on, {len(corpus.val):,} to validate"
               + (f" (on {MOST_VALIDATED:,} of them)" if len(corpus.val) > MOST_VALIDATED else "")
-              + f", {len(corpus.vocab)} different ones; {n_params / 1e6:.2f}M parameters; "
+              + f", {len(corpus.vocab)} different ones\n{n_params / 1e6:.2f}M parameters; "
               f"{plural(args.threads, 'thread')}; writing into {run.out}")
         signals = catch_signals()
         train(run, signals)
@@ -497,6 +505,8 @@ def main() -> None:
         go_on = command("train_char.py", "--resume", "--out", run.out, *gpu)
         if signals and (run.progress.step < run.training.iters or run.progress.recent):
             print(f"stopped at step {run.progress.step} and saved; go on with: {go_on}")
+            best = run.progress.best and f"best so far {run.progress.best[1]:.4f} nats; "
+            print(f"{best or ''}sample from it with: {command('sample.py', run.out / 'best.npz')}")
             plot(run)
             sys.exit(128 + signals[0])
         report(run, go_on)

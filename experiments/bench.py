@@ -252,7 +252,7 @@ def header(setup: Setup, data: str | None) -> dict[str, object]:
     name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     info = {"text": data or "pydoc_data.topics", "threads": setup.threads,
             "cores": cli.available_cores(), "processor": name[1] if name else platform.processor(),
-            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else "unknown",
+            "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown",
             "Python": platform.python_version(), "NumPy": np.__version__}
     if torch:
         from threadpoolctl import threadpool_info  # the same requirements.txt has it

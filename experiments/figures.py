@@ -3,7 +3,7 @@
 Their colours are readable on a white and on a black page, and the background is left clear.
 """
 
-import cli  # noqa: F401, I001  (before NumPy)
+import cli  # noqa: I001  (before NumPy)
 
 from itertools import product
 from pathlib import Path
@@ -128,6 +128,7 @@ def finite_differences() -> plt.Figure:
 
 
 if __name__ == "__main__":
+    cli.Parser(__doc__).parse_args()
     for draw in (layer, wedge, receptive_field, finite_differences):
         with plt.rc_context(STYLE):
             file = FOLDER / f"{draw.__name__}.svg"

@@ -299,9 +299,11 @@ def held_out(checkpoint: Path, context: int, extra: dict) -> str:
     """The text a run was validated on, from the start of a paragraph. Raises ValueError."""
     settings, sha256 = extra.get("settings"), extra.get("text_sha256")
     data = settings.get("data", "?") if isinstance(settings, dict) else "?"
+    data = data if data is None or isinstance(data, list) else [data]
     try:
-        if data not in (None, "shakespeare") and not Path(data := str(data)).is_file():
-            raise ValueError(f"there is no file {data!r}")
+        for name in data or ():
+            if name != "shakespeare" and not (Path(str(name)).is_file() or Path(str(name)).is_dir()):
+                raise ValueError(f"there is no file {name!r}")
         corpus = read_corpus(data, context)
         if sha256 not in (None, corpus.sha256):
             raise ValueError("it has changed since")
@@ -352,7 +354,7 @@ def tabulate_flows(flows: dict[str, Flow], measured: dict, random_step: float, o
 def main() -> None:
     cli.plain_output()
     warnings.filterwarnings("ignore", message="Glyph")  # what the font lacks is drawn as boxes
-    parser, best = cli.Parser(__doc__), Path("out/best.npz")
+    parser, best = cli.Parser(__doc__), cli.BEST
     add, text = parser.add_argument, {"dest": "texts", "action": "append", "default": []}
     add("checkpoint", nargs="?", type=Path, default=best, help=f"the model (default: {best})")
     add("--text", **text, metavar="TEXT", help="a text (default: one held out from the training)")

@@ -231,6 +231,8 @@ def killer(mutant: tuple[str, str]) -> str | None:
 
 def main() -> int:
     chosen = [m for m in MUTATIONS if all(word in " ".join(m) for word in sys.argv[1:])]
+    if not chosen:
+        sys.exit(f"{__doc__}\nno mutation has {' '.join(sys.argv[1:])} in its line")
     mutants, survivors = [broken(*mutation) for mutation in chosen], 0
     for module in {module for module, _ in mutants}:
         if failed := killer((module, (ROOT / f"{module}.py").read_text(encoding="utf-8"))):

@@ -228,7 +228,7 @@ def test_resume_refuses_what_it_cannot_do(alone, resume, refused, tmp_path):
     out, before = alone(1), {file.name: file.read_bytes() for file in alone(1).iterdir()}
     assert "nothing to resume" in refused(resume(tmp_path / "nowhere"))
     for iters in ([], ["--iters", STEPS], ["--iters", STEPS - 1]):
-        assert f"is at step {STEPS} of" in refused(resume(out, *iters))
+        assert f"is at step {STEPS}; to go on, give --iters" in refused(resume(out, *iters))
     message = "--min-lr (1.0) must not exceed --lr (0.003)"
     assert message in refused(resume(out, *MORE, "--min-lr", 1))
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
