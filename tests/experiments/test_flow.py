@@ -272,9 +272,10 @@ def test_the_text_held_out_is_found_or_asked_for(tmp_path):
     text = "x" * 9000 + "first\n\n   second paragraph" + "y" * 974
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     named = {"settings": {"data": str(tmp_path / "text.txt")}}
-    for extra in ({}, {"text_sha256": hashlib.sha256(text.encode()).hexdigest()}):
+    for extra in ({}, {"text_sha256": hashlib.sha256(text.encode()).hexdigest()},
+                  {"settings": {"data": [str(tmp_path)]}}):  # as train_char.py writes it: a list
         assert F.held_out("c", 8, named | extra) == "second paragraph" + "y" * 974
-    for settings in (3, {}, *({"data": name} for name in (5, os.devnull, str(tmp_path), "\0"))):
+    for settings in (3, {}, *({"data": name} for name in (5, os.devnull, [str(tmp_path / "no")], "\0"))):
         with pytest.raises(ValueError, match=r"here \(there is no file .*\); give one with --text"):
             F.held_out("c", 8, {"settings": settings})
     for extra in (named, {"settings": {"data": None}}):
