@@ -197,6 +197,9 @@ def test_streaming_with_positions_re_reads_half_the_context(tiny_model, variant,
             window = window[-(context // 2) :]
         window.append(token)
         near(logits, G.forward(*model, np.array([window]))[0, -1])
+    state = G.stream_init(*model)
+    G.stream_read(*model, state, text[:5])
+    near(G.stream_read(*model, state, text[5:])[0], logits)  # many tokens at once
 
 # ---- sampling ------------------------------------------------------------------------------------
 
