@@ -44,17 +44,16 @@ def test_adamw_is_the_formula(rng, given, steps):
             assert got == pytest.approx(expected, rel=1e-12)
 
 @dtypes
+@pytest.mark.parametrize("size", [1, 1e-30, 1e30])
 @pytest.mark.parametrize(("max_norm", "clipped"), [(5, 5), (13, 13), (20, 13), (1e-3, 1e-3)])
-def test_clip_grads(dtype, max_norm, clipped):
+def test_clip_grads(dtype, size, max_norm, clipped):
     """(3, 4) and 12 have together the norm 13; all are scaled alike, in place, or not at all."""
-    grads = {"a": np.array([[3, 4]], dtype), "b": np.array([12], dtype), "c": np.zeros(2, dtype)}
-    same = list(grads.values())
-    assert G.clip_grads(grads, max_norm) == pytest.approx(13, rel=1e-6)
+    same = [(size * np.array(g)).astype(dtype) for g in ([[3, 4]], [12, 0])]
+    grads = dict(enumerate(same))
+    assert G.clip_grads(grads, size * max_norm) == pytest.approx(size * 13, rel=1e-6)
     assert all(g is kept and g.dtype == dtype for g, kept in zip(grads.values(), same, strict=True))
     found = np.concatenate([g.ravel() for g in grads.values()])
-    np.testing.assert_allclose(found, np.array([3, 4, 12, 0, 0]) * (clipped / 13), rtol=1e-6)
-    huge = {"a": np.full(2, 1e30, dtype)}  # the square of a float32 overflows
-    assert G.clip_grads(huge, 1.0) == pytest.approx(2**0.5 * 1e30) and huge["a"][0] > 0.7
+    np.testing.assert_allclose(found, size * np.array([3, 4, 12, 0]) * (clipped / 13), rtol=1e-6)
 
 def test_learning_rate():
     """Up in equal steps, the peak right after the warm-up, half a cosine down to min_lr."""
