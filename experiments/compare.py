@@ -69,6 +69,7 @@ class Question:
     seeds: int = 1  # runs of every model
     large: bool = False  # one seed, fewer learning rates, and not in the quick set
     tasks: bool = False  # of tasks.py in place of the text: accuracy, not loss; one seed
+    rates: tuple[float, ...] = ()  # in place of LEARNING_RATES
 
 
 ATTENTION = ("attention", {"mixer": "attention", "positions": True})
@@ -133,16 +134,19 @@ QUESTIONS = [
               for label, changes in (ATTENTION, GRASSMANN,
                                      ("Grassmann, far offsets", {"offsets": UP_TO_212}))],
              SMALL, tasks=True),
-    Question(10, "Memory", "The same tasks, with a bivector in every layer that all tokens write, "
-             "and with attention in one layer of the four (hybrid).",
-             [(f"{task}, {label}", changes | {"data": task}) for task in ("recall", "brackets")
-              for label, changes in (ATTENTION, GRASSMANN, MEMORY, HYBRID)], SMALL, tasks=True),
-    Question(10, "How much a memory holds", "Accuracy against the number of keys to remember at "
-             "once. Widths are equal here, parameters are not; two learning rates.",
-             [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
-                 ATTENTION, ("with memory, rank 16", MEMORY[1]),
-                 ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
-             SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE}, same_size=False, large=True, tasks=True),
+    Question(10, "Memory", "Recall, with a bivector in every layer that all tokens write, and with "
+             "attention in one layer of the four (hybrid); at the rate that question 6 found.",
+             [(f"recall, {label}", changes | {"data": "recall"})
+              for label, changes in (ATTENTION, GRASSMANN, MEMORY, HYBRID)],
+             SMALL, large=True, tasks=True, rates=(1e-3,)),
+    Question(10, "How much a memory holds", "2, 4, 8 or 16 keys, each under a name: which one is it "
+             "that is asked for? To answer with the most frequent of them is right in 56, 41, 33 and "
+             "26% of the cases. Context 128, 4,000 steps, one learning rate; rank 32 has more "
+             "parameters.",
+             [(f"keys, with memory, rank {r}", MEMORY[1] | {"data": "keys", "rank": r})
+              for r in (16, 32)],
+             SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE, "context": 128, "iters": 4000},
+             same_size=False, large=True, tasks=True, rates=(2e-3,)),
 ]
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -359,7 +363,7 @@ def answer(question: Question, runs: Runs, quick: bool, seeds: int | None) -> li
     every, short = (max(1, iters // part) for part in (10, 4 if quick else 10))
     if question.tasks:
         every = short = iters
-    rates = LEARNING_RATES[:2] if question.large else LEARNING_RATES
+    rates = question.rates or (LEARNING_RATES[:2] if question.large else LEARNING_RATES)
     n = 1 if question.large or question.tasks else seeds or (1 if quick else question.seeds)
 
     def ask(label: str, changes: dict, **more) -> dict | None:

@@ -16,7 +16,7 @@ import grassmann
 from grassmann import Array, Config, Params, Rng
 
 ANSWERS, ASK, VOCAB_SIZE = 8, 16, 17  # tokens: 0 to 7 are answers, 8 to 15 filler, 16 asks
-SLOTS, KEYS_VOCAB_SIZE = 16, 48  # in `keys` 16 + k announces the key of slot k, 32 + k asks for it
+SLOTS, KEYS_VOCAB_SIZE = 16, 32  # in `keys` 16 + k names slot k, before its key and when it is asked
 DISTANCES = (1, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 200)  # from, to
 NUMBERS = (2, 2), (4, 4), (8, 8), (16, 16)  # of keys at once
 
@@ -50,7 +50,8 @@ def brackets(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
 def keys(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
     """What was the key of this slot? 2, 4, 8 or 16 slots get a key each, and are asked for later.
 
-    A key follows the token that names its slot, all of them within the first quarter of the text.
+    A key follows the token that names its slot, all of them within the first quarter of the text;
+    half of the tokens after that are names again, which ask.
     """
     x, many = rng.integers(ANSWERS, ASK, (batch, length)), np.zeros((batch, length), int)
     y, quarter = x.copy(), length // 4
@@ -59,9 +60,9 @@ def keys(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
         places = 2 * rng.permutation(quarter // 2)[:n]
         x[row, places], x[row, places + 1] = ASK + slots, answers
         y[row] = x[row]
-        asks = quarter + np.flatnonzero(rng.random(length - quarter) < 1 / 8)
+        asks = quarter + np.flatnonzero(rng.random(length - quarter) < 1 / 2)
         which = rng.integers(0, n, len(asks))
-        x[row, asks], y[row, asks] = ASK + SLOTS + slots[which], answers[which]
+        x[row, asks], y[row, asks] = ASK + slots[which], answers[which]
         many[row, asks] = n
     return x, y, many
 

@@ -120,7 +120,7 @@ ONE = Question(1, "One", "Does it run?", [ATTENTION, GRASSMANN], seeds=2)
 LARGE = Question(1, "Large", "Is it left out?", [ATTENTION], {"n_layer": 3}, large=True)
 TWO = Question(5, "Two", "Another product?", [ATTENTION, ("sum", {"product": "symmetric"})])
 FAR = Question(6, "Far", "How far?", [(f"{task}, far", {"data": task}) for task in tasks.TASKS],
-               {"vocab_size": 48, "context": 128, "batch_size": 2, "iters": 2}, tasks=True)
+               {"vocab_size": 32, "context": 128, "batch_size": 2, "iters": 2}, tasks=True)
 
 @pytest.fixture
 def program(tmp_path, monkeypatch, capsys):

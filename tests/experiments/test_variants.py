@@ -131,24 +131,24 @@ def test_keys_are_announced_before_they_are_asked_for(rng):
     for row in range(64):
         slots = {}
         for t in range(256):
-            announced = t and x[row, t - 1] in range(16, 32)
+            announced = 0 < t < 64 and x[row, t - 1] >= tasks.ASK
             assert announced == (x[row, t] < tasks.ANSWERS)
             if announced:
-                assert t < 64 and x[row, t - 1] - 16 not in slots
+                assert x[row, t - 1] - 16 not in slots
                 slots[x[row, t - 1] - 16] = x[row, t]
-            asks = x[row, t] >= 32
-            assert y[row, t] == (slots[x[row, t] - 32] if asks else x[row, t])
-            assert many[row, t] == (len(slots) if asks else 0) and (t >= 64 or not asks)
+            asks = t >= 64 and x[row, t] >= tasks.ASK
+            assert y[row, t] == (slots[x[row, t] - 16] if asks else x[row, t])
+            assert many[row, t] == (len(slots) if asks else 0)
         assert len(slots) == tasks.NUMBERS[row % 4][0] and x[row].max() < tasks.KEYS_VOCAB_SIZE
     says = np.where(many > 4, (y + 1) % tasks.ANSWERS, y)
-    with patch.object(grassmann, "forward", lambda params, config, x: np.eye(48)[next(rows)]):
+    with patch.object(grassmann, "forward", lambda params, config, x: np.eye(32)[next(rows)]):
         rows = iter(np.array_split(says, 8))
         assert tasks.accuracy({}, None, x, y, many, tasks.NUMBERS) == [1, 1, 0, 0]
 
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_a_step_on_a_task_has_texts_of_its_own_and_the_accuracy_others(task):
     sizes = {"context": 128, "n_layer": 1, "d_model": 8, "rank": 3, "batch_size": 4, "iters": 2}
-    run = Run(BASE | sizes | {"vocab_size": 48, "data": task, "seed": 3})
+    run = Run(BASE | sizes | {"vocab_size": 32, "data": task, "seed": 3})
     texts = tasks.TASKS[task](np.random.default_rng((3, 1)), 4, 128)[:2]
     np.testing.assert_array_equal(batch(run, None, 1), texts)
     params, others = grassmann.init_params(run.config), np.random.default_rng((3, 2))  # no step
