@@ -141,10 +141,10 @@ QUESTIONS = [
              SMALL, large=True, tasks=True, rates=(1e-3,)),
     Question(10, "How much a memory holds", "2, 4, 8 or 16 keys, each under a name: which one is it "
              "that is asked for? To answer with the most frequent of them is right in 56, 41, 33 and "
-             "26% of the cases. Context 128, 4,000 steps, one learning rate; rank 32 has more "
-             "parameters.",
-             [(f"keys, with memory, rank {r}", MEMORY[1] | {"data": "keys", "rank": r})
-              for r in (16, 32)],
+             "26% of the cases. Context 128, 4,000 steps, one learning rate; the sizes differ.",
+             [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
+                 ATTENTION, ("with memory, rank 16", MEMORY[1]),
+                 ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
              SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE, "context": 128, "iters": 4000},
              same_size=False, large=True, tasks=True, rates=(2e-3,)),
 ]
