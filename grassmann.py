@@ -5,13 +5,13 @@ Need" (Zhang Chong, arXiv 2512.19428) mixes them by geometry instead: each hidde
 to r numbers, the pair (this token, an earlier one) spans a plane in R^r, that plane's Plücker
 coordinates (the wedge product of the two vectors) are projected back to the model's width and
 blended into the hidden state by a learned gate. This file is that layer and a language model
-around it, to be read from top to bottom. Letters for sizes, the same everywhere:
+around it, to be read from top to bottom. Letters for sizes, unless a line says otherwise:
 
     B batch   L length   V vocabulary   d model width   r rank   n = r(r-1)/2 Plücker coordinates
     m offsets in a layer   N layers   T = B·L tokens
 
 Vectors are rows: y = x @ W + b with W of shape (in, out). dx is the gradient of the loss with
-respect to x. Every differentiable op is a pair, side by side: name_forward(...) -> (out, cache)
+respect to x. A differentiable op is a pair, side by side: name_forward(...) -> (out, cache)
 and name_backward(dout, cache) -> gradients, in the order of the forward's arguments; layers take
 their parameters as `w`, a part of one flat dict (`Scope`), and return theirs as a dict. The dtype
 of the parameters decides the precision: float32 trains, float64 checks.
@@ -216,7 +216,7 @@ def unit_area_backward(dq: Array, cache: tuple) -> tuple[Array, Array]:
 def partner_forward(
     z: Array, taps: Array | None, offsets: tuple[int, ...], normalize: bool
 ) -> tuple[Array, tuple]:
-    """The one vector s_t whose wedge with z_t is the layer's bivector; z, s (B, L, r), taps (m, r).
+    """A vector s_t whose wedge with z_t is the layer's bivector; z, s (B, L, r), taps (m, r).
 
     The paper averages the bivectors of all pairs (z_t, z_{t-Δ}). The wedge is linear in its second
     argument, so the average of wedges is one wedge, and costs as much as one:
@@ -325,7 +325,7 @@ def memory_forward(h: Array, z: Array, w: Scope, past: dict | None = None) -> tu
     return c @ w["W_mem"], (z, a, b, c, scale, w["W_mem"], c_ab)
 
 def memory_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Params]:
-    """With dc_t over sqrt(t), dc_t·c_t sums (z_t·a_i)(b_i·dc_t) - (z_t·b_i)(a_i·dc_t) over i <= t.
+    """With dc_t / sqrt(t) as dc_t, the loss moves with (z_t·a_i)(b_i·dc_t) - (z_t·b_i)(a_i·dc_t), i <= t.
 
     So dz_t = -dc_t ⌟ M_t; and with N_i = Σ_{t>=i} dc_t ∧ z_t, a sum from the end, da_i = b_i ⌟ N_i
     and db_i = -a_i ⌟ N_i: the same op, run backwards in time.
@@ -349,8 +349,8 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
         g = p W_plu + b_plu        project back    (B, L, d)      + memory(h, z), if any
         mix = gate(h, g)           blend           (B, L, d)
 
-    `w` are the layer's parameters; `past` (streaming) holds the last max(Δ) reduced states before
-    h and is brought up to date. The cache holds z, s, p and the gate α under these names.
+    `w` are the layer's parameters; `past` (streaming), brought up to date, holds the last max(Δ)
+    reduced states before h, and the memory's. The cache holds z, s, p and the gate α under these names.
     """
     offsets, taps = config.offsets[layer], w["taps"] if config.taps else None
     z, c_red = linear_forward(h, w["W_red"], w["b_red"])
@@ -370,7 +370,7 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
     return mix, cache | {"z": z, "s": s, "p": p, "alpha": cache["gate"][1]}
 
 def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
-    """The steps of `mix_forward` in reverse; z and h are used twice, so two gradients add up."""
+    """The steps of `mix_forward` in reverse; z and h are used several times: gradients add up."""
     grads = {}
     dh, dg, grads["W_gate"], grads["b_gate"] = gate_backward(dmix, cache["gate"])
     dp, grads["W_plu"], grads["b_plu"] = linear_backward(dg, cache["plu"])
@@ -759,7 +759,7 @@ def validation_loss(params: Params, config: Config, tokens: Array, each: Callabl
     targets, context = len(tokens) - 1, config.context
     whole = targets // context * context
     x, y = tokens[:whole].reshape(-1, context), tokens[1 : whole + 1].reshape(-1, context)
-    size = max(1, 512 // context)  # windows at a time: few, so that they stay in the caches
+    size = max(1, 512 // context)  # windows at once: few, so that they stay in the processor's cache
     chunks = [(x[k : k + size], y[k : k + size]) for k in range(0, len(x), size)]
     if whole < targets:
         chunks.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
