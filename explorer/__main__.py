@@ -54,7 +54,7 @@ def main() -> None:
     add("--text", default="", help="what stands on the page at first; @FILE reads a file (default: what the model writes)")
     add("--out", type=Path, help="the page (default: explorer.html, beside the checkpoint)")
     args = parser.parse_args()
-    out = args.out or (HERE if args.checkpoint == SHIPPED else args.checkpoint.parent) / "explorer.html"
+    out = args.out or args.checkpoint.with_name("explorer.html")
     with short_errors(parser, out, "not enough memory for this model"):
         params, config, extra = load_trained(grassmann, args.checkpoint)
         if config.mixer != "grassmann":
