@@ -34,8 +34,8 @@ def rotate(x: Array, sign: int = 1) -> Array:
     half = x.shape[-1] // 2
     angles = np.arange(x.shape[2])[:, None] * 10000.0 ** (-np.arange(half) / half)  # (L, d_h / 2)
     cos, sin = np.cos(angles).astype(x.dtype), (sign * np.sin(angles)).astype(x.dtype)
-    u, v = x[..., :half], x[..., half:]
-    return np.concatenate([u * cos - v * sin, u * sin + v * cos], -1)
+    u, v, odd_one = np.split(x, [half, 2 * half], -1)  # (an odd d_h has one without a partner)
+    return np.concatenate([u * cos - v * sin, u * sin + v * cos, odd_one], -1)
 
 
 def attention(rotary: bool, taps: bool) -> tuple:

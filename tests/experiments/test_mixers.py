@@ -1,10 +1,11 @@
-"""The mixers that are compared with the layer: gradients, and nothing from the future."""
+"""What the layer is compared with: gradients of mixers, nothing from the future, n-grams as written out."""
 
 import numpy as np
 import pytest
 
 import grassmann
 from experiments import mixers
+from experiments.ngram import ngram_loss
 
 mixers.install()
 
@@ -29,3 +30,30 @@ def test_causality(config, ordinary_params):
         later[:, t + 1 :] = (later[:, t + 1 :] + 1) % 11
         changed = np.abs(grassmann.forward(params, config, later) - logits).max(-1)
         assert changed[:, : t + 1].max() < 1e-12 < 1e-3 < changed[:, t + 1].min()
+
+@pytest.mark.parametrize("order", [1, 2, 4])
+def test_ngrams_are_the_formula(rng, order):
+    """Witten and Bell, counted one by one."""
+    train, test, V = rng.integers(0, 3, 60), rng.integers(0, 4, 30), 4
+    text, losses = train.tolist(), []
+
+    def probability(context: list, token: int, n: int) -> float:
+        if n == 0:
+            return 1 / V
+        known = context[len(context) - n + 1 :]
+        after = [text[k + n - 1] for k in range(len(text) - n + 1) if text[k : k + n - 1] == known]
+        shorter = probability(context, token, n - 1)
+        different = len(set(after))
+        return (after.count(token) + different * shorter) / (len(after) + different) if after else shorter
+
+    for t in range(order - 1, len(test)):
+        losses.append(-np.log(probability(test[:t].tolist(), test[t], order)))
+    assert ngram_loss(train, test, order, V) == pytest.approx(np.mean(losses), rel=1e-12)
+
+@pytest.mark.parametrize("width", [1, 4, 5])
+def test_a_rotation_by_the_opposite_angle_undoes_it(rng, width):
+    x = rng.standard_normal((2, 3, 7, width))
+    turned = mixers.rotate(x)
+    np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-12)
+    np.testing.assert_allclose(mixers.rotate(turned, -1), x, rtol=1e-12)
+    assert width == 1 or not np.allclose(turned[:, :, 1:], x[:, :, 1:])
