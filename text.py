@@ -34,7 +34,10 @@ class Corpus:
 
 def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
     """The text behind --data as tokens. Raises ValueError, also if it is too short for the context."""
-    text = load_text(data)
+    return corpus_of(load_text(data), context)
+
+def corpus_of(text: str, context: int) -> Corpus:
+    """A text as tokens. Raises ValueError if it is too short for the context."""
     n_val = len(text) // 10
     if len(text) - n_val <= context or n_val < 2:
         least = max(20, context * 10 // 9 + 1)

@@ -7,7 +7,7 @@ puts them there, so that Config(mixer="rotary attention with taps") is a model l
     convolution   gated, at full width: (a ⊙ (b + taps(b))) W
     features      of z and its partner s in place of the wedge and W_plu:
                   an MLP on [z ; s], all products z_i s_j, the one-sided product (z·x_k)(s·y_k), and
-                  learned planes, (z ∧ s)·(x_k ∧ y_k), of grade 2 and 3
+                  learned planes, (z ∧ s)·(x_k ∧ y_k), of grade 2 and 3 and their sums; without a gate
     hybrid        attention in one layer, the Grassmann layer in the others
 """
 
@@ -116,36 +116,60 @@ def convolution_shapes(config: Config, layer: int) -> Shapes:
 # ---- features of z and its partner -----------------------------------------------------------------
 
 
-def with_features(features_forward, features_backward, features_shapes, n_partners: int = 1) -> tuple:
-    """The Grassmann layer with other features: reduce, look back, features, gate.
+def with_features(features: tuple, n_partners: int = 1, gate: bool = True) -> tuple:
+    """The Grassmann layer with other features: reduce, look back, features, gate (or none: mix = g).
 
-    features_forward(z, partners, w) -> (g, cache), features_backward(dg, cache) -> (dz, dpartners,
-    grads). A second partner has taps of its own, taps_2.
+    `features` is a triple: forward(z, partners, w) -> (g, cache), backward(dg, cache) -> (dz,
+    dpartners, grads), shapes(d, r). A second partner has taps of its own, taps_2.
     """
+    features_forward, features_backward, features_shapes = features
     names = ["taps", "taps_2"][:n_partners]
 
     def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
         z, c_red = G.linear_forward(h, w["W_red"], w["b_red"])
         found = [G.partner_forward(z, w[name], config.offsets[layer], False) for name in names]
         g, c_features = features_forward(z, [s for s, _ in found], w)
-        mix, c_gate = G.gate_forward(h, g, w["W_gate"], w["b_gate"])
-        return mix, {"red": c_red, "partners": [c for _, c in found], "features": c_features, "gate": c_gate}
+        cache = {"red": c_red, "partners": [c for _, c in found], "features": c_features}
+        if gate:
+            g, cache["gate"] = G.gate_forward(h, g, w["W_gate"], w["b_gate"])
+        return g, cache
 
     def backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
-        dh, dg, dW_gate, db_gate = G.gate_backward(dmix, cache["gate"])
+        dh, dg, gate_grads = 0, dmix, {}
+        if gate:
+            dh, dg, gate_grads["W_gate"], gate_grads["b_gate"] = G.gate_backward(dmix, cache["gate"])
         dz, dpartners, grads = features_backward(dg, cache["features"])
         for name, ds, c_partner in zip(names, dpartners, cache["partners"], strict=True):
             dz_partner, grads[name] = G.partner_backward(ds, c_partner)
             dz = dz + dz_partner
         dh_red, grads["W_red"], grads["b_red"] = G.linear_backward(dz, cache["red"])
-        return dh + dh_red, grads | {"W_gate": dW_gate, "b_gate": db_gate}
+        return dh + dh_red, grads | gate_grads
 
     def shapes(config: Config, layer: int) -> Shapes:
         d, r, m = config.d_model, config.rank, len(config.offsets[layer])
         own = {"W_red": (d, r), "b_red": (r,)} | dict.fromkeys(names, (m, r))
-        return own | features_shapes(d, r) | {"W_gate": (2 * d, d), "b_gate": (d,)}
+        own |= {"W_gate": (2 * d, d), "b_gate": (d,)} if gate else {}
+        return own | features_shapes(d, r)
 
     return forward, backward, shapes
+
+
+def wedge_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
+    """g = (z ∧ s) W_plu + b_plu, the layer's own."""
+    p, c_wedge = G.plucker_forward(z, *partners)
+    g, c_plu = G.linear_forward(p, w["W_plu"], w["b_plu"])
+    return g, (c_wedge, c_plu)
+
+
+def wedge_backward(dg: Array, cache: tuple) -> tuple:
+    c_wedge, c_plu = cache
+    dp, dW, db = G.linear_backward(dg, c_plu)
+    dz, ds = G.plucker_backward(dp, c_wedge)
+    return dz, [ds], {"W_plu": dW, "b_plu": db}
+
+
+def wedge_shapes(d: int, r: int) -> Shapes:
+    return {"W_plu": (r * (r - 1) // 2, d), "b_plu": (d,)}
 
 
 def mlp_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
@@ -207,13 +231,16 @@ def determinant(M: list[list[Array]]) -> Array:
     return sum((-1) ** c * M[0][c] * determinant(minors[c]) for c in range(len(M)))
 
 
-def planes(grade: int) -> tuple:
+LEARNED = ["X", "Y", "Z"]  # (r, d) each, a vector for every feature
+
+
+def blades(grade: int) -> tuple:
     """Learned planes, or blades of higher grade: g_k = det of the dot products of (z, s, …) with (x_k, y_k, …).
 
     By Cauchy and Binet (z ∧ s)·(x ∧ y) = (z·x)(s·y) - (z·y)(s·x): the paper's projection with every
     column of W_plu itself a plane. The bivector is never built.
     """
-    names = ["X", "Y", "Z"][:grade]
+    names = LEARNED[:grade]
 
     def forward(z: Array, partners: list[Array], w: Scope) -> tuple:
         vectors, learned = [z, *partners], [w[name] for name in names]
@@ -235,7 +262,41 @@ def planes(grade: int) -> tuple:
     def shapes(d: int, r: int) -> Shapes:
         return dict.fromkeys(names, (r, d)) | {"b_plu": (d,)}
 
-    return with_features(forward, backward, shapes, grade - 1)
+    return forward, backward, shapes
+
+
+def scalar_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
+    """g = (z·s) c + b: grade 0, all that the geometric product z s = z·s + z ∧ s has beside the plane."""
+    product = G.dot(z, partners[0])  # (B, L, 1)
+    return product * w["c"] + w["b_plu"], (z, partners[0], product, w["c"])
+
+
+def scalar_backward(dg: Array, cache: tuple) -> tuple:
+    z, s, product, c = cache
+    dproduct = G.dot(dg, np.broadcast_to(c, dg.shape))
+    return dproduct * s, [dproduct * z], {"c": (dg * product).sum((0, 1))[None], "b_plu": dg.sum((0, 1))}
+
+
+SCALAR = (scalar_forward, scalar_backward, lambda d, r: {"c": (1, d), "b_plu": (d,)})
+
+
+def both(first: tuple, second: tuple) -> tuple:
+    """The sum of two kinds of features of z and its partners, of which the first kind sees only one."""
+
+    def forward(z: Array, partners: list[Array], w: Scope) -> tuple:
+        g_1, c_1 = first[0](z, partners[:1], w.scope("1."))
+        g_2, c_2 = second[0](z, partners, w.scope("2."))
+        return g_1 + g_2, (c_1, c_2)
+
+    def backward(dg: Array, cache: tuple) -> tuple:
+        dz_1, (ds_1,), grads_1 = first[1](dg, cache[0])
+        dz_2, (ds_2, *others), grads_2 = second[1](dg, cache[1])
+        return dz_1 + dz_2, [ds_1 + ds_2, *others], G.prefixed("1.", grads_1) | G.prefixed("2.", grads_2)
+
+    def shapes(d: int, r: int) -> Shapes:
+        return G.prefixed("1.", first[2](d, r)) | G.prefixed("2.", second[2](d, r))
+
+    return forward, backward, shapes
 
 
 def one_sided_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
@@ -273,17 +334,22 @@ def hybrid(attention_layer: int, other: str) -> tuple:
     return forward, backward, shapes
 
 
+WEDGE = wedge_forward, wedge_backward, wedge_shapes
+ONE_SIDED = one_sided_forward, one_sided_backward, lambda d, r: {"X": (r, d), "Y": (r, d), "b_plu": (d,)}
 MIXERS = {
     "rotary attention": attention(rotary=True, taps=False),
     "attention with taps": attention(rotary=False, taps=True),
     "rotary attention with taps": attention(rotary=True, taps=True),
     "gated convolution": (convolution_forward, convolution_backward, convolution_shapes),
-    "MLP on [z ; s]": with_features(mlp_forward, mlp_backward, mlp_shapes),
-    "outer product": with_features(outer_forward, outer_backward, outer_shapes),
-    "one-sided product": with_features(
-        one_sided_forward, one_sided_backward, lambda d, r: {"X": (r, d), "Y": (r, d), "b_plu": (d,)}),
-    "learned planes": planes(2),
-    "learned trivectors": planes(3),
+    "MLP on [z ; s]": with_features((mlp_forward, mlp_backward, mlp_shapes)),
+    "outer product": with_features((outer_forward, outer_backward, outer_shapes)),
+    "one-sided product": with_features(ONE_SIDED),
+    "wedge without a gate": with_features(WEDGE, gate=False),
+    "learned planes": with_features(blades(2)),
+    "learned planes without a gate": with_features(blades(2), gate=False),
+    "learned planes and z·s": with_features(both(SCALAR, blades(2))),
+    "learned trivectors": with_features(blades(3), n_partners=2),
+    "learned planes and trivectors": with_features(both(blades(2), blades(3)), n_partners=2),
     "hybrid": hybrid(1, "rotary attention with taps"),
 }
 
@@ -291,3 +357,10 @@ MIXERS = {
 def install() -> None:
     """Let Config know them."""
     G.MIXERS.update(MIXERS)
+
+
+def scale_learned_vectors(params: Params) -> None:
+    """X, Y, Z from N(0, 0.2/r) in place of N(0, 0.02²), in place: the dot products with z have a size."""
+    for name, value in params.items():
+        if name.split(".")[-1] in LEARNED:
+            value *= math.sqrt(0.2 / len(value)) / 0.02

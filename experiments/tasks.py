@@ -1,4 +1,4 @@
-"""Questions 6 and 10 of compare.py: tasks that ask for a token far back, their tables and figures.
+"""Questions 8 and 9 of compare.py: tasks that ask for a token far back, their tables and figures.
 
 A task gives x, y, group, each (batch, length). For an asking token `group` is the distance to its
 answer, or how many keys there are to remember; for all others it is 0. Those repeat themselves,
@@ -87,14 +87,22 @@ def reach(offsets: Sequence[Sequence[int]]) -> int:
     return sum(map(max, offsets))
 
 
+def shares_of(row) -> list[list[float]]:
+    """How often the model was right in each group, a list per seed."""
+    return [result["test"] for result in row.results]
+
+
 def table(rows: list) -> list[dict[str, str]]:
-    """One line per task and model: how often it is right, by distance or number of keys."""
+    """One line per task and model: how often it is right, by distance or number of keys; the mean of the
+    seeds, and the lowest where that is another."""
     lines = []
     for row in rows:
-        (task, _, label), result = row.label.partition(", "), row.results[0]
-        cells = {"task": task, "model": label, "learning rate": f"{result['spec']['lr']:g}"}
-        for (low, high), share in zip(GROUPS[task], result["curve"][-1][1], strict=True):
-            cells[f"{low} to {high}" if low < high else f"{low} keys"] = f"{share:.0%}"
+        task, _, label = row.label.partition(", ")
+        cells = {"task": task, "model": label, "learning rate": f"{row.results[0]['spec']['lr']:g}"}
+        for (low, high), shares in zip(GROUPS[task], zip(*shares_of(row), strict=True), strict=True):
+            mean, least = f"{np.mean(shares):.0%}", f"{min(shares):.0%}"
+            cells[f"{low} to {high}" if low < high else f"{low} keys"] = (
+                mean if least == mean else f"{mean} ({least})")
         lines.append(cells)
     return lines
 
@@ -107,9 +115,12 @@ def plot(path: Path, answers: list) -> None:
     for task, axes in zip(found, figure.subplots(1, len(found), sharey=True), strict=True):
         groups = GROUPS[task]
         for k, row in enumerate(row for row in rows if row.label.startswith(task)):
-            label, result, color = row.label.removeprefix(f"{task}, "), row.results[0], f"C{k}"
-            middles, spec = np.prod(groups, 1) ** 0.5, result["spec"]
-            axes.semilogx(middles, result["curve"][-1][1], "o-", base=2, color=color, label=label)
+            label, color = row.label.removeprefix(f"{task}, "), f"C{k}"
+            middles, spec = np.prod(groups, 1) ** 0.5, row.results[0]["spec"]
+            for shares in shares_of(row):
+                axes.semilogx(middles, shares, "o-", base=2, color=color, label=label, lw=1)
+                label = None
+            label = row.label.removeprefix(f"{task}, ")
             if spec["mixer"] == "grassmann" and not spec.get("memory"):  # others see all
                 label = f"{label}: sees {reach(spec['offsets'])} back"
                 axes.axvline(reach(spec["offsets"]) + 0.5, color=color, ls="--", lw=1, label=label)
