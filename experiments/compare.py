@@ -258,7 +258,8 @@ def train(label: str, run: Run, text: Text, tick: Callable[[int], object]) -> di
     not finite brings early; `test` is what it says on the test part then.
     """
     iters, step_cost, curve = run.training.iters, cost(run), []
-    result = {"label": label, "spec": run.spec, "parameters": count_params(run), "curve": curve}
+    result = {"label": label, "spec": run.spec, "parameters": count_params(run), "curve": curve,
+              "bytes_per_token": text.bytes_per_token}
     with variant(run.spec["product"], run.spec["landmarks"], text.vocab):
         for step, (params, loss) in enumerate(steps(run, text), 1):
             last = step == iters or not math.isfinite(loss)
@@ -311,13 +312,18 @@ class Runs:
         with tqdm(total=sum(costs.values()), smoothing=0, bar_format=form, disable=None) as bar:
             results = (train_in_processes(todo, jobs, bar) if jobs > 1 else
                        (train(*each, bar.update) for each in todo))
-            with closing(results), self.path.open("a", encoding="utf-8") as file:
+            with closing(results):
                 for k, result in enumerate(results, 1):
-                    file.write(json.dumps(result) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                    self.finished[digest(result["spec"])] = result
+                    self.add(result)
                     bar.set_description_str(f"{k} of {n} runs")
+
+    def add(self, result: dict) -> None:
+        """Write a finished run down, for good."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.finished[digest(result["spec"])] = result
 
 def train_in_processes(todo: list, jobs: int, bar: tqdm) -> Iterator[dict]:
     """The results as they come. After an error or Ctrl-C no process stays behind."""
@@ -447,6 +453,17 @@ class Laboratory:
                 rows.append(Row(label, runs))
         return rows
 
+    def counting(self, question: Question) -> Row:
+        """The n-gram of the best order, a run like any other."""
+        text = self.text(question)
+        spec = {"data": text.sha256, "ngrams": True, "iters": 1}
+        if digest(spec) not in self.runs.finished:
+            order, val, test = best_ngram(text)
+            self.runs.add({"label": f"{order}-gram, counted", "spec": spec, "curve": [[1, val]], "test": test,
+                           "bytes_per_token": text.bytes_per_token})
+        result = self.runs.finished[digest(spec)]
+        return Row(result["label"], [result])
+
 WARM, TIMED = 3, 30  # steps of each model, when their time is measured
 
 def add_times(rows: list[Row], text: Text, path: Path) -> None:
@@ -490,30 +507,26 @@ def markdown(rows: list[dict[str, str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in [rows[0], *map(dict.values, rows)]]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
-def loss_table(question: Question, rows: list[Row], text: Text) -> list[dict[str, str]]:
-    """One line per model, means over its runs; gaps are those to the first one trained."""
-    part, unit = "validation" if question.survey else "test", "token" if not text.vocab else "character"
-    first = fmean(map(final, rows[0].results))
-
-    def line(label: str, losses: list[float], rate: str = "", size: str = "", ms: str = "") -> dict[str, str]:
+def loss_table(question: Question, rows: list[Row], counted: Row | None = None) -> list[dict[str, str]]:
+    """One line per model, means over its runs; gaps are those to the first that was trained."""
+    part = "validation" if question.survey else "test"
+    unit = "token" if question.text and question.text[1] else "character"
+    first, table = fmean(map(final, rows[0].results)), []
+    first = first if first < math.inf else math.nan  # no gap to that
+    for row in [counted, *rows] if counted else rows:
+        losses, result = [*map(final, row.results)], row.results[0]
         loss, spread = fmean(losses), f" ({min(losses):.3f} to {max(losses):.3f})"
-        return {
-            "model": label,
-            "learning rate": rate,
+        trained = row is not counted
+        table.append({
+            "model": row.label,
+            "learning rate": f"{result['spec']['lr']:g}" if trained else "",
             f"{part} loss, nats per {unit}": f"{loss:.3f}{spread if len(losses) > 1 else ''}",
-            "bits per byte": f"{loss / math.log(2) / text.bytes_per_token:.3f}",
-            "parameters": size,
-            "ms per step": ms,
-            f"gap to {rows[0].label}": f"{100 * np.expm1(loss - first if first < math.inf else math.nan):+.1f}%",
-        }
-
-    counting = []
-    if question.ngrams:
-        order, loss = best_ngram(text)
-        counting = [line(f"{order}-gram, counted", [loss])]
-    return counting + [
-        line(row.label, [*map(final, row.results)], f"{row.results[0]['spec']['lr']:g}",
-             f"{row.results[0]['parameters']:,}", f"{row.ms:.1f}") for row in rows]
+            "bits per byte": f"{loss / math.log(2) / result.get('bytes_per_token', 1):.3f}",
+            "parameters": f"{result['parameters']:,}" if trained else "",
+            "ms per step": f"{row.ms:.1f}" if trained else "",
+            f"gap to {rows[0].label}": "" if row is rows[0] else f"{100 * np.expm1(loss - first):+.1f}%",
+        })
+    return table
 
 def report(lab: Laboratory, answers: Answers) -> str:
     """compare.md"""
@@ -533,7 +546,8 @@ written for speed."""
     parts = ["# Does geometry replace attention?", f"`{command}`", f"{machine()}.", explanation]
     for question, rows in answers:
         text = lab.text(question)
-        table = tasks.table(rows) if question.tasks else loss_table(question, rows, text)
+        counted = lab.counting(question) if question.ngrams else None
+        table = tasks.table(rows) if question.tasks else loss_table(question, rows, counted)
         told = "" if question.tasks else f" {text.name}: {len(text.train):,} tokens to train on."
         parts += [f"## {question.number}. {question.title}", question.asks + told, markdown(table)]
     return "\n\n".join(parts) + "\n"

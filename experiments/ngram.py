@@ -49,11 +49,11 @@ def look_up(keys: Array, known: Array, values: Array) -> Array:
     place = np.searchsorted(known, keys).clip(max=len(known) - 1)
     return np.where(known[place] == keys, values[place], 0)
 
-def best_ngram(text: Text) -> tuple[int, float]:
-    """The order, 1 to 7, that is best on one part of what is held out, and its loss on the other."""
+def best_ngram(text: Text) -> tuple[int, float, float]:
+    """The order, 1 to 7, that is best on one part of what is held out, and its loss there and on the other."""
     losses = {n: ngram_loss(text.train, text.val, n, text.vocab_size) for n in range(1, 8)}
     best = min(losses, key=losses.get)
-    return best, ngram_loss(text.train, text.test, best, text.vocab_size)
+    return best, losses[best], ngram_loss(text.train, text.test, best, text.vocab_size)
 
 def main() -> None:
     cli.plain_output()

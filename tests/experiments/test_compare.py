@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,18 @@ from tqdm import tqdm
 import grassmann
 import training
 from experiments import compare, tasks
-from experiments.compare import ATTENTION, GRASSMANN, QUESTIONS, Question, Row, Run, count_params
+from experiments.compare import (
+    ATTENTION,
+    GRASSMANN,
+    QUESTIONS,
+    Laboratory,
+    Question,
+    Row,
+    Run,
+    Runs,
+    count_params,
+)
+from experiments.texts import Text
 from experiments.variants import PRODUCTS
 
 TINY = {"context": 8, "n_layer": 2, "d_model": 8, "rank": 5, "n_head": 2,
@@ -31,32 +43,59 @@ RESULTS = Path(compare.__file__).with_name("results")
 def run_with(**settings) -> Run:
     return Run(compare.BASE | TINY | settings)
 
+def text_of(tokens, sizes=(10, 10), vocab_size: int = 11, name: str = "text") -> Text:
+    n_val, n_test = sizes
+    parts = tokens[: -n_val - n_test], tokens[-n_val - n_test : -n_test], tokens[-n_test:]
+    return Text(name, name, vocab_size, [*range(vocab_size)], *parts, 1.0)
+
+class Everything:
+    """A laboratory's runs, all of them finished: `asked` says which."""
+
+    def __init__(self):
+        self.asked = {}
+
+    def ask(self, label: str, run: Run, text: Text) -> dict:
+        self.asked[label] = run
+        return {"spec": run.spec, "curve": [[run.training.iters, 1.0]]}
+
 # ---- models of equal size ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("vocab", [65, 103])
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.title)
 def test_all_models_of_a_question_have_the_same_size(question, vocab):
-    settings, asked = {"vocab_size": vocab, "data": "text", "eval_every": 1} | question.settings, {}
+    runs, text = Everything(), text_of(np.zeros(99, int), vocab_size=vocab)
+    lab = Laboratory(None, runs, texts={q.text or (None, 0): text for q in QUESTIONS})
+    settings = {"vocab_size": vocab, "data": "text", "eval_every": 1} | question.settings
     plain = Run(compare.BASE | settings)
-    if not question.large and not question.tasks:  # as the report says
-        tokens = plain.training.batch_size * plain.config.context * plain.training.iters
-        assert 0.65e6 < count_params(plain) < 0.95e6 and tokens == 12 * 64 * 2000
-
-    def ask(label: str, run: Run) -> dict:
-        asked[label] = run
-        return {"spec": run.spec, "curve": [[run.training.iters, 1.0]]}
-
-    corpus = SimpleNamespace(sha256="text", vocab=range(vocab))
-    rows = compare.answer(question, SimpleNamespace(corpus=corpus, ask=ask), False, None)
+    rows = lab.answer(question)
     assert [row.label for row in rows] == [label for label, _ in question.models]
+    assert all(len(row.results) == question.seeds for row in rows)
     for label, changes in question.models:
-        run, as_is = asked[f"{label}, seed 0"], Run(compare.BASE | settings | changes)
-        assert as_is.spec.keys() - {"memory"} == plain.spec.keys(), f"{label}: no such setting"
+        run, as_is = runs.asked[f"{label}, seed 0"], Run(compare.BASE | settings | changes)
+        missing = {"memory", "test"}
+        assert as_is.spec.keys() - missing == plain.spec.keys() - missing, f"{label}: no such setting"
         if question.same_size:
             assert abs(count_params(run) / count_params(plain) - 1) < 0.02, label
         for config in (run.config, as_is.config) if question.same_size else ():
             config.d_model = config.d_ff = 8  # nothing else is changed
         assert run.config == as_is.config
+
+def test_rates_are_those_of_another_question_where_it_says_so(monkeypatch):
+    """And a rate is chosen on the validation part, whatever the test part says."""
+    asked = []
+
+    class Some(Everything):
+        def ask(self, label, run, text):
+            asked.append((label, text.name, run.training.lr))
+            loss = (run.training.lr - 4e-3) ** 2
+            return {"spec": run.spec, "curve": [[run.training.iters, loss]], "test": -loss}
+
+    first, other = (text_of(np.zeros(99, int), name=name) for name in ("first", "other"))
+    lab = Laboratory("first", Some(), texts={("first", 0): first, ("other", 0): other})
+    one = Question(1, "", "", [GRASSMANN])
+    lab.answer(Question(2, "", "", [GRASSMANN], text=("other", 0), rates_of=one, seeds=2))
+    assert [(name, lr) for _, name, lr in asked] == [("first", 2e-3), ("first", 4e-3), ("first", 8e-3),
+                                                    ("other", 4e-3), ("other", 4e-3)]
 
 @pytest.mark.parametrize("mixer", ["grassmann", "attention"])
 def test_matched_finds_sizes_far_from_its_own(mixer):
@@ -73,9 +112,9 @@ def test_matched_finds_sizes_far_from_its_own(mixer):
 def test_a_run_is_train_step_by_hand(monkeypatch, changes):
     """The same losses to the last bit: start, batches, rate, clipping, optimiser, validation."""
     tokens, ticks = np.random.default_rng(1).integers(0, 11, 900), []
-    corpus = SimpleNamespace(train=tokens[100:], val=tokens[:100], vocab=[])
+    text = text_of(tokens, (60, 40))
     run = run_with(iters=40, seed=3, **changes)
-    result = compare.train("label", run, corpus, ticks.append)
+    result = compare.train("label", run, text, ticks.append)
     multiply, back, _ = PRODUCTS[changes.get("product", "wedge")]
     monkeypatch.setattr(grassmann, "plucker_forward", multiply)
     monkeypatch.setattr(grassmann, "plucker_backward", back)
@@ -86,21 +125,27 @@ def test_a_run_is_train_step_by_hand(monkeypatch, changes):
         params["blocks.1.mix.W_red"] *= 0.02 * math.sqrt(8)
     optimizer, curve = grassmann.adamw_init(params), []
     for step in range(40):
-        x, y = grassmann.get_batch(tokens[100:], 4, 8, 3, step)
+        x, y = grassmann.get_batch(tokens[:800], 4, 8, 3, step)
         training.train_step(grassmann, params, config, pace, optimizer, step, x, y)
         if step in (19, 39):
-            curve.append([step + 1, grassmann.validation_loss(params, config, tokens[:100])])
+            curve.append([step + 1, grassmann.validation_loss(params, config, tokens[800:860])])
     assert result == {"label": "label", "spec": run.spec, "curve": curve,
+                      "test": grassmann.validation_loss(params, config, tokens[860:]), "bytes_per_token": 1.0,
                       "parameters": sum(a.size for a in params.values())}
     assert ticks == [compare.cost(run)] * 40
     monkeypatch.setattr(compare, "train_step", lambda *how: math.inf)  # not finite: the end
-    diverged = compare.train("label", run, corpus, ticks.append)
+    diverged = compare.train("label", run, text, ticks.append)
     assert diverged["curve"][-1][0] == 1 and compare.final(diverged) == math.inf
+    survey = run_with(test=False)  # all that is held out, and no test
+    assert "test" not in compare.train("label", survey, text, ticks.append)
+    params = dict(next(compare.steps(survey, text))[0])
+    held_out = grassmann.validation_loss(params, survey.config, tokens[800:])
+    assert compare.evaluate(survey, text, params, False) == held_out
 
 @pytest.mark.parametrize("change", [
     {"iters": 30}, {"batch_size": 5}, {"weight_decay": 0.2}, {"grad_clip": 2.0}, {"dropout": 0.2},
     {"context": 9}, {"normalize": True}, {"offsets": ((1,), (2,))}, {"rank": 6}, {"block": "paper"},
-    {"memory": True}, {"data": "another text"}, {"product": "symmetric"}, {"landmarks": ("word",)}, {"seed": 1}])
+    {"memory": True}, {"test": False}, {"data": "another text"}, {"product": "symmetric"}, {"landmarks": ("word",)}, {"seed": 1}])
 def test_other_settings_are_another_run(change):
     spec = run_with(**change).spec
     assert compare.digest(spec) != compare.digest(run_with().spec)
@@ -110,24 +155,24 @@ def test_other_settings_are_another_run(change):
 def test_a_setting_without_a_memory_is_that_of_a_run_from_before_there_was_one():
     """Its digest is that of a line that was written then: the file goes on to hold."""
     old = json.loads((RESULTS / "runs.jsonl").read_text(encoding="utf-8").splitlines()[0])["spec"]
-    for settings in (old, old | {"memory": False}):
+    for settings in (old, old | {"memory": False, "test": False}):
         assert "memory" not in old and compare.digest(Run(settings).spec) == compare.digest(old)
     assert compare.digest(Run(old | {"memory": True}).spec) != compare.digest(old)
 
 # ---- all runs ------------------------------------------------------------------------------------
 
-ONE = Question(1, "One", "Does it run?", [ATTENTION, GRASSMANN], seeds=2)
-LARGE = Question(1, "Large", "Is it left out?", [ATTENTION], {"n_layer": 3}, large=True)
-TWO = Question(5, "Two", "Another product?", [ATTENTION, ("sum", {"product": "symmetric"})])
-FAR = Question(6, "Far", "How far?", [(f"{task}, far", {"data": task}) for task in tasks.TASKS],
-               {"vocab_size": 32, "context": 128, "batch_size": 2, "iters": 2}, tasks=True)
+ONE = Question(1, "One", "Does it run?", [ATTENTION, GRASSMANN], seeds=2, ngrams=True)
+SURVEY = Question(2, "Survey", "And an older one?", [ATTENTION], {"n_layer": 3}, survey=True)
+TWO = Question(4, "Two", "Another product?", [ATTENTION, ("sum", {"product": "symmetric"})])
+FAR = Question(8, "Far", "How far?", [(f"{task}, far", {"data": task}) for task in tasks.TASKS],
+               {"vocab_size": 32, "context": 128, "batch_size": 2, "iters": 2}, tasks=True, rates=(4e-3,))
 
 @pytest.fixture
 def program(tmp_path, monkeypatch, capsys):
     """Run main() on a small text, with tiny models and four questions: the labels it trained."""
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    small = {"BASE": compare.BASE | TINY, "LEARNING_RATES": (1e-3, 4e-3), "TIMED": 2}
-    for name, value in (small | {"QUESTIONS": [ONE, LARGE, TWO, FAR]}).items():
+    small = {"BASE": compare.BASE | TINY, "TIMED": 2, "QUICK": ONE.models}
+    for name, value in (small | {"QUESTIONS": [ONE, SURVEY, TWO, FAR]}).items():
         monkeypatch.setattr(compare, name, value)
 
     def run(*options, jobs: int = 1, error: int = 0) -> list[str]:
@@ -158,26 +203,26 @@ def test_from_text_to_tables_and_figures(program):
     saved = program.saved()
     assert saved in program.printed and "`python -m experiments.compare --data" in saved
     headings = [line[3:] for line in saved.splitlines() if line.startswith("## ")]
-    assert headings == ["1. One", "1. Large", "5. Two", "6. Far"]
-    for n in (1, 5, 6):
+    assert headings == ["1. One", "2. Survey", "4. Two", "8. Far"]
+    for n in (1, 2, 4, 8):
         assert (program.out / f"compare_{n}.png").read_bytes().startswith(b"\x89PNG")
     timing = json.loads((program.out / "timing.json").read_text(encoding="utf-8"))
     assert timing["machine"] in saved and len(timing["ms"]) == 3
     assert all(f"| {ms:.1f} |" in saved for question in timing["ms"].values() for ms in question)
 
 def test_resume_trains_what_is_missing_and_nothing_else(program):
-    everything = program("--only", 1, 5)
+    everything = program("--only", 1, 4)
     content, table = program.file.read_text(encoding="utf-8"), program.saved()
     counts = [everything.count(f"{label}, seed 1") for label in ("attention", "Grassmann", "sum")]
-    assert counts == [1, 1, 0]  # two seeds in question 1, one in question 5
-    assert everything.count("attention, seed 0") == 2  # one for both questions, and the large one
-    assert program("--only", 1, 5) == [] and program.saved() == table
-    gone = next(line for line in program.lines() if '"label": "sum, seed 0"' in line)
+    assert counts == [1, 1, 0]  # two seeds in question 1, one in question 4
+    assert everything.count("attention, seed 0") == 0  # the run that its rate was found in
+    assert program("--only", 1, 4) == [] and program.saved() == table
+    gone = next(line for line in program.lines() if '"label": "sum, lr' in line)
     program.file.write_text(content.replace(gone + "\n", ""), encoding="utf-8")
-    assert program("--only", 1, 5) == ["sum, seed 0"]
+    assert program("--only", 1, 4) == [json.loads(gone)["label"]]
     assert sorted(content.splitlines()) == program.lines()
     program.file.write_text(content.replace(gone, gone[:99]), encoding="utf-8")
-    program("--only", 1, 5, error=2)
+    program("--only", 1, 4, error=2)
     assert f"line {content.splitlines().index(gone) + 1} is damaged" in program.error
 
 def test_ctrl_c_costs_only_the_run_that_it_stops(program, monkeypatch):
@@ -207,15 +252,15 @@ def test_several_processes_and_one_get_the_same(program, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compare, "tqdm", bar)
-    monkeypatch.setattr(compare, "best_lr", lambda ask, rates, beyond: 1e-3)
-    program("--only", 5, "--seeds", 3)
+    monkeypatch.setattr(compare, "best_lr", lambda ask, rates, enough: 1e-3)
+    program("--only", 4, "--seeds", 3)
     lines = program.lines()
     program.file.unlink()
-    assert program("--only", 5, "--seeds", 3, jobs=2) == [] and program.lines() == lines
+    assert program("--only", 4, "--seeds", 3, jobs=2) == [] and program.lines() == lines
     assert len(lines) == 6 and len(bars) == 2 and all(bar.n == bar.total > 0 for bar in bars)
     program.file.unlink()
     monkeypatch.setattr(compare.os, "fsync", full)
-    program("--only", 5, jobs=2, error=2)
+    program("--only", 4, jobs=2, error=2)
     assert program.error.count("No space left") == 1 and not multiprocessing.active_children()
 
 SMALL = """
@@ -231,7 +276,7 @@ how = sys.argv.pop(1)
 compare.BASE |= {"context": 8, "n_layer": 1, "d_model": 8, "rank": 4}
 compare.BASE["iters"] = 10**9 if how == "endless" else 20
 compare.QUESTIONS = [compare.Question(1, "", "", [compare.ATTENTION, compare.GRASSMANN])]
-compare.best_lr = lambda ask, rates, beyond: 1e-3
+compare.best_lr = lambda ask, rates, enough: 1e-3
 compare.os.fsync = killed if how == "killed" else os.fsync
 compare.main()
 """
@@ -280,7 +325,7 @@ def test_killed_in_the_middle_of_a_line(tmp_path):
     assert first == whole and torn and second.startswith(torn) and json.loads(second)
 
 @pytest.mark.parametrize("options, reason", [
-    (["--only", 11], "--only"), (["--seeds", 0], "--seeds"), (["--quick", "--only", 9], "quick"),
+    (["--only", 14], "--only"), (["--seeds", 0], "--seeds"),
     (["--data", "absent.txt"], "absent.txt"), (["--data", os.devnull], "text has 0 characters")])
 def test_options_that_make_no_sense_get_one_line(program, options, reason):
     program(*options, error=2)
@@ -289,11 +334,9 @@ def test_options_that_make_no_sense_get_one_line(program, options, reason):
 def test_the_quick_set(program, monkeypatch):
     monkeypatch.setattr(compare, "QUICK_STEPS", 2)
     program("--quick")
-    specs = [json.loads(line)["spec"] for line in program.lines()]
-    assert [f". {q.title}" in program.saved() for q in (ONE, TWO, LARGE, FAR)] == [1, 1, 0, 0]
-    assert {spec["seed"] for spec in specs} == {0} and {spec["iters"] for spec in specs} == {1, 2}
-    tried = {spec["product"] for spec in specs if spec["iters"] == 1}
-    assert tried == {"wedge"}  # whose learning rate the variant takes
+    specs = [json.loads(line)["spec"] for line in program.lines() if "ngrams" not in line]
+    assert [f". {q.title}" in program.saved() for q in (ONE, SURVEY, TWO, FAR)] == [1, 0, 0, 0]
+    assert {spec["seed"] for spec in specs} == {0} and {spec["iters"] for spec in specs} == {2}
 
 def test_the_time_of_a_step_is_measured_once(program, monkeypatch):
     """The models by turns, their first steps not counted; until the file or the machine changes."""
@@ -306,16 +349,16 @@ def test_the_time_of_a_step_is_measured_once(program, monkeypatch):
         clock[0] += 9.0 if len(turns) <= 2 * compare.WARM else slow
         return real(model, params, config, *how)
 
-    program("--only", 5)
+    program("--only", 4)
     (program.out / "timing.json").unlink()
     monkeypatch.setattr(compare, "train_step", step)
     monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    program("--only", 5)
+    program("--only", 4)
     assert turns == ["attention", "grassmann"] * (compare.WARM + compare.TIMED)
     assert "| 3.0 |" in program.saved() and "| 2.0 |" in program.saved()
     monkeypatch.setattr(compare, "machine", lambda: "another processor")
     for _ in range(2):
-        program("--only", 5)
+        program("--only", 4)
     assert len(turns) == 4 * (compare.WARM + compare.TIMED) and "another" in program.saved()
 
 
@@ -331,57 +374,66 @@ def test_best_learning_rate(optimum, best):
         loss = math.nan if lr > 0.05 else math.log(lr / optimum) ** 2
         return {"curve": [[50, loss]], "spec": {"iters": 50}}
 
-    for some in (rates, rates[:2]):
+    for some in (rates, compare.SURVEY_RATES):
         tried.clear()
-        assert compare.best_lr(ask, some, beyond=True) == pytest.approx(best)
+        assert compare.best_lr(ask, some) == pytest.approx(best)
         assert len(tried) == len(set(tried)) <= 7
-    assert compare.best_lr(ask, rates, beyond=False) == min(max(best, rates[0]), rates[-1])
-    assert compare.best_lr(lambda lr: ask(lr) if lr != 4e-3 else None, rates, beyond=True) is None
+    assert compare.best_lr(ask, rates, enough=9.0) == min(rates, key=lambda lr: abs(math.log(lr / optimum)))
+    assert compare.best_lr(lambda lr: ask(lr) if lr != 4e-3 else None, rates) is None
 
 def test_what_the_table_says():
-    def row(label: str, ms: float, *curves: list) -> Row:
-        more = {"spec": {"iters": 100, "lr": 0.004}, "parameters": 1234}
-        return Row(label, [{"curve": curve, **more} for curve in curves], ms)
+    def row(label: str, ms: float, *ends: float, step: int = 100) -> Row:
+        more = {"spec": {"iters": 100, "lr": 0.004}, "parameters": 1234, "bytes_per_token": 2.0}
+        return Row(label, [{"curve": [[step, 9.9]], "test": end, **more} for end in ends], ms)
 
-    attention = row("attention", 100.0, [[50, 2.0], [100, 1.5]])
-    slow = row("slow", 160.0, [[50, 1.8], [100, 1.4]], [[50, 1.6], [100, 1.2]])
-    assert compare.loss_table([attention, slow])[1] == {
+    attention, slow = row("attention", 100.0, 1.5), row("slow", 160.0, 1.4, 1.2)
+    counted = Row("4-gram", [{"spec": {"iters": 1}, "curve": [[1, 9.9]], "test": 1.5, "bytes_per_token": 2.0}])
+    question = Question(6, "", "", [], text=("bible", 100))
+    first, second, third = compare.loss_table(question, [attention, slow], counted)
+    assert third == {
         "model": "slow", "learning rate": "0.004", "parameters": "1,234", "ms per step": "160.0",
-        "validation loss, nats": "1.300 (1.200 to 1.400)", "bits per character": "1.876",
-        "perplexity per character": "3.669", "gap to attention": "-18.1%",  # exp(1.3 - 1.5) - 1
-        "loss at equal time": "1.600"}  # a quarter of the way from 1.7 to 1.3
-    diverged = row("diverged", 30.0, [[3, 0.9]])  # is neither good nor fast
-    late = row("late", 201.0, [[50, 1.8], [100, 1.4]])  # half as fast: no loss by then
-    first, second, third = compare.loss_table([attention, diverged, late])
-    assert first["loss at equal time"] == "1.500" and third["loss at equal time"] == "nan"
-    assert second["validation loss, nats"] == "inf"
-    assert compare.loss_table([diverged, attention])[1]["gap to diverged"] == "+nan%"
+        "test loss, nats per token": "1.300 (1.200 to 1.400)", "bits per byte": "0.938",
+        "gap to attention": "-18.1%"}  # exp(1.3 - 1.5) - 1
+    assert [*first.values()] == ["4-gram", "", "1.500", "1.082", "", "", "+0.0%"]
+    assert second["gap to attention"] == ""
+    diverged, survey = row("diverged", 30.0, 0.9, step=3), Question(1, "", "", [], survey=True)
+    first, second = compare.loss_table(survey, [diverged, attention])
+    assert first["validation loss, nats per character"] == "inf" and second["gap to diverged"] == "+nan%"
 
-@pytest.mark.parametrize("k", range(len(QUESTIONS)), ids=[q.title for q in QUESTIONS])
-def test_the_tables_in_results_follow_from_the_runs(tmp_path, monkeypatch, k):
-    """Every number; losses, bits, perplexities, gaps and parameters once more by hand."""
+# By which runs.jsonl knows its texts, and how many different tokens they have.
+TEXTS = {None: ("86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 65)}
+HEAD, *SECTIONS = (RESULTS / "compare.md").read_text(encoding="utf-8").strip().split("\n\n## ")
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.partition("\n")[0])
+def test_the_tables_in_results_follow_from_the_runs(tmp_path, monkeypatch, section):
+    """Every number; losses, bits, gaps and parameters once more by hand."""
     shutil.copy(RESULTS / "runs.jsonl", tmp_path)
-    sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # Tiny Shakespeare
-    runs = compare.Runs(tmp_path / "runs.jsonl", SimpleNamespace(sha256=sha256, vocab=range(65)))
+    runs = Runs(tmp_path / "runs.jsonl")
     timing = json.loads((RESULTS / "timing.json").read_text(encoding="utf-8"))
     monkeypatch.setattr(compare, "machine", lambda: timing["machine"])
-    question, rows = QUESTIONS[k], compare.answer(QUESTIONS[k], runs, False, None)
-    assert not runs.missing and len(rows) == len(question.models)
+    (question,) = (q for q in QUESTIONS if section.startswith(f"{q.number}. {q.title}\n\n{q.asks}"))
+    sha256, size = TEXTS[question.text]
+    text = replace(text_of(np.zeros(99, int), vocab_size=size), sha256=sha256)
+    lab = Laboratory(None, runs, texts={question.text or (None, 0): text})
+    rows = lab.answer(question)
+    assert not runs.missing and len(rows) == len(question.models) and timing["machine"] in HEAD
     if not question.tasks:
         compare.add_times(rows, None, RESULTS / "timing.json")
-    table = tasks.table(rows) if question.tasks else compare.loss_table(rows)
-    head, *sections = (RESULTS / "compare.md").read_text(encoding="utf-8").strip().split("\n\n## ")
-    assert timing["machine"] in head and len(sections) == len(QUESTIONS) and sections[k] == (
-        f"{question.number}. {question.title}\n\n{question.asks}\n\n{compare.markdown(table)}")
-    ends = [[run["curve"][-1][1] for run in row.results] for row in rows]
-    for cells, end, row in zip(table, ends, rows, strict=True):
+    counted = lab.counting(question) if question.ngrams else None
+    table = tasks.table(rows) if question.tasks else compare.loss_table(question, rows, counted)
+    assert section.endswith("\n\n" + compare.markdown(table))
+    ends = [[run.get("test", run["curve"][-1][1]) for run in row.results] for row in rows]
+    first = sum(ends[0]) / len(ends[0]) if not question.tasks else None
+    for cells, end, row in zip(table[counted is not None :], ends, rows, strict=True):
         if question.tasks:
-            assert [*cells.values()][3:] == [f"{100 * share:.0f}%" for share in end[0]]
+            means = np.mean(end, 0)
+            assert [cell.split()[0] for cell in [*cells.values()][3:]] == [f"{100 * m:.0f}%" for m in means]
             continue
-        loss, first = sum(end) / len(end), sum(ends[0]) / len(ends[0])
+        loss = sum(end) / len(end)
         gap = f"{100 * (math.exp(loss) / math.exp(first) - 1):+.1f}%"
-        assert cells["validation loss, nats"].split()[0] == f"{loss:.3f}"
-        assert cells["bits per character"] == f"{math.log2(math.e) * loss:.3f}"
-        assert cells["perplexity per character"] == f"{math.exp(loss):.3f}"
-        assert cells["parameters"] == f"{count_params(Run(row.results[0]['spec'])):,}"
-        assert [*cells.values()][-1] == ("" if end is ends[0] else gap)
+        _, _, nats, bits, parameters, _, shown = cells.values()
+        assert nats.split()[0] == f"{loss:.3f}"
+        assert parameters == f"{count_params(Run(row.results[0]['spec'])):,}"
+        assert shown == ("" if end is ends[0] else gap)
+        if question.text is None:
+            assert bits == f"{math.log2(math.e) * loss:.3f}"
