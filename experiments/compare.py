@@ -17,6 +17,7 @@ grassmann.py itself has changed: choose another --out.)
 
 import cli  # noqa: I001  (before NumPy)
 
+import bisect
 import hashlib
 import itertools
 import json
@@ -211,9 +212,13 @@ def matched(run: Run, target: int) -> Run:
     that comes closest while d_ff keeps its ratio to it; d_ff, N (2 d_model + 1) a unit, the rest.
     """
     ratio, n_head = run.config.d_ff // run.config.d_model, run.config.n_head
-    widths = range(n_head, math.isqrt(target) + n_head, n_head)
-    sizes = [Run(run.spec | {"d_model": d, "d_ff": ratio * d}) for d in widths]
-    best = min(sizes, key=lambda size: abs(count_params(size) - target))
+    widths = range(n_head, math.isqrt(target) + 2 * n_head, n_head)
+
+    def sized(d_model: int) -> Run:
+        return Run(run.spec | {"d_model": d_model, "d_ff": ratio * d_model})
+
+    k = bisect.bisect(widths, target, hi=len(widths) - 1, key=lambda d: count_params(sized(d)))
+    best = min(map(sized, widths[max(0, k - 1) : k + 1]), key=lambda size: abs(count_params(size) - target))
     unit = best.config.n_layer * (2 * best.config.d_model + 1)
     more = round((target - count_params(best)) / unit)
     return Run(best.spec | {"d_ff": max(1, best.config.d_ff + more)})
