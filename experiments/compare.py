@@ -78,7 +78,6 @@ class Question:
     tasks: bool = False  # of tasks.py in place of the text: accuracy, not loss
     ngrams: bool = False  # the first row is what counting alone does
 
-
 def mixer(name: str, **more) -> tuple[str, dict]:
     return name, {"mixer": name, **more}
 
@@ -146,8 +145,8 @@ QUESTIONS = [
              "that is asked for? To answer with the most frequent of them is right in 56, 41, 33 and "
              "26% of the cases. Context 128, 4,000 steps; the sizes differ.",
              [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
-                 ATTENTION, ("with memory, rank 16", MEMORY[1]),
-                 ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
+                 ATTENTION, ("with memory, rank 16", MEMORY[1]), mixer("a memory that forgets"),
+                 mixer("two memories, one forgets"), ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
              SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE, "context": 128, "iters": 4000},
              same_size=False, tasks=True, seeds=3, rates=(1e-3, 2e-3)),
     Question(10, "Rank", "How many dimensions do the planes need?",
@@ -618,7 +617,6 @@ def compare(args) -> None:
     print(text)
     print(f"written to {args.out}: " + ", ".join(sorted(p.name for p in args.out.glob("compare*"))))
 
-
 def main() -> None:
     cli.plain_output()
     parser, number = cli.Parser(__doc__), cli.number
@@ -634,7 +632,6 @@ def main() -> None:
     stopped = f"\nstopped; what is finished is in {args.out}, the same command goes on from there\n"
     with cli.short_errors(parser, args.out, stopped=stopped):
         compare(args)
-
 
 if __name__ == "__main__":
     main()

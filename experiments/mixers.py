@@ -8,6 +8,7 @@ puts them there, so that Config(mixer="rotary attention with taps") is a model l
     features      of z and its partner s in place of the wedge and W_plu:
                   an MLP on [z ; s], all products z_i s_j, the one-sided product (z·x_k)(s·y_k), and
                   learned planes, (z ∧ s)·(x_k ∧ y_k), of grade 2 and 3 and their sums; without a gate
+    memories      the Grassmann layer with a memory that forgets, and with two
     hybrid        attention in one layer, the Grassmann layer in the others
 """
 
@@ -24,7 +25,6 @@ Shapes = dict[str, tuple[int, ...]]
 
 # ---- attention, with what a reader of today expects -----------------------------------------------
 
-
 def rotate(x: Array, sign: int = 1) -> Array:
     """Rotary positions: pairs of coordinates of x (B, heads, L, d_h) turned by t times their frequency.
 
@@ -36,7 +36,6 @@ def rotate(x: Array, sign: int = 1) -> Array:
     cos, sin = np.cos(angles).astype(x.dtype), (sign * np.sin(angles)).astype(x.dtype)
     u, v, odd_one = np.split(x, [half, 2 * half], -1)  # (an odd d_h has one without a partner)
     return np.concatenate([u * cos - v * sin, u * sin + v * cos, odd_one], -1)
-
 
 def attention(rotary: bool, taps: bool) -> tuple:
     """Causal attention on h + Σ_Δ w_Δ ⊙ h_{t-Δ} (taps), with rotary positions (rotary), or neither."""
@@ -83,9 +82,7 @@ def attention(rotary: bool, taps: bool) -> tuple:
 
     return forward, backward, shapes
 
-
 # ---- a gated convolution ---------------------------------------------------------------------------
-
 
 def convolution_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple:
     """[a b] = h W_in + b_in,  out = (a ⊙ (b + Σ_Δ w_Δ ⊙ b_{t-Δ})) W_out + b_out; no softmax, no wedge."""
@@ -96,7 +93,6 @@ def convolution_forward(h: Array, w: Scope, config: Config, layer: int, past=Non
     out, c_out = G.linear_forward(a * s, w["W_out"], w["b_out"])
     return out, {"in": c_in, "taps": c_taps, "out": c_out, "a": a, "s": s}
 
-
 def convolution_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
     """A product passes each factor the gradient times the other; b is met directly and in the taps."""
     grads = {}
@@ -106,21 +102,19 @@ def convolution_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
     dh, grads["W_in"], grads["b_in"] = G.linear_backward(np.concatenate([da, ds + db], -1), cache["in"])
     return dh, grads
 
-
 def convolution_shapes(config: Config, layer: int) -> Shapes:
     d = config.d_model
     return {"W_in": (d, 2 * d), "b_in": (2 * d,), "taps": (len(config.offsets[layer]), d),
             "W_out": (d, d), "b_out": (d,)}
 
-
 # ---- features of z and its partner -----------------------------------------------------------------
 
-
-def with_features(features: tuple, n_partners: int = 1, gate: bool = True) -> tuple:
+def with_features(features: tuple, n_partners: int = 1, gate: bool = True, memories: tuple = ()) -> tuple:
     """The Grassmann layer with other features: reduce, look back, features, gate (or none: mix = g).
 
     `features` is a triple: forward(z, partners, w) -> (g, cache), backward(dg, cache) -> (dz,
-    dpartners, grads), shapes(d, r). A second partner has taps of its own, taps_2.
+    dpartners, grads), shapes(d, r). A second partner has taps of its own, taps_2. `memories`: with as
+    many of `recall_forward`, each with its decay.
     """
     features_forward, features_backward, features_shapes = features
     names = ["taps", "taps_2"][:n_partners]
@@ -129,7 +123,11 @@ def with_features(features: tuple, n_partners: int = 1, gate: bool = True) -> tu
         z, c_red = G.linear_forward(h, w["W_red"], w["b_red"])
         found = [G.partner_forward(z, w[name], config.offsets[layer], False) for name in names]
         g, c_features = features_forward(z, [s for s, _ in found], w)
-        cache = {"red": c_red, "partners": [c for _, c in found], "features": c_features}
+        cache = {"red": c_red, "partners": [c for _, c in found], "features": c_features, "memories": []}
+        for k, decay in enumerate(memories):
+            m, c_memory = recall_forward(h, z, w.scope(f"memory {k}."), decay)
+            g = g + m
+            cache["memories"].append(c_memory)
         if gate:
             g, cache["gate"] = G.gate_forward(h, g, w["W_gate"], w["b_gate"])
         return g, cache
@@ -139,6 +137,9 @@ def with_features(features: tuple, n_partners: int = 1, gate: bool = True) -> tu
         if gate:
             dh, dg, gate_grads["W_gate"], gate_grads["b_gate"] = G.gate_backward(dmix, cache["gate"])
         dz, dpartners, grads = features_backward(dg, cache["features"])
+        for k, c_memory in enumerate(cache["memories"]):
+            dh_memory, dz_memory, own = recall_backward(dg, c_memory)
+            dh, dz, grads = dh + dh_memory, dz + dz_memory, grads | G.prefixed(f"memory {k}.", own)
         for name, ds, c_partner in zip(names, dpartners, cache["partners"], strict=True):
             dz_partner, grads[name] = G.partner_backward(ds, c_partner)
             dz = dz + dz_partner
@@ -149,10 +150,12 @@ def with_features(features: tuple, n_partners: int = 1, gate: bool = True) -> tu
         d, r, m = config.d_model, config.rank, len(config.offsets[layer])
         own = {"W_red": (d, r), "b_red": (r,)} | dict.fromkeys(names, (m, r))
         own |= {"W_gate": (2 * d, d), "b_gate": (d,)} if gate else {}
+        memory = {"W_ab": (d, 2 * r), "b_ab": (2 * r,), "W_mem": (r, d)}
+        for k in range(len(memories)):
+            own |= G.prefixed(f"memory {k}.", memory)
         return own | features_shapes(d, r)
 
     return forward, backward, shapes
-
 
 def wedge_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
     """g = (z ∧ s) W_plu + b_plu, the layer's own."""
@@ -160,33 +163,27 @@ def wedge_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
     g, c_plu = G.linear_forward(p, w["W_plu"], w["b_plu"])
     return g, (c_wedge, c_plu)
 
-
 def wedge_backward(dg: Array, cache: tuple) -> tuple:
     c_wedge, c_plu = cache
     dp, dW, db = G.linear_backward(dg, c_plu)
     dz, ds = G.plucker_backward(dp, c_wedge)
     return dz, [ds], {"W_plu": dW, "b_plu": db}
 
-
 def wedge_shapes(d: int, r: int) -> Shapes:
     return {"W_plu": (r * (r - 1) // 2, d), "b_plu": (d,)}
-
 
 def mlp_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
     """g = GELU([z ; s] W_1 + b_1) W_2 + b_2: no product of the two at all."""
     return G.ffn_forward(np.concatenate([z, *partners], -1), w.scope("mlp."))
-
 
 def mlp_backward(dg: Array, cache: tuple) -> tuple:
     dzs, grads = G.ffn_backward(dg, cache)
     dz, ds = np.split(dzs, 2, -1)
     return dz, [ds], G.prefixed("mlp.", grads)
 
-
 def mlp_shapes(d: int, r: int) -> Shapes:
     inner = r * (r - 1) // 2 * d // (2 * r + d)  # as many weights as W_plu has
     return {"mlp.W_1": (2 * r, inner), "mlp.b_1": (inner,), "mlp.W_2": (inner, d), "mlp.b_2": (d,)}
-
 
 def outer_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
     """g = vec(z sᵀ) W_plu + b_plu: all r² products, the symmetric ones and the wedge's."""
@@ -194,7 +191,6 @@ def outer_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
     p = (z[..., :, None] * s[..., None, :]).reshape(*z.shape[:-1], -1)
     g, c_plu = G.linear_forward(p, w["W_plu"], w["b_plu"])
     return g, (z, s, c_plu)
-
 
 def outer_backward(dg: Array, cache: tuple) -> tuple:
     """p_ij = z_i s_j: dz_i = Σ_j dp_ij s_j, ds_j = Σ_i dp_ij z_i."""
@@ -204,15 +200,12 @@ def outer_backward(dg: Array, cache: tuple) -> tuple:
     dz, ds = (dp @ s[..., None])[..., 0], (z[..., None, :] @ dp)[..., 0, :]
     return dz, [ds], {"W_plu": dW, "b_plu": db}
 
-
 def outer_shapes(d: int, r: int) -> Shapes:
     return {"W_plu": (r * r, d), "b_plu": (d,)}
-
 
 def dots_forward(vectors: list[Array], learned: list[Array]) -> list[list[Array]]:
     """M[a][c] = vectors[a] X_c, each (B, L, d): the dot products of one with learned vectors."""
     return [[(v.reshape(-1, v.shape[-1]) @ X).reshape(*v.shape[:-1], -1) for X in learned] for v in vectors]
-
 
 def dots_backward(dM: list[list[Array]], vectors: list[Array], learned: list[Array]) -> tuple:
     """dvectors[a] = Σ_c dM[a][c] X_cᵀ, dX_c = Σ_a vectors[a]ᵀ dM[a][c]."""
@@ -222,7 +215,6 @@ def dots_backward(dM: list[list[Array]], vectors: list[Array], learned: list[Arr
                 for line, v in zip(dM, vectors, strict=True)]
     return dvectors, [sum(v.T @ line[c] for v, line in zip(rows, dM, strict=True)) for c in range(len(learned))]
 
-
 def determinant(M: list[list[Array]]) -> Array:
     """Of a k x k table of arrays, by its first row."""
     if len(M) == 1:
@@ -230,9 +222,7 @@ def determinant(M: list[list[Array]]) -> Array:
     minors = [[row[:c] + row[c + 1 :] for row in M[1:]] for c in range(len(M))]
     return sum((-1) ** c * M[0][c] * determinant(minors[c]) for c in range(len(M)))
 
-
 LEARNED = ["X", "Y", "Z"]  # (r, d) each, a vector for every feature
-
 
 def blades(grade: int) -> tuple:
     """Learned planes, or blades of higher grade: g_k = det of the dot products of (z, s, …) with (x_k, y_k, …).
@@ -264,21 +254,17 @@ def blades(grade: int) -> tuple:
 
     return forward, backward, shapes
 
-
 def scalar_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
     """g = (z·s) c + b: grade 0, all that the geometric product z s = z·s + z ∧ s has beside the plane."""
     product = G.dot(z, partners[0])  # (B, L, 1)
     return product * w["c"] + w["b_plu"], (z, partners[0], product, w["c"])
-
 
 def scalar_backward(dg: Array, cache: tuple) -> tuple:
     z, s, product, c = cache
     dproduct = G.dot(dg, np.broadcast_to(c, dg.shape))
     return dproduct * s, [dproduct * z], {"c": (dg * product).sum((0, 1))[None], "b_plu": dg.sum((0, 1))}
 
-
 SCALAR = (scalar_forward, scalar_backward, lambda d, r: {"c": (1, d), "b_plu": (d,)})
-
 
 def both(first: tuple, second: tuple) -> tuple:
     """The sum of two kinds of features of z and its partners, of which the first kind sees only one."""
@@ -298,12 +284,10 @@ def both(first: tuple, second: tuple) -> tuple:
 
     return forward, backward, shapes
 
-
 def one_sided_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
     """g_k = (z·x_k)(s·y_k) + b_k: one product of the determinant's two."""
     M = dots_forward([z, *partners], [w["X"], w["Y"]])
     return M[0][0] * M[1][1] + w["b_plu"], (M, [z, *partners], [w["X"], w["Y"]])
-
 
 def one_sided_backward(dg: Array, cache: tuple) -> tuple:
     M, vectors, learned = cache
@@ -311,9 +295,37 @@ def one_sided_backward(dg: Array, cache: tuple) -> tuple:
     (dz, ds), (dX, dY) = dots_backward([[dg * M[1][1], zero], [zero, dg * M[0][0]]], vectors, learned)
     return dz, [ds], {"X": dX, "Y": dY, "b_plu": dg.sum((0, 1))}
 
+# ---- memories that forget --------------------------------------------------------------------------
+
+def recall_forward(h: Array, z: Array, w: Scope, decay: float) -> tuple[Array, tuple]:
+    """grassmann.py's memory with M_t = γ M_{t-1} + a_t ∧ b_t, all at once, as a table (L, L):
+
+        c_t = Σ_{i<=t} D_ti ((z_t·a_i) b_i - (z_t·b_i) a_i),   D_ti = γ^(t-i) / sqrt(Σ_j γ^(2(t-j))).
+
+    With γ = 1 the root is sqrt(t): what the layer of the reference does.
+    """
+    r, t = z.shape[-1], np.arange(z.shape[1])
+    D = np.tril(decay ** np.maximum(t[:, None] - t, 0.0))  # (L, L)
+    D = (D / np.linalg.norm(D, axis=1, keepdims=True)).astype(z.dtype)
+    ab, c_ab = G.linear_forward(h, w["W_ab"], w["b_ab"])
+    a, b = ab[..., :r], ab[..., r:]
+    P, Q = z @ a.swapaxes(1, 2) * D, z @ b.swapaxes(1, 2) * D  # (B, L, L)
+    c = P @ b - Q @ a
+    return c @ w["W_mem"], (z, a, b, c, P, Q, D, w["W_mem"], c_ab)
+
+def recall_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Params]:
+    """A product X Y passes dX = dout Yᵀ and dY = Xᵀ dout; D is a constant."""
+    z, a, b, c, P, Q, D, W_mem, c_ab = cache
+    dc = dm @ W_mem.T
+    dP, dQ = dc @ b.swapaxes(1, 2) * D, dc @ a.swapaxes(1, 2) * -D
+    dz = dP @ a + dQ @ b
+    da = dP.swapaxes(1, 2) @ z - Q.swapaxes(1, 2) @ dc
+    db = dQ.swapaxes(1, 2) @ z + P.swapaxes(1, 2) @ dc
+    dh, dW_ab, db_ab = G.linear_backward(np.concatenate([da, db], -1), c_ab)
+    dW_mem = c.reshape(-1, len(W_mem)).T @ dm.reshape(-1, dm.shape[-1])
+    return dh, dz, {"W_ab": dW_ab, "b_ab": db_ab, "W_mem": dW_mem}
 
 # ---- all of them -----------------------------------------------------------------------------------
-
 
 def hybrid(attention_layer: int, other: str) -> tuple:
     """One layer of that attention, Grassmann layers otherwise."""
@@ -333,7 +345,6 @@ def hybrid(attention_layer: int, other: str) -> tuple:
 
     return forward, backward, shapes
 
-
 WEDGE = wedge_forward, wedge_backward, wedge_shapes
 ONE_SIDED = one_sided_forward, one_sided_backward, lambda d, r: {"X": (r, d), "Y": (r, d), "b_plu": (d,)}
 MIXERS = {
@@ -350,14 +361,14 @@ MIXERS = {
     "learned planes and z·s": with_features(both(SCALAR, blades(2))),
     "learned trivectors": with_features(blades(3), n_partners=2),
     "learned planes and trivectors": with_features(both(blades(2), blades(3)), n_partners=2),
+    "a memory that forgets": with_features(WEDGE, memories=(0.97,)),
+    "two memories, one forgets": with_features(WEDGE, memories=(1.0, 0.97)),
     "hybrid": hybrid(1, "rotary attention with taps"),
 }
-
 
 def install() -> None:
     """Let Config know them."""
     G.MIXERS.update(MIXERS)
-
 
 def scale_learned_vectors(params: Params) -> None:
     """X, Y, Z from N(0, 0.2/r) in place of N(0, 0.02²), in place: the dot products with z have a size."""

@@ -11,7 +11,6 @@ import cli
 from experiments.texts import Text, read_text
 from grassmann import Array
 
-
 def ngram_loss(train: Array, test: Array, order: int, vocab_size: int) -> float:
     """Mean nats per token of `test` (but its first `order - 1`), given counts of `train`.
 
@@ -35,14 +34,12 @@ def ngram_loss(train: Array, test: Array, order: int, vocab_size: int) -> float:
         p = np.where(N > 0, (N_gram + T * p) / np.maximum(N + T, 1), p)
     return float(-np.log(p).mean())
 
-
 def numbered(tokens: Array, n: int, vocab_size: int) -> tuple[Array, Array]:
     """Every n-gram as a number, and the n-1 tokens before its last one as another; (len - n + 1) each."""
     grams = np.zeros(len(tokens) - n + 1, np.int64)
     for k in range(n):
         grams = grams * vocab_size + tokens[k : len(tokens) - n + 1 + k]
     return grams // vocab_size, grams
-
 
 def look_up(keys: Array, known: Array, values: Array) -> Array:
     """values[i] where keys are known[i], else 0; `known` is sorted."""
@@ -65,7 +62,6 @@ def main() -> None:
         for order in range(1, 8):
             losses = (ngram_loss(text.train, part, order, text.vocab_size) for part in (text.val, text.test))
             print("order {}: {:.3f} nats on the validation part, {:.3f} on the test part".format(order, *losses))
-
 
 if __name__ == "__main__":
     main()

@@ -20,7 +20,6 @@ SLOTS, KEYS_VOCAB_SIZE = 16, 32  # in `keys` 16 + k names slot k, before its key
 DISTANCES = (1, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 200)  # from, to
 NUMBERS = (2, 2), (4, 4), (8, 8), (16, 16)  # of keys at once
 
-
 def recall(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
     """What was the key? Filler with one key among it; some tokens after it ask for the key."""
     x = rng.integers(ANSWERS, ASK, (batch, length))
@@ -30,7 +29,6 @@ def recall(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
     np.put_along_axis(x, place, key, 1)
     x[asks] = ASK
     return x, np.where(asks, key, x), np.where(asks, distance, 0)
-
 
 def brackets(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
     """Which bracket does this one close? Eight kinds open, one token closes."""
@@ -45,7 +43,6 @@ def brackets(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
             else:
                 still_open.append(t)
     return x, y, distance
-
 
 def keys(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
     """What was the key of this slot? 2, 4, 8 or 16 slots get a key each, and are asked for later.
@@ -66,10 +63,8 @@ def keys(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
         many[row, asks] = n
     return x, y, many
 
-
 TASKS = {"recall": recall, "brackets": brackets, "keys": keys}
 GROUPS = {"recall": DISTANCES, "brackets": DISTANCES, "keys": NUMBERS}
-
 
 def accuracy(
     params: Params, config: Config, x: Array, y: Array, group: Array, groups: tuple = DISTANCES
@@ -81,16 +76,13 @@ def accuracy(
     asked = [(low <= group) & (group <= high) for low, high in groups]
     return [float(right[here].mean()) if here.any() else math.nan for here in asked]
 
-
 def reach(offsets: Sequence[Sequence[int]]) -> int:
     """How many tokens back a Grassmann model sees: what its layers see, added up."""
     return sum(map(max, offsets))
 
-
 def shares_of(row) -> list[list[float]]:
     """How often the model was right in each group, a list per seed."""
     return [result["test"] for result in row.results]
-
 
 def table(rows: list) -> list[dict[str, str]]:
     """One line per task and model: how often it is right, by distance or number of keys; the mean of the
@@ -105,7 +97,6 @@ def table(rows: list) -> list[dict[str, str]]:
                 mean if least == mean else f"{mean} ({least})")
         lines.append(cells)
     return lines
-
 
 def plot(path: Path, answers: list) -> None:
     """Accuracy against distance, and how far the Grassmann models can see at all; or against keys."""

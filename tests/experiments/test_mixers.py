@@ -31,6 +31,12 @@ def test_causality(config, ordinary_params):
         changed = np.abs(grassmann.forward(params, config, later) - logits).max(-1)
         assert changed[:, : t + 1].max() < 1e-12 < 1e-3 < changed[:, t + 1].min()
 
+def test_without_forgetting_it_is_the_memory_of_the_reference(tiny_config, ordinary_params, rng):
+    w = grassmann.Scope(ordinary_params(tiny_config(memory=True)), "blocks.0.mix.")
+    h, z = rng.standard_normal((2, 9, len(w["W_red"]))), rng.standard_normal((2, 9, w["W_red"].shape[1]))
+    m, _ = mixers.recall_forward(h, z, w, 1.0)
+    np.testing.assert_allclose(m, grassmann.memory_forward(h, z, w)[0], rtol=1e-9)
+
 @pytest.mark.parametrize("order", [1, 2, 4])
 def test_ngrams_are_the_formula(rng, order):
     """Witten and Bell, counted one by one."""
