@@ -11,6 +11,7 @@ import cli
 from experiments.texts import Text, read_text
 from grassmann import Array
 
+
 def ngram_loss(train: Array, test: Array, order: int, vocab_size: int) -> float:
     """Mean nats per token of `test` (but its first `order - 1`), given counts of `train`.
 
