@@ -5,6 +5,9 @@ Their colours are readable on a white and on a black page, and the background is
 
 import cli  # noqa: I001  (before NumPy)
 
+import contextlib
+import math
+import re
 from itertools import product
 from pathlib import Path
 
@@ -84,6 +87,88 @@ def wedge() -> plt.Figure:
         axes.axvline(0, color=INK, lw=0.6)
     return figure
 
+def backward() -> plt.Figure:
+    """The ops of the layer, forward and back; at h and z two gradients meet."""
+    figure = plt.figure(figsize=(9, 2.9), layout="none")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 9), ylim=(0, 2.9))  # in inches
+    axes.axis("off")
+    middle, box = {"ha": "center", "va": "center"}, {"boxstyle": "round,pad=0.35", "fc": "none", "ec": INK}
+    places = {"reduce": (1.5, 1.5), "look back": (3.1, 0.75), "wedge": (4.75, 1.5), "project": (6.2, 1.5),
+              "gate": (7.6, 1.5)}
+    for word, place in places.items():
+        axes.text(*place, word, size=12, bbox=box, **middle)
+    axes.text(0.35, 1.5, "$h$", size=14, **middle)
+    axes.text(8.65, 1.5, "out", size=12, **middle)
+
+    def both_ways(start, end, name, bend=0.0) -> None:
+        """Forward from start to end in grey, back in orange, both a little beside the line."""
+        (x, y), (u, v) = start, end
+        length = np.hypot(u - x, v - y)
+        side = 0.07 * np.array([y - v, u - x]) / length
+        for ends, colour, sign in (((start, end), INK, 1), ((end, start), ORANGE, -1)):
+            a, b = (np.add(point, sign * side) for point in ends)
+            arrow = {"arrowstyle": "-|>", "color": colour, "lw": 1.4, "shrinkA": 0, "shrinkB": 0,
+                     "connectionstyle": f"arc3,rad={sign * bend}"}
+            axes.annotate("", b, a, arrowprops=arrow)
+        x, y = np.add(start, end) / 2
+        y -= bend * length / 2
+        if name:
+            axes.text(x, y + 0.23, f"${name}$", color=INK, size=12, **middle)
+            axes.text(x, y - 0.23, f"$d{name}$", color=ORANGE, size=12, **middle)
+
+    both_ways((0.5, 1.5), (1.0, 1.5), "")
+    both_ways((2.0, 1.6), (4.3, 1.6), "z")
+    both_ways((1.95, 1.3), (2.6, 0.85), "")
+    both_ways((3.65, 0.85), (4.35, 1.3), "s")
+    both_ways((5.2, 1.5), (5.7, 1.5), "p")
+    both_ways((6.7, 1.5), (7.2, 1.5), "g")
+    both_ways((8.0, 1.5), (8.4, 1.5), "")
+    both_ways((0.4, 1.75), (7.5, 1.8), "", bend=-0.12)
+    for x, y in ((0.35, 1.2), (2.0, 1.18)):
+        axes.text(x, y, "+", color=ORANGE, size=13, weight="bold", **middle)
+    return figure
+
+def planes() -> plt.Figure:
+    """A token's plane and its neighbour's, which share a line, and the angle between them."""
+    figure, axes = plt.subplots(figsize=(5.2, 3))
+    axes.set(aspect="equal", xlim=(-0.1, 2.1), ylim=(-0.75, 1.05))
+    axes.axis("off")
+    flat = np.array([[0.95, -0.55], [1.0, 0.35], [-0.1, 0.95]])  # where the three axes of space point
+    angle = np.radians(55)
+    shared, one, other = np.array([[1, 0, 0], [0, 1, 0], [0, np.cos(angle), np.sin(angle)]]) @ flat
+    for second, colour in ((one, BLUE), (other, ORANGE)):
+        axes.fill(*np.transpose([0 * shared, shared, shared + second, second]), color=colour, alpha=0.25, lw=0)
+    turn = np.linspace(0, angle, 30)
+    arc = 0.4 * np.stack([0 * turn, np.cos(turn), np.sin(turn)], 1) @ flat
+    axes.plot(*arc.T, color=INK, lw=1)
+    axes.annotate(r"$\theta_2$", arc[15], xytext=(6, 2), textcoords="offset points", color=INK, size=13)
+    for tip, name, colour in ((shared, "z_t", INK), (one, "s_t", BLUE), (other, "z_{t+1}", ORANGE)):
+        axes.annotate("", tip, (0, 0), arrowprops={"arrowstyle": "-|>", "lw": 2, "color": colour,
+                                                   "shrinkA": 0, "shrinkB": 0})
+        axes.annotate(f"${name}$", tip, xytext=(6, 2), textcoords="offset points", color=colour, size=13)
+    return figure
+
+def thread() -> plt.Figure:
+    """The training loss of the tutorial's models, whose blocks are run for it."""
+    page = (FOLDER.parent / "tutorial.md").read_text(encoding="utf-8").partition("## 9. ")[0]
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        with contextlib.redirect_stdout(None):
+            exec(compile(block, "tutorial.md", "exec"), names)
+    figure, axes = plt.subplots(figsize=(7.5, 3.6))
+    ends = []
+    for k, (name, losses) in enumerate((n, c) for n, c in names["curves"].items() if n != "trained"):
+        smooth = np.convolve(losses, np.full(15, 1 / 15), "valid")
+        dotted = name.startswith(("average", "one layer"))
+        axes.plot(np.arange(len(smooth)) + 8, smooth, lw=1.4, color=f"C{k}", ls=":" if dotted else "-")
+        ends.append([smooth[-1], name, f"C{k}"])
+    height = math.inf
+    for loss, name, colour in sorted(ends, reverse=True):  # labels one below the other
+        height = min(loss, height - 0.09)
+        axes.text(len(losses) - 3, height, name, color=colour, va="center")
+    axes.set(xlabel="step", ylabel="training loss, nats", xlim=(0, 395), xticks=range(0, 301, 50), ylim=(1.25, 3.2))
+    return figure
+
 def receptive_field() -> plt.Figure:
     """Which tokens the last state of the default model has seen, layer by layer."""
     config, tokens, seen = G.Config(vocab_size=1), range(-32, 1), {0}
@@ -129,7 +214,7 @@ def finite_differences() -> plt.Figure:
 
 if __name__ == "__main__":
     cli.Parser(__doc__).parse_args()
-    for draw in (layer, wedge, receptive_field, finite_differences):
+    for draw in (layer, wedge, backward, receptive_field, finite_differences, planes, thread):
         with plt.rc_context(STYLE):
             file = FOLDER / f"{draw.__name__}.svg"
             draw().savefig(file, metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""tutorial.md and README.md: their code runs, their numbers come out, what they name exists."""
+"""tutorial.md, README.md, docs/: their code runs, their numbers come out, what they name exists."""
 
 import contextlib
 import io
@@ -9,15 +9,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:```text\n(.*?)```)?", re.DOTALL)
-NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e[-+]?\d+)?")
+PAGES = ["tutorial.md", "README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 
-@pytest.fixture(params=["tutorial.md", "README.md"])
-def document(request) -> str:
-    return (ROOT / request.param).read_text(encoding="utf-8")
+@pytest.fixture(params=PAGES)
+def page(request) -> Path:
+    return ROOT / request.param
+
+@pytest.fixture
+def document(page) -> str:
+    return page.read_text(encoding="utf-8")
 
 def same(printed: str, shown: str) -> bool:
-    """The same words, and the same numbers to a unit of the last digit shown."""
+    """The same words, and the same numbers to a unit of the last digit shown; those with an exponent,
+    which are errors, in their order of magnitude.
+    """
     def near(a, b):
+        if "e" in b:
+            return 1 / 30 < float(a) / float(b) < 30
         digits = len(b.partition(".")[2])
         return abs(float(a) - float(b)) <= 1.01 * 10**-digits * (digits > 0)
 
@@ -27,6 +36,7 @@ def same(printed: str, shown: str) -> bool:
 def test_the_comparison_of_numbers():
     assert same("a 1.234 [2. 3]", "a 1.235 [2. 3]") and not same("a 1.234", "a 1.237")
     assert not same("12606656", "12606657") and not same("True False", "True True")
+    assert same("3e-11 of 1e+00", "9e-12 of 2e+00") and not same("3e-11", "3e-9")
 
 def test_every_block_prints_what_the_page_shows(document):
     """Run in order, in one namespace."""
@@ -38,21 +48,33 @@ def test_every_block_prints_what_the_page_shows(document):
         assert same(printed.getvalue(), shown), f"shown:\n{shown}\nprinted:\n{printed.getvalue()}"
 
 def test_what_is_named_in_backticks_exists(document):
-    """Files, flags, names with an underscore, as words of the source; and pairs of functions."""
+    """Files, flags, names with an underscore, as words of the source or of the page's own code; and
+    pairs of functions."""
     files = [file for pattern in ("*.py", "*.cu", "experiments/**/*.py", "tests/**/*.*")
              for file in ROOT.glob(pattern) if file.suffix in (".py", ".cu", ".h")]
     known = {file.name for file in files}
     for file in files:
         known |= set(re.findall(r"--[\w-]+|\w+", file.read_text(encoding="utf-8")))
+    known |= {name for code, _ in BLOCK.findall(document) for name in re.findall(r"\w+", code)}
     for name in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", document, flags=re.DOTALL)):
         if name.endswith("_*"):  # gate_* is gate_forward and gate_backward
             assert {name[:-1] + "forward", name[:-1] + "backward"} <= known, name
         elif re.fullmatch(r"[\w./]+\.py|--[\w-]+|\w+_\w+", name):
             assert name in known or (ROOT / name).exists(), name
 
-def test_every_link_picture_and_quoted_kernel_exists(document):
+def test_every_link_and_picture_exists(page, document):
     for file in re.findall(r"\]\((?!https?:|#)([^)#]+)", document):
-        assert (ROOT / file).exists(), file
-    kernels = (ROOT / "kernels.cu").read_text(encoding="utf-8")
-    for kernel in re.findall(r"```cuda\n(.*?)```", document, re.DOTALL):
-        assert kernel in kernels
+        assert (page.parent / file).exists(), file
+
+def test_every_link_to_a_section_finds_it(document):
+    headings = re.findall(r"^#+ (.*)$", document, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", document)) <= anchors
+
+def test_what_is_quoted_from_the_code_stands_there(document):
+    """```py and ```cuda quote; a line "# …" stands for what was left out."""
+    for kind, file in (("py", "grassmann.py"), ("cuda", "kernels.cu")):
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for quoted in re.findall(rf"```{kind}\n(.*?)```", document, re.DOTALL):
+            for piece in re.split(r"^ *# …\n", quoted, flags=re.MULTILINE):
+                assert piece in source, piece

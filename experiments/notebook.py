@@ -1,0 +1,46 @@
+"""Make tutorial.ipynb of tutorial.md, and run it, so that its outputs are in it: python -m experiments.notebook"""
+
+import cli  # noqa: I001  (before NumPy)
+
+import re
+from pathlib import Path
+
+import jupytext
+from nbclient import NotebookClient
+from nbformat import NotebookNode, v4
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST = """\
+# In a hosted notebook: fetch the repository, and what it needs. Elsewhere this does nothing.
+import importlib.util, os
+if not os.path.exists("grassmann.py"):
+    !git clone -q URL-OF-THIS-REPOSITORY grassmann
+    %cd grassmann
+    %pip install -q -r requirements.txt
+gpu = "--gpu" if importlib.util.find_spec("cupy") and os.path.exists("/dev/nvidia0") else \"\""""
+LAST = ["## Your turn\n\nTrain a model of your own text, on the card if there is one.",
+        "# !python train_char.py --data my.txt --preset tiny $gpu"]
+
+def notebook() -> NotebookNode:
+    """The page as cells. What a block printed comes from running it, so the page's copy goes."""
+    page = (ROOT / "tutorial.md").read_text(encoding="utf-8")
+    page = re.sub(r"(```python\n.*?```\n)```text\n.*?```\n", r"\1", page, flags=re.DOTALL)
+    made = jupytext.reads(page, "md")
+    made.cells = [v4.new_code_cell(FIRST), *made.cells, v4.new_markdown_cell(LAST[0]), v4.new_code_cell(LAST[1])]
+    for k, cell in enumerate(made.cells):
+        cell.id = f"cell-{k}"  # the same each time
+    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return made
+
+def run(made: NotebookNode) -> NotebookNode:
+    """The same with outputs. Raises nbclient's CellExecutionError."""
+    NotebookClient(made, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    for cell in made.cells:
+        cell.metadata.pop("execution", None)  # when it ran
+    return made
+
+
+if __name__ == "__main__":
+    cli.Parser(__doc__).parse_args()
+    jupytext.write(run(notebook()), ROOT / "tutorial.ipynb")
+    print(ROOT / "tutorial.ipynb")
