@@ -144,7 +144,7 @@ def test_13_the_cosine_as_one_more_feature(
     check_gradients("exercise 13, the model", lambda: run()[0], params, run()[1], entries=5)
 
 def test_14_momentum_needs_a_larger_learning_rate():
-    text = load_text(None)[:20000]
+    text = load_text("docs/genesis.txt")[:20000]
     vocab = vocabulary(text)
     tokens = encode(text, vocab)
     config = G.Config(len(vocab), 32, 2, 32, 8, ((1, 2), (1, 2, 3, 4)))
@@ -165,5 +165,5 @@ def test_14_momentum_needs_a_larger_learning_rate():
         return G.validation_loss(params, config, tokens[18000:])
 
     with_adamw = train(1e-2, adamw=True)
-    assert train(0.3, adamw=False) < with_adamw + 0.4  # 2.31 against 2.20 when this was written
-    assert train(1e-2, adamw=False) > with_adamw + 0.6  # at AdamW's own rate: 2.97
+    assert train(0.3, adamw=False) < with_adamw + 0.4  # 1.98 against 1.81 when this was written
+    assert train(1e-2, adamw=False) > with_adamw + 0.6  # at AdamW's own rate: 2.54
