@@ -568,7 +568,9 @@ def loss_and_grads(
     check(inputs[0].shape == inputs[1].shape, "x and y must have one shape", "this batch")
     if seed is not None and config.dropout:
         keys = numpy.random.default_rng(seed).integers(2**63, size=2 * config.n_layer + 1)
-        inputs.append(cp.asarray(keys))
+        before = getattr(seed, "first", 0) * x.shape[1] * config.d_model  # elements of earlier rows
+        step = numpy.uint64(before * 0x9E3779B97F4A7C15 % 2**64)  # the kernel's, from one to the next
+        inputs.append(cp.asarray((keys.view(numpy.uint64) + step).view(numpy.int64)))
     run = functools.partial(_forward_and_backward, params, config, share)
     if config.mixer != "attention" and not config.memory:
         places = tuple((a.data.ptr, a.dtype) for a in params.values())

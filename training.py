@@ -68,23 +68,44 @@ def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
     """map(function, items), on so many threads (NumPy releases the interpreter lock)."""
     return pool(threads).map(function, items) if threads > 1 else map(function, items)
 
+class RowsOfBatch(np.random.Generator):
+    """Draws for rows `first`, first + 1, … of a batch of `n` what one generator would for all of it.
+
+    So dropout's masks are a function of seed, step and row, whoever computes which rows.
+    """
+
+    def __init__(self, seed: list[int], first: int, n: int):
+        super().__init__(np.random.PCG64(seed))
+        self.first, self.n, self.begin, self.drawn = first, n, 0, 0
+
+    def random(self, shape: tuple[int, ...], dtype: type) -> Array:
+        """Of an array (n, …) of float32 the part `shape`; arrays follow each other as in a stream.
+
+        A draw of 64 bits makes two of them, so an odd place is the second of its draw.
+        """
+        row, size = math.prod(shape[1:]), math.prod(shape)
+        start, odd = divmod(self.begin + self.first * row, 2)  # in draws
+        self.begin += self.n * row
+        self.bit_generator.advance(start - self.drawn)
+        self.drawn = start + (odd + size + 1) // 2
+        return super().random(odd + size, dtype)[odd:].reshape(shape)
+
 def loss_and_grads(
     model: ModuleType, params: Params, config: Config, x: Array, y: Array, seed: tuple | None, threads: int
 ) -> tuple[float, Params]:
     """The model's `loss_and_grads` on so many threads: rows are dealt out in shards of bounded size.
 
-    Their gradients are added in a fixed order: a run repeats bit for bit with as many threads. (A
-    card, which has no `threads`, takes the batch whole.)
+    Their gradients are added in a fixed order: a run repeats bit for bit with as many threads; with
+    others it differs by rounding. (A card, which has no `threads`, takes the batch whole.)
     """
     check(threads >= 0, "threads must be 1 or more, or 0 for the batch as a whole", threads)
     check(x.shape == y.shape, "x and y must have one shape", f"{x.shape} and {y.shape}")
-    if not threads:
-        return model.loss_and_grads(params, config, x, y, seed)
-    n_shards = threads * math.ceil(x.size / (threads * SHARD_TOKENS))
+    n_shards = threads * math.ceil(x.size / (threads * SHARD_TOKENS)) if threads else 1
 
     def shard(rows: Array) -> tuple[float, Params]:
-        own = None if seed is None else [*seed, rows[0]]
-        return model.loss_and_grads(params, config, x[rows], y[rows], own, len(rows) / len(x))
+        own, part = slice(rows[0], rows[-1] + 1), len(rows) / len(x)
+        rng = None if seed is None else RowsOfBatch([*seed, 0], int(rows[0]), len(x))
+        return model.loss_and_grads(params, config, x[own], y[own], rng, part)
 
     results = in_threads(shard, np.array_split(np.arange(len(x)), min(n_shards, len(x))), threads)
     loss, grads = next(results)

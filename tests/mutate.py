@@ -150,7 +150,7 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("training.train_step", "(t.seed, step)", "(t.seed, 0)"),
     ("training.train_step", "model.clip_grads(grads, t.grad_clip)", "model.clip_grads(grads, 1.0)"),
     ("training.loss_and_grads", "len(rows) / len(x)", "1.0"),
-    ("training.loss_and_grads", "[*seed, rows[0]]", "seed"),
+    ("training.loss_and_grads", "int(rows[0])", "0"),
     ("training.loss_and_grads", "grads[name] += g", "grads[name] = g"),
     ("training.loss_and_grads", "loss += shard_loss", "pass"),
     ("get_batch", "len(tokens) - context", "len(tokens) - context - 1"),

@@ -131,6 +131,31 @@ def test_threads_repeat_bit_for_bit(tiny_model, batch, monkeypatch, threads, dty
         for name in grads:
             np.testing.assert_array_equal(grads[name], results[0][1][name])
 
+@pytest.mark.parametrize("shape", [(4, 6), (3, 5), (1, 1)])  # rows of an even or an odd length
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_rows_of_a_batch_get_what_the_whole_batch_gets(shape, n):
+    """From a usual generator, several arrays one after the other."""
+    rng = np.random.default_rng([3, 4, 0])
+    arrays = [rng.random((n, *shape), np.float32) for _ in range(4)]
+    for parts in range(1, n + 1):
+        for rows in np.array_split(np.arange(n), parts):
+            own = np.random.default_rng(training.RowsOfBatch([3, 4, 0], int(rows[0]), n))
+            for whole in arrays:
+                part = own.random((len(rows), *shape), np.float32)
+                np.testing.assert_array_equal(part, whole[rows])
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shard_tokens", [1, 20, 4096])
+def test_dropout_does_not_depend_on_threads(
+        tiny_model, batch, relative_error, monkeypatch, threads, shard_tokens):
+    model = tiny_model(dropout=0.3, d_model=7)
+    seed, whole = np.random.default_rng([1, 2, 0]), batch(5)
+    loss, grads = G.loss_and_grads(*model, *whole, seed)
+    monkeypatch.setattr(training, "SHARD_TOKENS", shard_tokens)
+    loss_2, grads_2 = training.loss_and_grads(G, *model, *whole, (1, 2), threads)
+    assert loss_2 == pytest.approx(loss, rel=1e-12)
+    assert max(relative_error(grads[name], grads_2[name]) for name in grads) < 1e-12
+
 def test_threads_draw_different_dropout(tiny_model, batch):
     """The same text twice, on two threads: with equal masks the loss would be that of one text."""
     model = tiny_model(dropout=0.3)
