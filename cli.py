@@ -21,7 +21,8 @@ if sys.version_info < (3, 10):  # noqa: UP036
 def without_traceback(kind: type, error: BaseException, trace: object) -> None:
     """What ends a program during its imports: Ctrl-C in silence, a missing package with a sentence."""
     if issubclass(kind, ModuleNotFoundError):
-        needed = Path(__file__).with_name("requirements.txt")
+        of_ranks = "-parallel" * (error.name == "mpi4py")
+        needed = Path(__file__).with_name(f"requirements{of_ranks}.txt")
         install = shlex.join([sys.executable, "-m", "pip", "install", "-r", str(needed)])
         print(f"{Path(sys.argv[0]).name}: {error.name} is not installed; {install}", file=sys.stderr)
     elif not issubclass(kind, KeyboardInterrupt):

@@ -28,12 +28,14 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from types import ModuleType
 from typing import TextIO
 
 import numpy as np
 from tqdm import tqdm
 
+import parallel
 from checkpoint import load_checkpoint, save_checkpoint
 from cli import Parser, command, number, plural, short_errors
 from grassmann import Config, param_shapes
@@ -71,7 +73,7 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     parser.argument_default = argparse.SUPPRESS
     parser.set_defaults(out=Path("out"), resume=False, paper=False, preset=None, gpu=False,
-                        threads=cli.available_cores())
+                        threads=parallel.cores)
     count, size, rate = number(int, 1, 10**9), number(int, 1, 10**6), number(float, 0, 10)
 
     def add(flag: str, text: str, kind: Callable | None = None, **how) -> None:
@@ -169,6 +171,7 @@ class Run:
     optimizer: dict
     progress: Progress
 
+    @parallel.first
     def save(self, name: str, **more) -> None:
         """Write a checkpoint. Raises OSError, and ValueError if the weights are not finite."""
         p, corpus = self.progress, self.corpus
@@ -284,6 +287,7 @@ def check_memory(config: Config, batch_size: int, threads: int) -> None:
     if needed > has:
         raise ValueError(f"this needs about {needed:.1f} GB of memory, the machine has {has:.1f}")
 
+@parallel.first
 def claim(out: Path) -> None:
     """Keep the folder for this process until it ends: two runs would mix their files. Raises ValueError."""
     try:
@@ -296,6 +300,7 @@ def claim(out: Path) -> None:
     except (ImportError, OSError):
         return  # Windows, or a file system without locks
 
+@parallel.first
 def set_aside(out: Path) -> None:
     """Move the files of an earlier run in `out` to out/previous-N, so that nothing is overwritten."""
     files = [out / name for name in ("best.npz", "last.npz", "log.csv", "loss.png", "flow", "explorer.html") if (out / name).exists()]
@@ -309,6 +314,8 @@ def set_aside(out: Path) -> None:
 
 def open_log(run: Run) -> TextIO:
     """log.csv, written anew up to where the checkpoint is, for more lines. One that is not ours is kept."""
+    if parallel.rank:
+        return open(os.devnull, "w")
     path = run.out / "log.csv"
     lines = "".join(log_line(row) for row in [LOG_COLUMNS, *run.progress.log])
     found = path.read_bytes().decode("ascii", "replace") if path.exists() else lines
@@ -392,7 +399,7 @@ def validate(run: Run, signals: list[int]) -> float | None:
     total = sum(map(len, pieces)) // context
 
     def each(function: Callable, chunks: Iterable) -> Iterator:
-        for chunk in in_threads(function, chunks, run.threads or 1):
+        for chunk in parallel.each(function, chunks, partial(in_threads, threads=run.threads or 1)):
             yield chunk
             bar.update(max(1, 512 // context))
             if signals:
@@ -426,6 +433,7 @@ def overfits(validated: list[list]) -> bool:
 
 # ---- afterwards ------------------------------------------------------------------------------------
 
+@parallel.first
 def plot(run: Run) -> None:
     """loss.png. Training goes on without it: a font cache, LaTeX, a backend are matplotlib's own."""
     grey = dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], "gray")
@@ -453,6 +461,7 @@ def plot(run: Run) -> None:
     except Exception as error:
         tqdm.write(f"no loss.png: {type(error).__name__}: {' '.join(str(error).split()):.100}")
 
+@parallel.first
 def report(run: Run, go_on: str) -> None:
     """The numbers, the files and a sample; `go_on` is the command that trains further."""
     best, last = run.out / "best.npz", run.out / "last.npz"
@@ -473,13 +482,15 @@ def catch_signals() -> list[int]:
         caught.append(number)
         signal.signal(number, signal.SIG_IGN if number == getattr(signal, "SIGHUP", 0) else signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal is closed
-            os.write(2, b"\nstopping, to be resumed; once more ends it at once\n")
+            if parallel.rank == 0:
+                os.write(2, b"\nstopping, to be resumed; once more ends it at once\n")
 
     for stop in (getattr(signal, name) for name in names):
         if signal.getsignal(stop) != signal.SIG_IGN:  # as nohup has it
             signal.signal(stop, note)
     return caught
 
+@parallel.together()
 def main() -> None:
     cli.plain_output()
     sys.stdout = cli.Patient(sys.stdout)
@@ -495,11 +506,12 @@ def main() -> None:
             run.save_last()  # before any work: is the folder writable?
         corpus, n_params = run.corpus, sum(p.size for p in run.params.values())
         text = " ".join(run.settings["data"] or ["Python's documentation"])
+        processes = f" in each of {parallel.size} processes" * (parallel.size > 1)
         print(f"{text}: {plural(len(corpus.train), 'character')} to train on, {len(corpus.val):,} to validate"
               + (f" (on {MOST_VALIDATED:,} of them)" if len(corpus.val) > MOST_VALIDATED else "")
               + f", {len(corpus.vocab)} different ones\n{n_params / 1e6:.2f}M parameters; "
-              f"{plural(args.threads, 'thread')}; writing into {run.out}")
-        signals = catch_signals()
+              f"{plural(args.threads, 'thread')}{processes}; writing into {run.out}")
+        signals = parallel.agreed(catch_signals())
         train(run, signals)
         gpu = ["--gpu"] * args.gpu + (["--precision", args.precision] if args.precision else [])
         go_on = command("train_char.py", "--resume", "--out", run.out, *gpu)

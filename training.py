@@ -14,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 
+import parallel
 from grassmann import Array, Config, Params, check
 
 SHARD_TOKENS = 4096  # at most so many at a time in a thread: bounds the memory for activations
@@ -95,22 +96,24 @@ def loss_and_grads(
 ) -> tuple[float, Params]:
     """The model's `loss_and_grads` on so many threads: rows are dealt out in shards of bounded size.
 
-    Their gradients are added in a fixed order: a run repeats bit for bit with as many threads; with
+    (With mpiexec first to the processes: parallel.py.) Their gradients are added in a fixed order: a run repeats bit for bit with as many threads; with
     others it differs by rounding. (A card, which has no `threads`, takes the batch whole.)
     """
     check(threads >= 0, "threads must be 1 or more, or 0 for the batch as a whole", threads)
     check(x.shape == y.shape, "x and y must have one shape", f"{x.shape} and {y.shape}")
-    n_shards = threads * math.ceil(x.size / (threads * SHARD_TOKENS)) if threads else 1
+    mine = parallel.rows(len(x))
+    tokens = len(mine) * x.shape[1]
+    n_shards = threads * math.ceil(tokens / (threads * SHARD_TOKENS)) if threads else 1
 
     def shard(rows: Array) -> tuple[float, Params]:
         own, part = slice(rows[0], rows[-1] + 1), len(rows) / len(x)
         rng = None if seed is None else RowsOfBatch([*seed, 0], int(rows[0]), len(x))
         return model.loss_and_grads(params, config, x[own], y[own], rng, part)
 
-    results = in_threads(shard, np.array_split(np.arange(len(x)), min(n_shards, len(x))), threads)
+    results = in_threads(shard, np.array_split(mine, min(n_shards, len(mine))), threads)
     loss, grads = next(results)
     for shard_loss, shard_grads in results:
         loss += shard_loss
         for name, g in shard_grads.items():
             grads[name] += g
-    return loss, grads
+    return parallel.add_up(loss, grads)

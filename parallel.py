@@ -1,0 +1,105 @@
+"""Data parallel on MPI: `mpiexec -n 4 python train_char.py …` trains one model on four processes.
+
+Every process (MPI calls it a rank) runs the whole program, on its rows of each batch and its part of
+a validation. Gradients and losses are added up over all ranks, so that all take the same steps; the
+first one prints and writes. Without mpiexec there is one rank, and mpi4py is not needed. With --gpu
+each rank has a card of its machine and NCCL adds up: what is for cards here has never run on any.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+
+from cli import available_cores
+
+size = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
+rank, cores, caught, stops = 0, available_cores(), [], []  # signals: of this rank, of any
+if size > 1:  # Open MPI has started this process, or MPICH or a relative of it
+    from mpi4py import MPI
+
+    comm, machine = MPI.COMM_WORLD, MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    rank, cores = comm.rank, max(1, cores // machine.size)
+    cards = [*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))] or range(machine.size)
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(cards[machine.rank % len(cards)])  # before any is touched
+
+@cache
+def nccl() -> object:
+    """A `cupyx.distributed.NCCLBackend` of all ranks."""
+    from cupyx.distributed import init_process_group
+
+    return init_process_group(size, rank, use_mpi=True)
+
+def rows(n: int) -> np.ndarray:
+    """Which of the n rows of a batch are this rank's. Raises ValueError if there are too few."""
+    if n < size:
+        raise ValueError(f"a batch of {n} has no row for some of {size} processes")
+    return np.array_split(np.arange(n), size)[rank]
+
+def add_up(loss: float, grads: dict) -> tuple[float, dict]:
+    """The sums of both over all ranks."""
+    if size == 1:
+        return loss, grads
+    look_for_signals()
+    if hasattr(grads, "buffer"):  # gpu.Flat
+        for array in (loss, grads.buffer):
+            nccl().all_reduce(array, array)
+        return loss, grads
+    flat = np.concatenate([[loss], *(g.ravel() for g in grads.values())], dtype=loss.dtype)
+    comm.Allreduce(MPI.IN_PLACE, flat)
+    parts = np.split(flat, np.cumsum([1, *(g.size for g in grads.values())]))[1:-1]
+    return flat[0], {k: part.reshape(grads[k].shape) for k, part in zip(grads, parts, strict=True)}
+
+def each(function: Callable, chunks: list, run: Callable) -> Iterable:
+    """run(function, chunks), as of map; each rank does its part, and the results are numbers."""
+    if size == 1:
+        return run(function, chunks)
+    every = comm.allgather([float(number) for number in run(function, chunks[rank::size])])
+    look_for_signals()
+    return [every[k % size][k // size] for k in range(len(chunks))]
+
+def look_for_signals() -> None:
+    """One that any rank has caught all note, at the same point of the run."""
+    if comm.allreduce(len(caught)) and not stops:
+        stops.append(caught[0] if caught else signal.SIGTERM)
+
+def agreed(signals: list[int]) -> list[int]:
+    """Of the list that this rank's signals go to, the one that is the same on all ranks."""
+    global caught
+    caught = signals
+    return signals if size == 1 else stops
+
+def first(function: Callable) -> Callable:
+    """For what writes: the other ranks leave it out."""
+    return (lambda *args, **how: None) if rank else function
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Within the `with` block: what ends one rank ends all, and only the first one prints.
+
+    But for an error: the others wait a second for the first one to say the same, and end them.
+    """
+    if rank:
+        sys.stdout, sys.stderr = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in "oe")
+    try:
+        yield
+    except BaseException as end:
+        code = getattr(end, "code", 1)
+        if size == 1 or not code:
+            raise
+        if stops:  # all come here
+            comm.Barrier()
+            sys.exit(0 if rank else code)
+        if not isinstance(end, SystemExit):
+            sys.excepthook(type(end), end, end.__traceback__)
+        time.sleep(1 if rank else 0)
+        os.write(2, sys.stderr.buffer.getvalue() if rank else b"")
+        comm.Abort(code)
