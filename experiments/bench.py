@@ -1,9 +1,10 @@
 """How fast it is, and against what: prints a table for each section.
 
-  python -m experiments.bench                          everything, 10 to 15 minutes on two cores
+  python -m experiments.bench                          everything, a quarter of an hour on two cores
   python -m experiments.bench --data shakespeare       on Tiny Shakespeare, as in README.md
   python -m experiments.bench --quick                  fewer turns, and no race
   python -m experiments.bench --only step ops          some sections
+  python -m experiments.bench --only ranks machines    on several processes, and machines (bench_ranks.py)
   python -m experiments.bench --gpu                    training steps on a CUDA GPU (bench_gpu.py)
 
 What is compared runs by turns, A B A B …, so that a machine that speeds up or slows down does so
@@ -33,7 +34,7 @@ from statistics import median
 import numpy as np
 
 import grassmann
-from experiments import bench_gpu
+from experiments import bench_gpu, bench_ranks
 from experiments.bench_models import (Model, Ours, Setup, Theirs, alternate, gpt_of_size,
                                       multiply_adds, n_parameters, products, quotient, torch)
 from text import read_corpus
@@ -242,7 +243,8 @@ def memory(setup: Setup, repeats: int = 3) -> list[dict]:
     return [{"what": what, "MB": median(measure(ours) for _ in range(repeats))}
             for what, ours in sides.items()]
 
-SECTIONS = {f.__name__: f for f in (step, race, efficiency, ops, generation, length, memory)}
+SECTIONS = {f.__name__: f for f in (
+    step, race, efficiency, ops, generation, length, memory, bench_ranks.ranks, bench_ranks.machines)}
 
 # ---- the table -----------------------------------------------------------------------------------
 

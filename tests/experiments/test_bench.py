@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import grassmann
-from experiments import bench, bench_gpu
+from experiments import bench, bench_gpu, bench_ranks
 from grassmann import Config
 from text import Corpus
 from training import Training
@@ -160,6 +160,26 @@ def test_length():
     rows = bench.length(tiny(threads=3), tokens=1024, longest_table=128)
     assert [row["length"] * row["windows"] for row in rows] == [1024] * 4
     assert [math.isnan(row["attention"]) for row in rows] == [False, False, True, True]
+
+def test_ranks(monkeypatch):
+    """Two processes where there is an mpiexec: on the same batches, and they add up."""
+    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.setenv(name, "1")
+    rows = bench_ranks.ranks(tiny(quick=True))
+    found = bool(bench_ranks.MPIEXEC)
+    assert [row["with"] for row in rows] == ["one thread", "two threads", "two processes"][: 2 + found]
+    assert all(row["ms"] > 0 for row in rows) and rows[0]["x one thread"] == 1
+    assert [row["of which the sum"] > 0 for row in rows] == [False, False, True][: 2 + found]
+
+def test_machines(monkeypatch):
+    """A model of known size, whose step takes a known time: 8 machines, 14/8 of 4 bytes a number."""
+    monkeypatch.setattr(bench_ranks, "one_step", lambda *args: (0.1, math.nan))
+    setup = bench.Setup(Corpus("", [*range(65)], None, None, 0), 1, True)
+    row = bench_ranks.machines(setup)[0]
+    assert row["parameters"] == bench.n_parameters(setup.config()) == 677_440
+    assert row["network"] == 1 and row["ms the sum"] == pytest.approx(14 / 8 * 4 * 677_440 * 8e-6)
+    assert row["x one"] == pytest.approx(8 * 100 / (100 + row["ms the sum"]))
+    assert row["tokens"] == round(768 * row["ms the sum"] / 25)  # a step that takes four times it
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is asked for on Linux")
 def test_memory():
