@@ -41,7 +41,7 @@ def nccl() -> object:
 def rows(n: int) -> np.ndarray:
     """Which of the n rows of a batch are this rank's. Raises ValueError if there are too few."""
     if n < size:
-        raise ValueError(f"a batch of {n} has no row for some of {size} processes")
+        raise ValueError(f"a batch of {n} is too small for {size} processes: each needs a row")
     return np.array_split(np.arange(n), size)[rank]
 
 def add_up(loss: float, grads: dict) -> tuple[float, dict]:
@@ -53,10 +53,11 @@ def add_up(loss: float, grads: dict) -> tuple[float, dict]:
         for array in (loss, grads.buffer):
             nccl().all_reduce(array, array)
         return loss, grads
-    flat = np.concatenate([[loss], *(g.ravel() for g in grads.values())], dtype=loss.dtype)
+    arrays = list(grads.values())
+    flat = np.concatenate([*(g.ravel() for g in arrays), [loss]], dtype=arrays[0].dtype)
     comm.Allreduce(MPI.IN_PLACE, flat)
-    parts = np.split(flat, np.cumsum([1, *(g.size for g in grads.values())]))[1:-1]
-    return flat[0], {k: part.reshape(grads[k].shape) for k, part in zip(grads, parts, strict=True)}
+    parts = np.split(flat[:-1], np.cumsum([g.size for g in arrays])[:-1])
+    return flat[-1], {k: part.reshape(grads[k].shape) for k, part in zip(grads, parts, strict=True)}
 
 def each(function: Callable, chunks: list, run: Callable) -> Iterable:
     """run(function, chunks), as of map; each rank does its part, and the results are numbers."""
@@ -95,11 +96,11 @@ def together() -> Iterator[None]:
         code = getattr(end, "code", 1)
         if size == 1 or not code:
             raise
+        if not isinstance(end, SystemExit):
+            sys.excepthook(type(end), end, end.__traceback__)
         if stops:  # all come here
             comm.Barrier()
             sys.exit(0 if rank else code)
-        if not isinstance(end, SystemExit):
-            sys.excepthook(type(end), end, end.__traceback__)
         time.sleep(1 if rank else 0)
         os.write(2, sys.stderr.buffer.getvalue() if rank else b"")
         comm.Abort(code)

@@ -5,6 +5,7 @@
   python train_char.py --data shakespeare       Tiny Shakespeare, downloaded once
   python train_char.py --paper                  the paper's own model instead of ours
   python train_char.py --resume                 go on after Ctrl-C, or with a larger --iters
+  mpiexec -n 4 python train_char.py             on four processes (requirements-parallel.txt)
 
 Writes into --out: best.npz (lowest validation loss, for sample.py), last.npz (for --resume),
 log.csv, loss.png. The last tenth of the text is held out for validation. Ctrl-C loses nothing.

@@ -175,7 +175,7 @@ train_char.main()
 @pytest.mark.parametrize("where, options, message", [
     ("everywhere", ["--lr", 99], "argument --lr: 99 is not above 0 and at most 10"),
     ("on one", [], "argument --lr: 99 is not above 0 and at most 10"),
-    ("everywhere", ["--batch-size", 2], "a batch of 2 has no row for some of 3 processes")])
+    ("everywhere", ["--batch-size", 2], "a batch of 2 is too small for 3 processes: each needs a row")])
 def test_an_error_is_one_sentence(train, launch, text, all_ended, tmp_path, where, options, message):
     given = ["--data", text, "--out", tmp_path / "out", *OPTIONS, *options]
     program = ["-c", ONE_FAILS] if where == "on one" else [ROOT / "train_char.py"]
