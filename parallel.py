@@ -45,31 +45,33 @@ def rows(n: int) -> np.ndarray:
     return np.array_split(np.arange(n), size)[rank]
 
 def add_up(loss: float, grads: dict) -> tuple[float, dict]:
-    """The sums of both over all ranks."""
+    """The sums of both over all ranks. Whether one has caught a signal goes along."""
     if size == 1:
         return loss, grads
-    look_for_signals()
     if hasattr(grads, "buffer"):  # gpu.Flat
         for array in (loss, grads.buffer):
             nccl().all_reduce(array, array)
+        stop_if(comm.allreduce(len(caught)))
         return loss, grads
     arrays = list(grads.values())
-    flat = np.concatenate([*(g.ravel() for g in arrays), [loss]], dtype=arrays[0].dtype)
+    flat = np.concatenate([*(g.ravel() for g in arrays), [loss, len(caught)]], dtype=arrays[0].dtype)
     comm.Allreduce(MPI.IN_PLACE, flat)
-    parts = np.split(flat[:-1], np.cumsum([g.size for g in arrays])[:-1])
-    return flat[-1], {k: part.reshape(grads[k].shape) for k, part in zip(grads, parts, strict=True)}
+    stop_if(flat[-1])
+    parts = np.split(flat[:-2], np.cumsum([g.size for g in arrays])[:-1])
+    return flat[-2], {k: part.reshape(grads[k].shape) for k, part in zip(grads, parts, strict=True)}
 
 def each(function: Callable, chunks: list, run: Callable) -> Iterable:
     """run(function, chunks), as of map; each rank does its part, and the results are numbers."""
     if size == 1:
         return run(function, chunks)
-    every = comm.allgather([float(number) for number in run(function, chunks[rank::size])])
-    look_for_signals()
+    own = [float(number) for number in run(function, chunks[rank::size])]
+    every = comm.allgather([*own, len(caught)])
+    stop_if(sum(part[-1] for part in every))
     return [every[k % size][k // size] for k in range(len(chunks))]
 
-def look_for_signals() -> None:
-    """One that any rank has caught all note, at the same point of the run."""
-    if comm.allreduce(len(caught)) and not stops:
+def stop_if(signals: float) -> None:
+    """All ranks note it at the same point of the run if any has caught a signal."""
+    if signals and not stops:
         stops.append(caught[0] if caught else signal.SIGTERM)
 
 def agreed(signals: list[int]) -> list[int]:
