@@ -96,8 +96,9 @@ def loss_and_grads(
 ) -> tuple[float, Params]:
     """The model's `loss_and_grads` on so many threads: rows are dealt out in shards of bounded size.
 
-    (With mpiexec first to the processes: parallel.py.) Their gradients are added in a fixed order: a run repeats bit for bit with as many threads; with
-    others it differs by rounding. (A card, which has no `threads`, takes the batch whole.)
+    Their gradients are added in a fixed order: a run repeats bit for bit with as many threads, and
+    with others up to rounding. (A card, which has no `threads`, takes its rows whole.) Under mpiexec
+    each process has its part of the rows, and gets the sums over all of them (parallel.py).
     """
     check(threads >= 0, "threads must be 1 or more, or 0 for the batch as a whole", threads)
     check(x.shape == y.shape, "x and y must have one shape", f"{x.shape} and {y.shape}")
