@@ -12,7 +12,6 @@ import html
 import json
 import os
 import re
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,23 +24,21 @@ from text import encode, read_file
 HERE = Path(__file__).resolve().parent
 TRAINED, SHIPPED = Path("out/best.npz"), HERE.parent / "shakespeare.npz"
 
-
 def page(params: Params, config: Config, extra: dict, name: str, text: str, tutorial: str) -> str:
-    """The page. `text` stands on it at first (empty: what the model writes); `tutorial`: its address."""
+    """The page. On it stands `text` (empty: what the model writes); `tutorial`: its address."""
     weights = np.concatenate([a.ravel() for a in params.values()])
     with np.errstate(over="ignore"):  # float16 where that loses nothing
         dtype = "<f2" if (weights.astype("<f2") == weights).all() else "<f4"
     packed = weights.astype(dtype).tobytes()
     model = {
-        "name": name, "config": asdict(config), "vocab": extra["vocab"], "start": extra["most_common"],
-        "best": extra.get("best"), "text": text, "dtype": dtype, "adler32": zlib.adler32(packed),
-        "params": [[name, a.shape] for name, a in params.items()],
+        "name": name, "config": asdict(config), "vocab": extra["vocab"], "best": extra.get("best"),
+        "start": extra["most_common"], "text": text, "dtype": dtype, "sum": sum(packed),
+        "count": weights.size, "params": [[name, a.shape] for name, a in params.items()],
     }
     parts = {name: read_file(HERE / name) for name in ("style.css", "model.js", "explorer.js")}
     parts["model"] = json.dumps(model).replace("<", "\\u003c")  # no </script> in a script
     parts["weights"], parts["tutorial"] = base64.b64encode(packed).decode(), html.escape(tutorial)
     return re.sub(r"\[\[([\w.]+)\]\]", lambda found: parts[found[1]], read_file(HERE / "page.html"))
-
 
 def main() -> None:
     plain_output()
@@ -51,20 +48,18 @@ def main() -> None:
     ran = TRAINED.exists() or TRAINED.with_name("last.npz").exists()
     add("checkpoint", nargs="?", type=Path, default=TRAINED if ran else SHIPPED,
         help=f"the model (default: {TRAINED}, or {SHIPPED.name})")
-    add("--text", default="", help="what stands on the page at first; @FILE reads a file (default: what the model writes)")
+    add("--text", default="", help="on it at first; @FILE reads a file (default: the model's)")
     add("--out", type=Path, help="the page (default: explorer.html, beside the checkpoint)")
     args = parser.parse_args()
     out = args.out or args.checkpoint.with_name("explorer.html")
     with short_errors(parser, out, "not enough memory for this model"):
         params, config, extra = load_trained(grassmann, args.checkpoint)
         if config.mixer != "grassmann":
-            raise ValueError(f"{args.checkpoint} mixes by {config.mixer}: its characters span no planes")
+            raise ValueError(f"{args.checkpoint} mixes by {config.mixer}: it has no planes")
         text = read_file(Path(args.text[1:])) if args.text.startswith("@") else args.text
         encode(text, extra["vocab"])  # raises what the model does not know
-        tutorial, folder = HERE.parent / "tutorial.md", out.resolve().parent
-        inside = HERE.parent in [folder, *folder.parents]
-        tutorial = Path(os.path.relpath(tutorial, folder)).as_posix() if inside else tutorial.as_uri()
-        whole = page(params, config, extra, args.checkpoint.name, text, tutorial)
+        link = Path(os.path.relpath(HERE.parent / "tutorial.md", out.resolve().parent)).as_posix()
+        whole = page(params, config, extra, args.checkpoint.name, text, link)
         out.write_text(whole, encoding="utf-8", newline="\n")
     print(f"{out}: open it in a browser")
 

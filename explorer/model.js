@@ -1,6 +1,6 @@
 "use strict";
 // The streaming step of grassmann.py, op by op, under the same names. Vectors are rows, W (in, out)
-// lies row after row; an op writes into its last argument, so that a token allocates nothing.
+// lies row after row; an op writes into its last argument.
 
 function accumulate(x, W, y) {  // y += x W; eight rows of W at a time: y is touched seldom
   const n = y.length, whole = x.length - x.length % 8;
@@ -68,45 +68,27 @@ function unit_area(u, v) {  // 1 / |u ∧ v|, by which v is multiplied; 0 where 
   return height > Math.max(1e-10 * vv, tiny) ? 1 / Math.sqrt(height * uu) : 0;
 }
 
-const NOTHING = {};  // is switched off
-
 class Model {
   constructor(config, params) {
-    const { vocab_size: V, d_model: d, rank: r, n_layer, d_ff, memory } = config;
-    const scope = prefix => Object.fromEntries(Object.entries(params)
-      .filter(([name]) => name.startsWith(prefix)).map(([name, a]) => [name.slice(prefix.length), a]));
-    this.layers = config.offsets.map((offsets, i) => ({
-      offsets, reach: Math.max(...offsets), mix: scope(`blocks.${i}.mix.`), ffn: scope(`blocks.${i}.ffn.`),
-      ln1: scope(`blocks.${i}.ln1.`), ln2: scope(`blocks.${i}.ln2.`) }));
+    const { vocab_size: V, d_model: d, rank: r, d_ff } = config, size = n => new Float32Array(n);
+    const scope = part => Object.fromEntries(Object.entries(params).filter(([name]) =>
+      name.startsWith(`${part}.`)).map(([name, a]) => [name.slice(part.length + 1), a]));
+    this.layers = config.offsets.map((offsets, i) => {
+      const [mix, ffn, ln1, ln2] = ["mix", "ffn", "ln1", "ln2"].map(x => scope(`blocks.${i}.${x}`));
+      return { offsets, reach: Math.max(...offsets), mix, ffn, ln1, ln2 };
+    });
     this.reach = this.layers.reduce((sum, layer) => sum + layer.reach, 0);
-    const size = n => new Float32Array(n), shares = Math.max(...config.offsets.map(o => o.length));
     const { E, P } = params, E_T = E.map((_, k) => E[k % V * d + Math.floor(k / V)]);  // (d, V)
-    Object.assign(this, { config, E, E_T, P, ln_f: scope("ln_f."), logits: size(V), h: size(d),
-      before: size(d), normed: size(d), mixed: size(d), hg: size(2 * d), a: size(d), inner: size(d_ff),
-      out: size(d), p: size(r * (r - 1) / 2), q: size(r), c: size(r) });
+    Object.assign(this, { config, size, E, E_T, P, ln_f: scope("ln_f"), logits: size(V),
+      h: size(d), before: size(d), normed: size(d), mixed: size(d), hg: size(2 * d), a: size(d),
+      out: size(d), inner: size(d_ff), p: size(r * (r - 1) / 2), q: size(r), c: size(r) });
     this.g = this.hg.subarray(d);
-    // What is kept of a token, in one array: log Σ exp(logits), the likeliest next token, the place in
-    // the window, the last state, and of each layer what `view` names.
-    Object.assign(this, { shares, width: (memory ? 4 : 2) * r + shares + 3 });
-    this.kept = size(3 + d + n_layer * this.width);
-    this.views = this.layers.map((_, i) => this.view(this.kept, i));
-    this.last = this.last_of(this.kept);
-  }
-  last_of(kept) { return kept.subarray(3, 3 + this.config.d_model); }
-  view(kept, layer) {  // numbers: the gate's mean α, how far mixer and FFN moved the state
-    const { d_model, rank: r, memory } = this.config, m = memory ? r : 0;
-    let at = 3 + d_model + layer * this.width;
-    const take = n => kept.subarray(at, at += n);
-    return { z: take(r), s: take(r), share: take(this.shares), numbers: take(3), a: take(m), b: take(m),
-             ab: kept.subarray(at - 2 * m, at) };
   }
   // s = Σ_Δ w_Δ ⊙ z_{t-Δ}, or the average of z_{t-Δ}; share_Δ is |term_Δ| / Σ |terms|.
   partner({ z, s, share }, { offsets, reach, mix: w }, past, position, off) {
     const { rank: r, taps, normalize } = this.config, { q } = this;
     let valid = 0, total = 0;
     for (const delta of offsets) valid += delta <= position;
-    s.fill(0);
-    share.fill(0);
     for (let k = 0; k < offsets.length; k++) {
       if (offsets[k] > position || off[offsets[k]]) continue;
       const from = (position - offsets[k]) % reach * r;
@@ -126,7 +108,7 @@ class Model {
     accumulate(z, past.M, c);
     for (let i = 0; i < c.length; i++) c[i] *= scale;
   }
-  gate(h, w, half, numbers, out) {  // α = sigmoid([h ; g] W + b), out = α ⊙ h + (1-α) ⊙ g
+  gate(h, w, half, out) {  // α = sigmoid([h ; g] W + b), out = α ⊙ h + (1-α) ⊙ g; the mean of α
     const { a, g, hg } = this;
     let sum = 0;
     hg.set(h);
@@ -136,22 +118,24 @@ class Model {
       out[i] = g[i] + alpha * (h[i] - g[i]);
       sum += alpha;
     }
-    numbers[0] = sum / a.length;
+    return sum / a.length;
   }
   mix(h, layer, past, position, off, out) {  // reduce, look back, span a plane, project back, blend
-    const { mix: w, reach } = this.layers[layer], view = this.views[layer], { p, g, c } = this;
-    linear(h, w.W_red, w.b_red, view.z);
-    this.partner(view, this.layers[layer], past, position, off);
-    past.z.set(view.z, position % reach * view.z.length);
-    plucker(view.z, view.s, p);
+    const { mix: w, reach, offsets } = layer, { p, g, c, size, config: { rank: r, memory } } = this;
+    const ab = size(2 * r), kept = { z: size(r), s: size(r), share: size(offsets.length) };
+    linear(h, w.W_red, w.b_red, kept.z);
+    this.partner(kept, layer, past, position, off);
+    past.z.set(kept.z, position % reach * r);
+    plucker(kept.z, kept.s, p);
     g.set(w.b_plu);
     if (!off.wedge) accumulate(p, w.W_plu, g);
-    if (this.config.memory) {
-      linear(h, w.W_ab, w.b_ab, view.ab);
-      this.memory(view, past, c);
+    if (memory) {
+      linear(h, w.W_ab, w.b_ab, ab);
+      this.memory(Object.assign(kept, { a: ab.subarray(0, r), b: ab.subarray(r) }), past, c);
       if (!off.memory) accumulate(c, w.W_mem, g);
     }
-    this.gate(h, w, off.gate, view.numbers, out);
+    kept.alpha = this.gate(h, w, off.gate, out);
+    return kept;
   }
   ffn(x, w, out) {
     linear(x, w.W_1, w.b_1, this.inner);
@@ -159,63 +143,61 @@ class Model {
     linear(this.inner, w.W_2, w.b_2, out);
   }
   // h ← h + mix(LN1(h)), h ← h + FFN(LN2(h)); the paper's: h ← LN1(mix(h)), h ← LN2(h + FFN(h)).
-  block(layer, past, position, off) {
-    const { ln1, ln2, ffn } = this.layers[layer], { numbers } = this.views[layer];
+  block(layer, past, position, off) {  // what is kept: also how far mixer and FFN moved the state
     const { h, before, normed, mixed, out } = this, prenorm = this.config.block === "prenorm";
     before.set(h);
-    if (prenorm) layernorm(h, ln1, normed);
-    this.mix(prenorm ? normed : h, layer, past, position, off, mixed);
-    if (!prenorm) layernorm(off.mixer ? before : mixed, ln1, h);
+    if (prenorm) layernorm(h, layer.ln1, normed);
+    const kept = this.mix(prenorm ? normed : h, layer, past, position, off, mixed);
+    if (!prenorm) layernorm(off.mixer ? before : mixed, layer.ln1, h);
     else if (!off.mixer) for (let i = 0; i < h.length; i++) h[i] += mixed[i];
-    numbers[1] = distance(before, h);
+    kept.mixer = distance(before, h);
     before.set(h);
-    if (prenorm) layernorm(h, ln2, normed);
-    this.ffn(prenorm ? normed : h, ffn, out);
+    if (prenorm) layernorm(h, layer.ln2, normed);
+    this.ffn(prenorm ? normed : h, layer.ffn, out);
     for (let i = 0; i < h.length; i++) h[i] += out[i];
-    if (!prenorm) layernorm(h, ln2, h);
-    numbers[2] = distance(before, h);
+    if (!prenorm) layernorm(h, layer.ln2, h);
+    kept.network = distance(before, h);
+    return kept;
   }
-  head(h, logits) {  // logits = h Eᵀ
-    let most = 0, total = 0;
-    logits.fill(0);
-    accumulate(h, this.E_T, logits);
-    for (let k = 1; k < logits.length; k++) if (logits[k] > logits[most]) most = k;
-    for (let k = 0; k < logits.length; k++) total += Math.exp(logits[k] - logits[most]);
-    this.kept[0] = logits[most] + Math.log(total);
-    this.kept[1] = most;
-    return logits;
+  head(last) {  // logits = last Eᵀ
+    this.logits.fill(0);
+    accumulate(last, this.E_T, this.logits);
+    return this.logits;
   }
-  forward(state, token, off = []) {  // embed, N blocks, the last state
-    const { config, h, last, E, P } = this, d = config.d_model, { position, past } = state;
+  forward(state, token, off = []) {  // embed, N blocks; a row: what is kept of the token
+    const { config, h, E, P } = this, d = config.d_model, { position, past } = state;
     for (let i = 0; i < d; i++) h[i] = E[token * d + i];
     if (config.positions) for (let i = 0; i < d; i++) h[i] += P[position * d + i];
-    for (let i = 0; i < config.n_layer; i++) this.block(i, past[i], position, off[i] || NOTHING);
+    const layers = this.layers.map((layer, i) =>
+      this.block(layer, past[i], position, off[i] || {}));
+    const last = h.slice();
     if (config.block === "prenorm") layernorm(h, this.ln_f, last);
-    else last.set(h);
-    this.kept[2] = state.position++;
+    state.position++;
+    return { position, layers, last };
   }
   stream_init() {  // per layer the last z, in a ring, and the memory
     const { rank: r, memory } = this.config, M = () => new Float64Array(memory ? r * r : 0);
-    const past = this.layers.map(({ reach }) => ({ z: new Float32Array(reach * r), M: M(), seen: 0 }));
+    const past = this.layers.map(({ reach }) => ({ z: this.size(reach * r), M: M(), seen: 0 }));
     return { past, position: 0, recent: [] };
   }
   stream_step(state, token, off) {  // off: what is switched off, for each layer
     const { positions, context } = this.config;
-    if (positions && state.position === context) {  // the table ends: read the last half again from 0
+    if (positions && state.position === context) {  // the table ends: the last half again from 0
       const again = state.recent.slice(state.recent.length - (context >> 1));
       Object.assign(state, this.stream_init(), { recent: again });
       for (const old of again) this.forward(state, old, off);
     }
     if (positions) state.recent.push(token);
-    this.forward(state, token, off);
-    return this.head(this.last, this.logits);
+    this.row = this.forward(state, token, off);
+    return this.head(this.row.last);
   }
 }
 
+const likeliest = logits => logits.indexOf(Math.max(...logits));
 // Draw from softmax(logits / temperature), among the top_k largest; `sorted` is room for them.
 function sample(logits, temperature, top_k, random, sorted) {
-  let most = 0, total = 0;
-  for (let k = 1; k < logits.length; k++) if (logits[k] > logits[most]) most = k;
+  const most = likeliest(logits);
+  let total = 0;
   sorted.set(logits);
   const least = top_k < logits.length ? sorted.sort()[logits.length - top_k] : -Infinity;
   const weight = x => x < least ? 0 : Math.exp((x - logits[most]) / temperature);

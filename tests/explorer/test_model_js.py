@@ -68,7 +68,7 @@ def test_writing_at_temperature_0_is_what_python_writes(explore, variant):
     page = explore(variant.params, variant.config, variant.vocab)
     page.type("abc")
     page.js("document.getElementById('temperature').value = 0")
-    written = page.js("return new Writer(explorer.shown()).write(100)")
+    written = page.js("return write(explorer.shown().letters(), 100)")
     tokens = G.generate(variant.params, variant.config, encode("abc", variant.vocab), 100, temperature=0)
     assert written == "".join(chr(variant.vocab[k]) for k in tokens)
 
