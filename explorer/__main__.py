@@ -29,11 +29,12 @@ def page(params: Params, config: Config, extra: dict, name: str, text: str, tuto
     weights = np.concatenate([a.ravel() for a in params.values()])
     with np.errstate(over="ignore"):  # float16 where that loses nothing
         dtype = "<f2" if (weights.astype("<f2") == weights).all() else "<f4"
-    packed = weights.astype(dtype).tobytes()
+    packed, vocab, best = weights.astype(dtype).tobytes(), extra["vocab"], extra.get("best")
+    bits = f", {best[1] / np.log(2):.2f} bits a character on text held out" if best else ""
     model = {
-        "name": name, "config": asdict(config), "vocab": extra["vocab"], "best": extra.get("best"),
-        "start": extra["most_common"], "text": text, "dtype": dtype, "sum": sum(packed),
-        "count": weights.size, "params": [[name, a.shape] for name, a in params.items()],
+        "about": f"{name}: {weights.size:,} parameters, an alphabet of {len(vocab):,}{bits}",
+        "config": asdict(config), "vocab": vocab, "start": extra["most_common"], "text": text,
+        "params": [[k, a.shape] for k, a in params.items()], "dtype": dtype, "sum": sum(packed),
     }
     parts = {name: read_file(HERE / name) for name in ("style.css", "model.js", "explorer.js")}
     parts["model"] = json.dumps(model).replace("<", "\\u003c")  # no </script> in a script

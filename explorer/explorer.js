@@ -2,9 +2,8 @@
 // The page around model.js. Each character read leaves a row of numbers; from these all is drawn.
 const $ = id => document.getElementById(id), all = css => [...document.querySelectorAll(css)];
 const LONGEST = 5000;  // characters that are read
-const FARTHEST = Math.PI / Math.SQRT2;  // two planes with two right angles between them
 const SCALES = { characters: /[^]/gu, words: /\S+|\s+/gu, lines: /.+|\n/gu,
-  "blocks of 16": /[^]{16}/gu, "blocks of 64": /[^]{64}/gu, "blocks of 256": /[^]{256}/gu };
+  "blocks of 64": /[^]{64}/gu, "blocks of 256": /[^]{256}/gu };
 
 // ---- reading and writing ----
 function unpack() {  // the model in this page; throws where the page is damaged
@@ -154,9 +153,9 @@ function path(reader, layer, scale) {  // steps from plane to plane, and how far
 }
 
 // ---- the text ----
-let page, ids, model, intact, touched, writer, saved, written = "", cells = [];
+let page, ids, model, intact, touched, writer, saved;
 const state = { off: new Set(), at: 0, hover: -1 }, timers = {}, form = $("instruments");
-const spans = [];  // one for each cell, a character of the text
+const box = $("text"), cells = [];  // a span for each character, with its place t, -1: skipped
 const later = (name, wait, f) => {
   clearTimeout(timers[name]);
   if (f) timers[name] = setTimeout(f, wait);
@@ -166,6 +165,7 @@ const number = x => Number.isFinite(x) ? x.toFixed(2) : "–";
 const many = x => Math.round(x).toLocaleString("en");
 const percent = x => `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)}%`;
 const degrees = x => `${Math.round(x * 180 / Math.PI)}°`;
+const item = (what, x) => `<span>${what} <b>${x}</b></span>`;
 const differs = t => touched?.rows[t] && touched.rows[t].first !== intact.rows[t]?.first;
 const write = (letters, n) => Array.from({ length: n }, () => letters.next().value).join("");
 function glyph(c) {  // a character, or a token's, as one can see it; safe in HTML
@@ -175,13 +175,16 @@ function glyph(c) {  // a character, or a token's, as one can see it; safe in HT
   return `${/\p{M}/u.test(c) ? "◌" : ""}&#${point};`;
 }
 function read() {  // what stands in the text box
-  const box = $("text"), unknown = new Set(), tokens = [];
+  const unknown = new Set(), tokens = [], another = () => document.createElement("span");
   let end = 0;
-  box.value = box.value.slice(0, LONGEST);
-  cells = Array.from(box.value, c => {
+  const points = Array.from(box.value = box.value.slice(0, LONGEST));
+  while (cells.length > points.length) cells.pop().remove();
+  while (cells.length < points.length) cells.push($("cells").appendChild(another()));
+  points.forEach((c, k) => {
     const token = ids.get(c.codePointAt()), known = token !== undefined;
     if (!known) unknown.add(c);
-    return { c, end: end += c.length, t: known ? tokens.push(token) - 1 : -1 };
+    if (cells[k].textContent !== c) cells[k].textContent = c;
+    Object.assign(cells[k], { end: end += c.length, t: known ? tokens.push(token) - 1 : -1 });
   });
   const skipped = [...unknown].slice(0, 20).map(glyph).join(" ");
   $("note").innerHTML = (end < LONGEST ? "" : `No more than ${many(LONGEST)} characters are read. `)
@@ -198,7 +201,6 @@ function refresh() {  // read on for 24 ms, draw, go on later
   later("slow", done ? 120 : 0, done ? slow : refresh);
 }
 function choose(t) {
-  if (!(t >= 0 && t < shown().tokens.length)) return;
   Object.assign(state, { at: t, hover: -1 });
   draw();
 }
@@ -216,17 +218,13 @@ function draw_text(reader, chosen) {  // coloured by bits, or with parts off by 
   const { tokens } = reader, left = tokens.length - reader.next, places = [...tokens.keys()];
   const [before, now] = [intact, reader].map(reader => places.map(t => reader.bits(t)));
   const [whole, loss] = [before, now].map(bits => number(mean(bits.filter(x => x >= 0))));
-  while (spans.length > cells.length) spans.pop().remove();
-  const another = () => $("cells").appendChild(document.createElement("span"));
-  while (spans.length < cells.length) spans.push(another());
-  cells.forEach(({ c, t }, i) => {
-    const bits = touched ? 2 * (now[t] - before[t]) : now[t], node = spans[i];
-    const names = `${c === "\n" ? "end " : ""}${t < 0 ? "unknown " : ""}${
+  for (const cell of cells) {
+    const { t } = cell, bits = touched ? 2 * (now[t] - before[t]) : now[t];
+    const names = `${cell.textContent === "\n" ? "end " : ""}${t < 0 ? "unknown " : ""}${
       t === chosen ? "chosen " : ""}${differs(t) ? "changed " : ""}${bits < 0 ? "better" : ""}`;
-    if (node.textContent !== c) node.textContent = c;
-    if (node.className !== names) node.className = names;
-    node.style.setProperty("--b", `${Math.round(Math.min(8, Math.abs(bits || 0)) * 10)}%`);
-  });
+    if (cell.className !== names) cell.className = names;
+    cell.style.setProperty("--b", `${Math.round(Math.min(8, Math.abs(bits || 0)) * 10)}%`);
+  }
   $("loss").innerHTML = tokens.length < 2 ? "Type something." : `Loss: ${
     touched ? `intact <b>${whole}</b>, touched ` : ""}<b>${loss}</b> bits a character${
     left ? `; ${many(left)} still to read` : ""}`;
@@ -251,14 +249,11 @@ function draw_next(reader, t) {
       <td>${bar(p[k], "")}${touched ? bar(whole[k], "whole") : ""}</td>
       <td>${k === came ? "came · " : ""}${odds(k)}</td></tr>`).join("");
 }
-
-// ---- layers ----
 function draw_layers(reader, t) {
   const looks = model.layers.map((_, i) => reader.look(t, i)), { tokens } = reader;
   const [bits, whole] = [reader, intact].map(reader => number(reader.bits(t)));
   const lengths = looks.flatMap(({ z, s, before }) => [z, s, before.z, before.s]);
   const scale = 80 / Math.max(1e-9, ...lengths), name = n => `“${glyph(tokens[t - n])}”`;
-  const item = (what, x) => `<span>${what} <b>${x}</b></span>`;
   const meter = x => `<span class="meter"><i style="width: ${100 * x}%"></i></span> ${percent(x)}`;
   $("chosen").innerHTML = `${name(0)}, character ${many(t + 1)} of ${many(tokens.length)}${
     t ? `: a surprise of ${touched ? `${whole} → ` : ""}${bits} bits` : ""}`;
@@ -271,14 +266,14 @@ function draw_layers(reader, t) {
       <div class="pictures">${draw_arcs(tokens, t, offsets, share)}${draw_planes(look, scale)}</div>
       <div class="numbers">${item("|z|", number(look.z))}${item("|s|", number(look.s))}
       ${item("angle", look.area ? degrees(look.angle) : "–")}${item("area", number(look.area))}
-      ${item("from the plane before", look.angles?.map(degrees).join(", ") || "–")}
       ${item("gate: keeps", meter(look.alpha))}${item("change: mixer", meter(look.mixer))}
       ${item("network", percent(1 - look.mixer))}
       ${reads.length ? `<span>memory: reads ${reads.join("; ")}</span>` : ""}</div></section>`;
   }).join("");
 }
 const way = points => `M${points.map(p => p.map(x => x.toFixed(1)).join(" ")).join("L")}`;
-function parallelogram({ z, s, angle }, scale, middle, kind) {  // z lies flat, s stands on it
+function parallelogram({ z, s, angle, area }, scale, middle, kind) {  // z lies, s stands on it
+  if (!area) return `<text x="${middle - 24}" y="64">no plane</text>`;
   const [w, x, y] = [z, s * Math.cos(angle), s * Math.sin(angle)].map(length => scale * length);
   const left = middle - (w + x) / 2, o = [left, 100], a = [left + w, 100], b = [left + x, 100 - y];
   return `<g class="${kind}"><path class="area" d="${way([o, a, [a[0] + x, b[1]], b])}Z"/>
@@ -292,10 +287,9 @@ function draw_planes(look, scale) {
     return `<path class="dial" d="${way([[146, y], [172, y]])}A26 26 0 0 0 ${to.join(" ")}Z"/>
       <text x="176" y="${y}">${degrees(angle)}</text>`;
   });
-  const draw = (sides, middle, kind) => sides.area ? parallelogram(sides, scale, middle, kind)
-    : `<text x="${middle - 24}" y="64">no plane</text>`;
   return `<svg viewBox="0 0 344 116" role="img" aria-label="Parallelograms of z and s">${
-    draw(look.before, 70, "before")}${dials.join("")}${draw(look, 274, "")}</svg>`;
+    parallelogram(look.before, scale, 70, "before")}${dials.join("")}${
+    parallelogram(look, scale, 274, "")}</svg>`;
 }
 function draw_arcs(tokens, t, offsets, share) {  // of a long way only the stops
   const reach = Math.max(...offsets), stops = [...Array(reach + 1).keys()].filter(n =>
@@ -315,8 +309,9 @@ function draw_arcs(tokens, t, offsets, share) {  // of a long way only the stops
 }
 
 // ---- switches, flow, writing ----
-function build_switches() {
+function build_controls() {
   const { layers, config: { memory } } = model, every = [...layers.keys()];
+  const scale = name => `<label><input type="radio" name="scale" value="${name}">${name}</label>`;
   const offsets = [...new Set(layers.flatMap(layer => layer.offsets))].sort((a, b) => a - b);
   const parts = [...offsets, "wedge", "gate", "mixer", ...memory ? ["memory"] : []];
   const row = (name, few) => `<div class="switches"><b>${name}</b><span class="soft">offset</span>${
@@ -327,16 +322,16 @@ function build_switches() {
         data-keys="${keys}">${part}</button>` : "";
     }).join("")}</div>`;
   const rows = every.map(i => row(`layer ${i + 1}`, [i]));
+  $("scales").innerHTML = Object.keys(SCALES).map(scale).join("");
   $("switches").innerHTML = row("all layers", every) + rows.join("");
 }
+const keys = node => node.dataset.keys?.split(",") || [];
 function touch() {  // what is switched off now
   const off = model.layers.map(() => ({})), is_on = key => !state.off.has(key);
   for (const key of state.off) off[key.split("-")[0] - 1][key.split("-")[1]] = true;
   touched = state.off.size ? new Reader(model, off) : null;
   touched?.want(intact.tokens);
-  for (const node of all("[role=switch]")) {
-    node.ariaChecked = node.dataset.keys.split(",").some(is_on);
-  }
+  for (const node of all("[role=switch]")) node.ariaChecked = keys(node).some(is_on);
   refresh();
 }
 function go_on() {
@@ -348,7 +343,7 @@ function draw_paths(layer = 0) {
   if (!layer) $("paths").innerHTML = "";
   const { points, step, noise, ratio, error } = path(shown(), layer, form.scale.value);
   const line = key => points.length < 2 ? ""
-    : way(points.map(p => [Number(x_of(p.t)), 36 * (FARTHEST - p[key])]));
+    : way(points.map(p => [Number(x_of(p.t)), 36 * (2.2214 - p[key])]));
   const change = Math.abs(1 - ratio), far = ratio > 1 ? "farther apart" : "nearer";
   const verdict = points.length < 8 ? `too short a text to tell, with ${points.length} steps`
     : change < Math.max(2 * error, 0.01) ? "no flow: neighbours as far apart as in random order"
@@ -359,49 +354,44 @@ function draw_paths(layer = 0) {
       aria-label="Steps along the text"><path class="axis" d="M0 80H1000"/>
       <path class="random" d="${line("noise")}"/><path class="line" d="${line("step")}"/>
       <path class="here" d="M0 0V80" transform="translate(${x_of(state.at)})"/></svg>
-    <div class="numbers"><span>mean step <b>${number(step)}</b></span>
-      <span>in random order <b>${number(noise)}</b></span>
-      <span>ratio <b>${number(ratio)} ± ${number(error)}</b></span></div></section>`);
+    <div class="numbers">${item("mean step", number(step))}${item("at random", number(noise))}
+      ${item("ratio", `${number(ratio)} ± ${number(error)}`)}</div></section>`);
   if (layer + 1 < model.layers.length) later("slow", 0, () => draw_paths(layer + 1));
 }
 function write_on() {
-  const fast = $("fast").checked, until = performance.now() + 25;
-  const { rank: r, n_layer, d_model, memory } = model.config, { letters, began, start } = writer;
-  const bivectors = memory ? n_layer * r * (r - 1) / 2 : 0;
-  do written += letters.next().value, writer.count++; while (fast && performance.now() < until);
-  written = written.slice(-LONGEST);
-  $("written").textContent = written.slice(-2000);
+  const { letters, written, began } = writer, until = performance.now() + 25;
+  const { rank: r, n_layer, d_model, memory } = model.config, fast = $("fast").checked;
+  do written.push(letters.next().value); while (fast && performance.now() < until);
+  $("written").textContent = written.slice(-2000).join("");
   $("written").scrollTop = 1e6;
-  $("counter").innerHTML = `<b>${many(writer.count)}</b> characters,
-    <b>${many(1000 * writer.count / (performance.now() - began))}</b> a second. This model remembers
-    <b>${many(model.reach * r + bivectors)}</b> numbers; a Transformer of its size would keep
-    <b>${many(2 * n_layer * d_model * (start + writer.count))}</b> by now.`;
+  const remembered = model.reach * r + (memory ? n_layer * r * (r - 1) / 2 : 0);
+  $("counter").innerHTML = `<b>${many(written.length)}</b> characters,
+    <b>${many(1000 * written.length / (performance.now() - began))}</b> a second. This model
+    remembers <b>${many(remembered)}</b> numbers; a Transformer of its size would keep
+    <b>${many(2 * n_layer * d_model * (intact.tokens.length + written.length))}</b> by now.`;
   later("write", fast ? 0 : 25, write_on);
 }
 function start_or_stop() {
   clearTimeout(timers.write);
-  writer = writer ? null : { letters: shown().letters(), start: intact.tokens.length, count: 0 };
+  writer = writer ? null : { letters: shown().letters(), written: [], began: performance.now() };
   $("start").textContent = writer ? "Stop" : "Start";
-  if (!writer) return;
-  writer.began = performance.now();
-  written = "";
-  write_on();
+  if (writer) write_on();
 }
 
 // ---- the address, events, start ----
 function save() {  // so that a finding can be sent to someone
   const query = new URLSearchParams({ at: state.at, tab: form.tab.value, scale: form.scale.value });
   if (state.off.size) query.set("off", [...state.off].join());
-  if ($("text").value !== page.text) query.set("text", $("text").value);
+  if (box.value !== page.text) query.set("text", box.value);
   history.replaceState(null, "", saved = `#${query}`);
 }
 function load() {
   if (location.hash && location.hash === saved) return;
   const query = new URLSearchParams(location.hash.slice(1));
-  const keys = all("[role=switch]").flatMap(node => node.dataset.keys.split(","));
-  $("text").value = query.get("text") ?? page.text;
+  const known = all("[role=switch]").flatMap(keys);
+  box.value = query.get("text") ?? page.text;
   state.at = Math.floor(query.get("at") ?? 27) || 0;
-  state.off = new Set(query.get("off")?.split(",").filter(key => keys.includes(key)));
+  state.off = new Set(query.get("off")?.split(",").filter(key => known.includes(key)));
   for (const [name, usual] of [["tab", "layers"], ["scale", "words"]]) {
     for (const value of [usual, query.get(name)]) form[name].value = value;  // where one has it
   }
@@ -414,10 +404,10 @@ function show() {
   refresh();
 }
 function listen() {
-  const box = $("text"), alone = () => box.selectionStart === box.selectionEnd;
+  const alone = () => box.selectionStart === box.selectionEnd;
   const under = ({ clientX, clientY }) => {  // the character under the pointer, -1: none
     const nodes = document.elementsFromPoint(clientX, clientY);
-    return cells[spans.indexOf(nodes.find(node => node.parentNode === $("cells")))]?.t ?? -1;
+    return nodes.find(node => node.parentNode === $("cells"))?.t ?? -1;
   };
   const hover = t => { if (t !== state.hover) { state.hover = t; draw(); } };
   const caret = () => {  // the character before it is chosen
@@ -425,47 +415,40 @@ function listen() {
     if (document.activeElement === box && alone()) choose(before?.t ?? 0);
   };
   const go_to = t => {
-    const k = cells.findIndex(cell => cell.t === t);
-    if (k < 0) return;
-    box.setSelectionRange(cells[k].end, cells[k].end);
-    spans[k].scrollIntoView({ block: "nearest" });
+    const cell = cells.find(cell => cell.t === t);
+    box.setSelectionRange(cell.end, cell.end);
+    cell.scrollIntoView({ block: "nearest" });
     choose(t);
   };
   document.addEventListener("selectionchange", caret);
   box.oninput = () => { read(); caret(); };
   box.onclick = event => { if (alone() && under(event) >= 0) go_to(under(event)); };
-  box.onpointermove = event => {
-    hover(event.pointerType === "mouse" && !event.buttons ? under(event) : -1);
-  };
+  const mouse = event => event.pointerType === "mouse" && !event.buttons;
+  box.onpointermove = event => hover(mouse(event) ? under(event) : -1);
   box.onpointerleave = () => hover(-1);
   $("mend").onclick = () => { state.off.clear(); touch(); };
   $("jump").onclick = () => {
     const places = [...intact.rows.keys()].filter(differs);
-    go_to(places.find(t => t > state.at) ?? places[0]);
+    if (places.length) go_to(places.find(t => t > state.at) ?? places[0]);
   };
   $("switches").onclick = ({ target }) => {
-    const keys = target.dataset.keys?.split(",") || [], off = keys.every(key => state.off.has(key));
-    for (const key of keys) state.off[off ? "delete" : "add"](key);
-    if (keys.length) touch();
+    const off = keys(target).every(key => state.off.has(key));
+    for (const key of keys(target)) state.off[off ? "delete" : "add"](key);
+    touch();
   };
-  const scale = name => `<label><input type="radio" name="scale" value="${name}">${name}</label>`;
-  $("scales").innerHTML = Object.keys(SCALES).map(scale).join("");
   form.onchange = show;
   $("start").onclick = start_or_stop;
-  $("take").onclick = () => { box.value = (box.value + written).slice(-LONGEST); read(); };
   window.onhashchange = load;
 }
 try {
   [page, model] = unpack();
   ids = new Map(page.vocab.map((c, k) => [c, k]));
   intact = new Reader(model);
-  const loss = page.best ? `, ${number(page.best[1] / Math.LN2)} bits a character on new text` : "";
-  $("model").textContent = `${page.name}: ${many(page.count)} parameters, ${model.layers.length}
-    layers, an alphabet of ${many(page.vocab.length)}${loss}.`;
+  $("model").textContent = page.about;
   for (const node of all(".memory")) node.hidden = !model.config.memory;
   page.text ||= write(intact.letters(), 400);
   listen();
-  build_switches();
+  build_controls();
   load();
   [$("page").hidden, $("broken").hidden] = [false, true];
   const done = () => [intact, touched].every(reader => !reader?.rows.includes(null));

@@ -25,12 +25,7 @@ function dot(a, b) {
   return sum;
 }
 const norm = a => Math.sqrt(dot(a, a));
-
-function distance(a, b) {  // |a - b|
-  let sum = 0;
-  for (let i = 0; i < a.length; i++) sum += (a[i] - b[i]) ** 2;
-  return Math.sqrt(sum);
-}
+const distance = (a, b) => Math.sqrt(Math.max(0, dot(a, a) - 2 * dot(a, b) + dot(b, b)));
 
 function layernorm(x, { w, b }, y) {
   let mean = 0, variance = 0;
@@ -40,12 +35,11 @@ function layernorm(x, { w, b }, y) {
   for (let i = 0; i < x.length; i++) y[i] = (x[i] - mean) * inv_std * w[i] + b[i];
 }
 
-function gelu(x) {  // in place
-  const c = Math.sqrt(2 / Math.PI), ca = c * 0.044715;
-  for (let i = 0; i < x.length; i++) {
-    const z = Math.max(-10, Math.min(10, x[i]));
-    x[i] *= 0.5 * (1 + Math.tanh(z * (c + ca * z * z)));
-  }
+const sigmoid = x => 1 / (1 + Math.exp(-x));
+
+function gelu(x) {  // in place; (1 + tanh q)/2 is sigmoid(2q)
+  const c = 2 * Math.sqrt(2 / Math.PI), ca = c * 0.044715;
+  for (let i = 0; i < x.length; i++) x[i] *= sigmoid(x[i] * (c + ca * x[i] * x[i]));
 }
 
 function plucker(u, v, p) {  // p_ij = u_i v_j - u_j v_i for i < j
@@ -114,7 +108,7 @@ class Model {
     hg.set(h);
     linear(hg, w.W_gate, w.b_gate, a);
     for (let i = 0; i < a.length; i++) {
-      const alpha = half ? 0.5 : 0.5 + 0.5 * Math.tanh(0.5 * a[i]);
+      const alpha = half ? 0.5 : sigmoid(a[i]);
       out[i] = g[i] + alpha * (h[i] - g[i]);
       sum += alpha;
     }
