@@ -8,12 +8,12 @@ const SCALES = { characters: /[^]/gu, words: /\S+|\s+/gu, lines: /.+|\n/gu,
 // ---- reading and writing ----
 function unpack() {  // the model in this page; throws where the page is damaged
   const page = JSON.parse($("model-data").textContent), packed = atob($("weights").textContent);
-  const bytes = new Uint8Array(packed.length), whole = () => bytes.reduce((a, b) => a + b);
-  for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
-  if (whole() !== page.sum) throw Error("its weights are not those that were written");
+  const bytes = new Uint8Array(packed.length);
+  let sum = 0, at = 0;
+  for (let i = 0; i < packed.length; i++) sum += bytes[i] = packed.charCodeAt(i);
+  if (sum !== page.sum) throw Error("its weights are not those that were written");
   const power = e => 2 ** (Math.max(e, 1) - 25);  // of a float16: sign, 5 bits, 10 bits
   const half = n => (n >> 15 ? -1 : 1) * power(n >> 10 & 31) * (n & 1023 | (n & 31744 && 1024));
-  let at = 0;
   const weights = page.dtype === "<f4" ? new Float32Array(bytes.buffer)
     : new Float32Array(new Uint16Array(bytes.buffer)).map(half);
   const take = shape => weights.subarray(at, at += shape.reduce((n, side) => n * side));
@@ -223,13 +223,14 @@ function draw_text(reader, chosen) {  // coloured by bits, or with parts off by 
     const names = `${cell.textContent === "\n" ? "end " : ""}${t < 0 ? "unknown " : ""}${
       t === chosen ? "chosen " : ""}${differs(t) ? "changed " : ""}${bits < 0 ? "better" : ""}`;
     if (cell.className !== names) cell.className = names;
-    cell.style.setProperty("--b", `${Math.round(Math.min(8, Math.abs(bits || 0)) * 10)}%`);
+    const b = `${Math.round(Math.min(8, Math.abs(bits || 0)) * 10)}%`;
+    if (cell.b !== b) cell.style.setProperty("--b", cell.b = b);
   }
   $("loss").innerHTML = tokens.length < 2 ? "Type something." : `Loss: ${
     touched ? `intact <b>${whole}</b>, touched ` : ""}<b>${loss}</b> bits a character${
     left ? `; ${many(left)} still to read` : ""}`;
   const name = key => `layer ${key.replace(/-(?=\d)/, " offset ").replace("-", " ")}`;
-  $("touched").hidden = !touched;
+  $("touched").hidden = !($("key").hidden = touched);
   $("changes").textContent = `Off: ${[...state.off].map(name).join(", ")}. At ${
     many(places.filter(differs).length)} of ${many(tokens.length)} characters, underlined, another
     one is likeliest next. Red: a greater surprise than before; green: a smaller one.`;
@@ -250,16 +251,19 @@ function draw_next(reader, t) {
       <td>${k === came ? "came · " : ""}${odds(k)}</td></tr>`).join("");
 }
 function draw_layers(reader, t) {
-  const looks = model.layers.map((_, i) => reader.look(t, i)), { tokens } = reader;
+  const looks = model.layers.map((_, i) => reader.look(t, i)), { tokens, rows } = reader;
+  const read = rows.filter(row => row).map(row => row.layers);
   const [bits, whole] = [reader, intact].map(reader => number(reader.bits(t)));
-  const lengths = looks.flatMap(({ z, s, before }) => [z, s, before.z, before.s]);
-  const scale = 80 / Math.max(1e-9, ...lengths), name = n => `“${glyph(tokens[t - n])}”`;
+  const fit = ({ z, s, angle }) => Math.min(130 / (z + s * Math.abs(Math.cos(angle))), 86 / s, 1e9);
+  const scale = Math.min(...looks.flatMap(look => [look, look.before].map(fit)));
+  const name = n => `“${glyph(tokens[t - n])}”`;
   const meter = x => `<span class="meter"><i style="width: ${100 * x}%"></i></span> ${percent(x)}`;
   $("chosen").innerHTML = `${name(0)}, character ${many(t + 1)} of ${many(tokens.length)}${
     t ? `: a surprise of ${touched ? `${whole} → ` : ""}${bits} bits` : ""}`;
   $("cards").innerHTML = looks.map((look, i) => {
     const { offsets } = model.layers[i], { share } = look, at = (n, x) =>
       `${name(n)}, ${n} back (${percent(x)})`;
+    const usual = offsets.map((n, k) => `${n}: ${percent(mean(read.map(x => x[i].share[k])))}`);
     const most = Math.max(...share), reads = look.reads.slice(0, 4).map(([k, x]) => at(t - k, x));
     return `<section class="card"><h3>Layer ${i + 1} <span>looks ${offsets.join(", ")} back; here ${
         most ? `most at ${at(offsets[share.indexOf(most)], most)}` : "nothing is there"}</span></h3>
@@ -267,7 +271,7 @@ function draw_layers(reader, t) {
       <div class="numbers">${item("|z|", number(look.z))}${item("|s|", number(look.s))}
       ${item("angle", look.area ? degrees(look.angle) : "–")}${item("area", number(look.area))}
       ${item("gate: keeps", meter(look.alpha))}${item("change: mixer", meter(look.mixer))}
-      ${item("network", percent(1 - look.mixer))}
+      ${item("network", percent(1 - look.mixer))}${item("s in the whole text", usual.join(", "))}
       ${reads.length ? `<span>memory: reads ${reads.join("; ")}</span>` : ""}</div></section>`;
   }).join("");
 }
@@ -313,13 +317,13 @@ function build_controls() {
   const { layers, config: { memory } } = model, every = [...layers.keys()];
   const scale = name => `<label><input type="radio" name="scale" value="${name}">${name}</label>`;
   const offsets = [...new Set(layers.flatMap(layer => layer.offsets))].sort((a, b) => a - b);
-  const parts = [...offsets, "wedge", "gate", "mixer", ...memory ? ["memory"] : []];
-  const row = (name, few) => `<div class="switches"><b>${name}</b><span class="soft">offset</span>${
+  const parts = ["wedge", "gate", "mixer", ...memory ? ["memory"] : [], ...offsets];
+  const row = (name, few) => `<div class="switches"><b>${name}</b>${
     parts.map(part => {
       const keys = few.filter(i => !(part > 0) || layers[i].offsets.includes(part)).map(i =>
         `${i + 1}-${part}`), label = `${part > 0 ? "offset " : ""}${part} of ${name}`;
-      return keys.length ? `<button type="button" role="switch" aria-label="${label}"
-        data-keys="${keys}">${part}</button>` : "";
+      return keys.length ? `${part === offsets[0] ? "offset" : ""} <button type="button"
+        role="switch" aria-label="${label}" data-keys="${keys}">${part}</button>` : "";
     }).join("")}</div>`;
   const rows = every.map(i => row(`layer ${i + 1}`, [i]));
   $("scales").innerHTML = Object.keys(SCALES).map(scale).join("");
@@ -392,9 +396,8 @@ function load() {
   box.value = query.get("text") ?? page.text;
   state.at = Math.floor(query.get("at") ?? 27) || 0;
   state.off = new Set(query.get("off")?.split(",").filter(key => known.includes(key)));
-  for (const [name, usual] of [["tab", "layers"], ["scale", "words"]]) {
-    for (const value of [usual, query.get(name)]) form[name].value = value;  // where one has it
-  }
+  for (const tab of ["layers", query.get("tab")]) form.tab.value = tab;  // if there is such a one
+  for (const scale of ["words", query.get("scale")]) form.scale.value = scale;
   read();
   touch();
   show();
