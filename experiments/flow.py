@@ -1,21 +1,21 @@
-"""Look at the flow: the planes that a text passes through, as a trained model sees it.
+"""Measure the flow: the planes that a text passes through, as a trained model sees them.
 
-  python -m experiments.flow                       out/best.npz, the text held out from its training
+  python -m experiments.flow shakespeare.npz       the text held out from its training
   python -m experiments.flow out/best.npz --text "To be, or not to be, that is the question."
   python -m experiments.flow --file one.txt --file two.txt    two texts, side by side in the table
 
 In each layer a token and its partner span a plane, a point of the Grassmannian Gr(2, r); a text is
-a path of such points. Drawn are, of its first 80 characters, the speed (path), a view in two
-dimensions (map) and the gate, and of up to 16,384 the length at different scales (coastline); a
-table of invariants is printed. All numbers are written as CSV, nan where no plane is spanned (the
-first token has no partner). With positions, windows overlap by half a context.
+a path of such points. Of up to 16,384 characters are printed the steps and the gate by kind of
+character, the steps at different scales against those in random order, and invariants, as tables
+in Markdown; drawn is the length of the path at different scales. To look at a text character by
+character there is the explorer (python -m explorer). The first token has no partner and spans no
+plane. With positions, windows overlap by half a context.
 """
 
 import cli  # noqa: I001  (before NumPy)
 
-import csv
 import re
-import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from experiments.figures import BLUE, INK, ORANGE, STYLE
 from grassmann import Array, Config, Params
 from text import decode, encode, load_text, read_corpus
 
-SHOWN, MEASURED, LEAST = 80, 16384, 20  # characters drawn, measured at most, needed at least
+MEASURED, LEAST = 16384, 20  # characters: at most, at least
 KINDS = ("in a word", "word start", "capital", "punctuation", "space", "line end")
 COLOURS = LinearSegmentedColormap.from_list("flow", [BLUE, "#a06cc4", ORANGE])
 
@@ -122,20 +122,10 @@ def character_kinds(text: str) -> Array:
              "capital": np.char.isupper(c), "in a word": np.char.isalnum(before)}
     return np.select([*tests.values()], [*tests], "word start")  # the first that holds
 
-def steps_by_kind(flow: Flow) -> dict[str, Array]:
-    """Mean step per layer (N) to each kind of character that the text has."""
-    kinds, steps = character_kinds(flow.text)[1:], flow.step[:, 1:]
-    return {k: np.nanmean(steps[:, kinds == k], axis=1) for k in KINDS if (kinds == k).any()}
-
-def flat_map(planes: Array) -> tuple[Array, float]:
-    """Planes (T, r, 2) -> points (T, 2) and the share of the variance that they show: two principal
-    components of the projectors, from the centred table (T, T) of their inner products |AᵀB|²."""
-    points, A = np.full((len(planes), 2), np.nan), planes[is_plane(planes)]
-    table = np.square(np.einsum("tia,uib->tuab", A, A)).sum((2, 3))
-    table = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    values, vectors = np.linalg.eigh(table)
-    points[is_plane(planes)] = vectors[:, :-3:-1] * np.sqrt(np.maximum(values[:-3:-1], 0))
-    return points, values[-2:].sum() / values.sum()
+def by_kind(text: str, values: Array) -> dict[str, Array]:
+    """Mean per layer (N) of values (N, T) at each kind of character that the text has."""
+    kinds = np.where(np.isfinite(values).any(0), character_kinds(text), "none")
+    return {k: np.nanmean(values[:, kinds == k], axis=1) for k in KINDS if (kinds == k).any()}
 
 def coastline(flow: Flow, layer: int) -> Array:
     """The path of one layer in steps of different sizes, a table with these columns:
@@ -203,67 +193,7 @@ def invariants(flow: Flow) -> dict[str, Array]:
         "stability: agreement with the layer before":
             [np.nan, *(np.corrcoef(pair)[0, 1] for pair in both)]}
 
-# ---- pictures, for white pages and black ones ----------------------------------------------------
-
-def visible(text: str) -> list[str]:
-    """Each character as it is drawn."""
-    return [c if c.isprintable() else "□" for c in text.replace("\n", "↵")]
-
-def label_with_text(axes: plt.Axes, text: str) -> None:
-    """A character below each unit of the axis."""
-    axes.set_xticks(range(len(text)), visible(text), family="monospace", size=8.5)
-    axes.tick_params(axis="x", length=0, pad=2)
-    axes.set_xlim(-0.5, len(text) - 0.5)
-
-def draw_path(flow: Flow, untrained: Flow, random_step: float) -> plt.Figure:
-    """The steps along the text, and their means by kind of character, trained and untrained."""
-    n, text, size = len(flow.step), flow.text[:SHOWN], (10, 0.4 + 1.35 * len(flow.step))
-    figure, panels = plt.subplots(n, 2, figsize=size, width_ratios=[5, 1], squeeze=False)
-    for i, (axes, side) in enumerate(panels):
-        colour = COLOURS(np.linspace(0, 1, n)[i])
-        axes.plot(flow.step[i, :SHOWN], color=colour, lw=1.2, marker="o", ms=2.5)
-        for t in np.flatnonzero(character_kinds(text) == "line end"):
-            axes.axvline(t + 0.5, color=INK, lw=0.5)
-        label_with_text(axes, text)
-        axes.set_ylabel(f"layer {i + 1}\nstep (rad)")
-        for f, fill in ((flow, colour), (untrained, "none")):
-            means = {kind: steps[i] for kind, steps in steps_by_kind(f).items()}
-            side.scatter([*means.values()], [*means], s=22, facecolor=fill, edgecolor=colour)
-        side.tick_params(labelsize=8)
-        axes.axhline(random_step, color=INK, lw=0.8, ls=":")
-        side.axvline(random_step, color=INK, lw=0.8, ls=":")
-    panels[0, 0].set_title("distance from each plane to the next (dotted: random planes)")
-    panels[0, 1].set_title("mean (○ untrained)")
-    return figure
-
-def draw_map(flow: Flow) -> plt.Figure:
-    """The path in the two main directions of each layer."""
-    n, text = len(flow.planes), visible(flow.text[:SHOWN].replace(" ", "␣"))
-    rows, columns = -(-n // 2), min(n, 2)
-    figure = plt.figure(figsize=(10, 0.4 + 4 * rows))
-    font = {"family": "monospace", "weight": "bold", "ha": "center", "va": "center"}
-    for i, planes in enumerate(flow.planes[:, :SHOWN]):
-        points, share = flat_map(planes)
-        title = f"layer {i + 1} ({share:.0%} of the variance)"
-        axes = figure.add_subplot(rows, columns, i + 1, xticks=[], yticks=[], title=title)
-        axes.plot(*points.T, color=INK, lw=0.6, alpha=0.35)
-        for t in np.flatnonzero(is_plane(planes)):
-            colour = COLOURS(np.linspace(0, 1, len(text))[t])
-            axes.text(*points[t], text[t], color=colour, **font)
-    figure.supxlabel("from the first character (blue) to the last (orange)", size=10, color=INK)
-    return figure
-
-def draw_gate(flow: Flow) -> plt.Figure:
-    """The mean gate of each layer, over the text."""
-    gate = flow.gate[:, :SHOWN]
-    figure, axes = plt.subplots(figsize=(10, 1.1 + 0.32 * len(gate)))
-    far = np.abs(gate - 0.5).max()
-    picture = axes.imshow(gate, "RdBu", aspect="auto", vmin=0.5 - far, vmax=0.5 + far)
-    label_with_text(axes, flow.text[:SHOWN])
-    axes.set_yticks(range(len(gate)), [f"layer {i + 1}" for i in range(len(gate))])
-    figure.colorbar(picture, label="mean gate α", pad=0.01)
-    axes.set_title("mean gate: blue keeps the token's own state, red takes the plane's geometry")
-    return figure
+# ---- the picture, for white pages and black ones -------------------------------------------------
 
 def draw_coastline(measured: dict[str, list[Array]], random_step: float) -> plt.Figure:
     """Length against ruler above, steps against noise below, for several flows side by side."""
@@ -313,60 +243,57 @@ def held_out(checkpoint: Path, context: int, extra: dict) -> str:
     text = decode(corpus.val, corpus.vocab)
     return text[text.find("\n\n", 0, 1000) + 1 :].lstrip()
 
-def write_csv(path: Path, header: str, rows: list[tuple]) -> None:
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header.split(), *rows])
+def print_table(title: str, rows: Iterable[tuple[str, list[str]]]) -> None:
+    """In Markdown, a column for each layer."""
+    for k, (name, cells) in enumerate(rows):
+        if k == 0:
+            print(f"\n| {title} |", *(f"layer {i + 1} |" for i in range(len(cells))))
+            print("|---|" + "---|" * len(cells))
+        print(f"| {name} |", *(f"{cell} |" for cell in cells))
 
-def tabulate_invariants(flow: Flow, other: Flow, name: str, out: Path) -> None:
-    """Those of two texts side by side: printed as Markdown, and invariants.csv."""
-    first, second = invariants(flow), invariants(other)
-    layers, half = range(len(flow.planes)), len(flow.text) // 2
+def beside(*values: Array, digits: int = 2) -> list[str]:
+    """Several numbers a layer, as "1.90 / 1.85"; – for nan."""
+    cells = (" / ".join(f"{x:.{digits}f}" for x in layer) for layer in zip(*values, strict=True))
+    return [cell.replace("nan / nan", "–") for cell in cells]
+
+def print_invariants(flow: Flow, other: Flow, name: str) -> None:
+    """Those of two texts side by side."""
+    first, second, half = invariants(flow), invariants(other), len(flow.text) // 2
     paths = (flow.planes, other.planes, flow.planes[:, :half], flow.planes[:, half:])
     text_mean, other_mean, *halves = (mean_plane(path)[0] for path in paths)
     row = f"mean planes: to that of the {name} / from half to half of the text"
     first[row], second[row] = distance(text_mean, other_mean), distance(*halves)
-    print(f"| text / {name} |", *(f"layer {i + 1} |" for i in layers))
-    print("|---|" + "---|" * len(layers))
-    for row in first:
-        digits = 0 if first[row][-1] > 100 else 3
-        cells = (f"{first[row][i]:.{digits}f} / {second[row][i]:.{digits}f} |" for i in layers)
-        print(f"| {row} |", *(cell.replace("nan / nan", "–") for cell in cells))
-    rows = [(i + 1, row, first[row][i], second[row][i]) for row in first for i in layers]
-    write_csv(out / "invariants.csv", "layer invariant text other", rows)
+    print_table(f"text / {name}", ((row, beside(
+        first[row], second[row], digits=0 if first[row][-1] > 100 else 3)) for row in first))
 
-def tabulate_flows(flows: dict[str, Flow], measured: dict, random_step: float, out: Path) -> None:
-    """What the pictures show, as CSV."""
-    flow, rows = flows["trained"], []
-    letters = [c.replace("\0", "\\x00") for c in flow.text]  # Python 3.10 can't write a NUL
-    for i, planes in enumerate(flow.planes):
-        points = [*flat_map(planes[:SHOWN])[0], *[("", "")] * len(letters)]
-        columns = letters, character_kinds(flow.text), flow.step[i], flow.gate[i]
-        rows += [(i + 1, t, *row, *points[t]) for t, row in enumerate(zip(*columns, strict=True))]
-    write_csv(out / "characters.csv", "layer position character kind step gate map_x map_y", rows)
-    rows = [(name, i + 1, kind, step) for name in ("trained", "untrained")
-            for kind, steps in steps_by_kind(flows[name]).items() for i, step in enumerate(steps)]
-    rows.append(("random planes", "", "", random_step))
-    write_csv(out / "kinds.csv", "model layer kind step", rows)
-    rows = [(name, i + 1, *row, slope(table)) for name, tables in measured.items()
-            for i, table in enumerate(tables) for row in table]
-    write_csv(out / "coastline.csv", "flow layer scale size steps step length noise slope", rows)
+def step_shares(table: Array) -> dict[str, float]:
+    """The mean step at each scale, as a share of that in random order; and the slope."""
+    shares = {row["scale"] + (f" {row['size']:.0f}" if row["scale"] in ("ruler", "block") else ""):
+              row["step"] / row["noise"] for row in table}
+    return shares | {"slope of the length": slope(table)}
+
+def print_scales(measured: dict[str, list[Array]]) -> None:
+    """The step shares of several flows side by side; nan where one has too few words or lines."""
+    flows = [[step_shares(table) for table in tables] for tables in measured.values()]
+    print_table(f"step, as a share of that in random order: {' / '.join(measured)}", (
+        (name, beside(*([shares.get(name, np.nan) for shares in flow] for flow in flows)))
+        for name in flows[0][0]))
 
 def main() -> None:
     cli.plain_output()
-    warnings.filterwarnings("ignore", message="Glyph")  # what the font lacks is drawn as boxes
     parser, best = cli.Parser(__doc__), cli.BEST
     add, text = parser.add_argument, {"dest": "texts", "action": "append", "default": []}
     add("checkpoint", nargs="?", type=Path, default=best, help=f"the model (default: {best})")
     add("--text", **text, metavar="TEXT", help="a text (default: one held out from the training)")
     add("--file", **text, metavar="FILE", type=Path, help="one in a UTF-8 file; two are compared")
-    add("--out", type=Path, help="folder for pictures and CSV (default: flow, beside the model)")
+    add("--out", type=Path, help="folder for the picture (default: flow, beside the model)")
     args = parser.parse_args()
     out = args.out or args.checkpoint.parent / "flow"
     with cli.short_errors(parser, out, "not enough memory for this model and this text"):
         measure_and_draw(args.checkpoint, args.texts, out)
 
 def measure_and_draw(checkpoint: Path, texts: list[str | Path], out: Path) -> None:
-    """Read the texts, measure, print, write. Raises ValueError and OSError."""
+    """Read the texts, measure, print, draw. Raises ValueError and OSError."""
     params, config, extra = cli.load_trained(G, checkpoint)
     if config.mixer == "attention" or config.rank == 2:
         raise ValueError(f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
@@ -383,21 +310,22 @@ def measure_and_draw(checkpoint: Path, texts: list[str | Path], out: Path) -> No
     flow, untrained, other = flows.values()
     if len(texts) > 1:
         other = read_flow(params, config, texts[1], vocab)
-    tabulate_invariants(flow, other, "second text" if len(texts) > 1 else "shuffled text", out)
     random_step = distance(*plane(*rng.standard_normal((2, 2, 4000, config.rank)))).mean()
     measured = {name: [coastline(flow, i) for i in range(config.n_layer)]
                 for name, flow in tqdm(flows.items(), "measuring", leave=False, disable=None)}
-    tabulate_flows(flows, measured, random_step, out)
+    steps = [by_kind(text, f.step) for f in (flow, untrained)]
+    gates, all_steps = by_kind(text, flow.gate), [np.nanmean(f.step, 1) for f in (flow, untrained)]
+    print(f"{len(text)} characters. Steps: 0 to {np.pi / np.sqrt(2):.2f}, random planes "
+          f"{random_step:.2f}")
+    print_table("mean step to: trained / untrained", [("all", beside(*all_steps)), *(
+        (kind, beside(*(means[kind] for means in steps))) for kind in steps[0])])
+    print_table("mean gate α at", ((kind, beside(gates[kind])) for kind in gates))
+    print_scales(measured)
+    print_invariants(flow, other, "second text" if len(texts) > 1 else "shuffled text")
     titles = {"axes.titlesize": 10, "legend.frameon": False, "legend.fontsize": 8.5}
     with plt.rc_context(STYLE | titles):
-        pictures = {"path": draw_path(flow, untrained, random_step), "map": draw_map(flow),
-                    "gate": draw_gate(flow), "coastline": draw_coastline(measured, random_step)}
-        for name, figure in pictures.items():
-            figure.savefig(out / f"{name}.png", dpi=166)
-            plt.close(figure)
-    print(f"\n{out}: {', '.join(f'{name}.png' for name in pictures)}, and their numbers as CSV\n"
-          "Open path.png first, how far the plane moves at each character: on the dotted line it\n"
-          "jumps at random; full dots beside empty ones, at the right, are what training changed.")
+        draw_coastline(measured, random_step).savefig(out / "coastline.png", dpi=166)
+    print(f"\n{out / 'coastline.png'}: the length of the path at different scales")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The geometry of Gr(2, r) that experiments/flow.py measures with, and the program in use."""
 
-import csv
 import hashlib
 import os
 import re
@@ -140,15 +139,6 @@ def test_a_word_line_or_block_has_the_plane_nearest_to_the_sum_of_its_bivectors(
         assert np.isclose(row["step"], F.distance(path[1:], path[:-1]).mean())
         assert np.isclose(row["size"], len(text) / len(path)) and row["steps"] == len(path) - 1
 
-def test_the_map_keeps_distances_when_two_dimensions_are_enough(rng):
-    Q, angle = rotation(rng), rng.uniform(0, 0.5, (30, 1))
-    path = F.plane(np.tile(Q[:, 0], (30, 1)), np.cos(angle) * Q[:, 1] + np.sin(angle) * Q[:, 2])
-    path[3] = np.nan
-    (points, share), projectors = F.flat_map(path), path @ path.swapaxes(1, 2)
-    chordal = np.linalg.norm(projectors[:, None] - projectors, axis=(2, 3))
-    found = np.linalg.norm(points[:, None] - points, axis=2)
-    assert np.isclose(share, 1) and np.allclose(found, chordal, atol=1e-7, equal_nan=True)
-
 def test_the_share_of_variance_that_labels_explain(rng):
     labels, A = np.repeat(np.arange(4), 500), planes(rng, 2000)
     A[:1000] = planes(rng, 4)[labels[:1000]]
@@ -181,7 +171,7 @@ def test_the_flow_is_what_the_layers_compute(variant, windows):
     A, spaces = flow.planes[0], F.character_kinds(flow.text) == "space"
     assert np.isnan(flow.step[:, :2]).all()  # the first token has no partner
     assert np.allclose(flow.step[0, 2:], F.distance(A[1:-1], A[2:]), equal_nan=True)
-    assert np.isclose(F.steps_by_kind(flow)["space"][1], np.nanmean(flow.step[1, spaces]))
+    assert np.isclose(F.by_kind(flow.text, flow.step)["space"][1], np.nanmean(flow.step[1, spaces]))
 
 def test_invariants_do_not_change_with_a_rotation(rng):
     params, config = model()
@@ -202,31 +192,35 @@ def run_flow(*args):
     command, root = [sys.executable, "-m", "experiments.flow", *args], Path(F.__file__).parents[1]
     return subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", timeout=300)
 
-def column(path, name, **chosen):
-    with path.open(encoding="utf-8", newline="") as file:
-        return [row[name] for row in csv.DictReader(file) if chosen.items() <= row.items()]
+def printed_row(printed, name):
+    """The numbers of each layer in the row of that name, of the first table that has one."""
+    row = next(line for line in printed.splitlines() if line.startswith(f"| {name} |"))
+    return [[float(x) for x in cell.split(" / ")] for cell in row.split("|")[2:-1]]
 
-def test_from_a_checkpoint_to_pictures_and_tables_of_the_text_held_out(tmp_path):
+def test_from_a_checkpoint_to_tables_and_a_picture_of_the_text_held_out(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     process = run_flow(save(tmp_path / "best.npz", data=str(tmp_path / "text.txt")))
     assert (process.returncode, process.stderr) == (0, "")
-    out, printed, (params, config) = tmp_path / "flow", process.stdout, model()
-    assert len([*out.iterdir()]) == 8 and "Open path.png first" in printed
-    for name in ("coastline.png", "gate.png", "map.png", "path.png"):
-        assert F.plt.imread(out / name).shape[1] == 1660 and name in printed
+    printed, (params, config) = process.stdout, model()
+    assert [file.name for file in (tmp_path / "flow").iterdir()] == ["coastline.png"]
+    assert F.plt.imread(tmp_path / "flow" / "coastline.png").shape[1] == 1660
     flow = F.read_flow(params, config, TEXT[-(len(TEXT) // 10) :].lstrip(), VOCAB)
-    assert "".join(column(out / "characters.csv", "character", layer="2")) == flow.text
-    for name, values in (("step", flow.step[1]), ("gate", flow.gate[1]),
-                         ("map_x", F.flat_map(flow.planes[1, :80])[0][:, 0])):
-        found = column(out / "characters.csv", name, layer="2")
-        assert np.array_equal([float(a) for a in found if a], values, equal_nan=True)
-    found = column(out / "coastline.csv", "noise", flow="trained", layer="2")
-    assert [float(noise) for noise in found] == F.coastline(flow, 1)["noise"].tolist()
     plain = F.read_flow(G.init_params(config), config, flow.text, VOCAB)
-    found = column(out / "kinds.csv", "step", layer="2", kind="space")
-    means = [F.steps_by_kind(f)["space"][1] for f in (flow, plain)]
-    assert [float(step) for step in found] == means
-    assert " / shuffled text | layer 1 | layer 2 |\n" in printed
+    assert printed.startswith(f"{len(flow.text)} characters")
+    spaces, near = F.character_kinds(flow.text) == "space", {"atol": 0.0051, "rtol": 0}
+    for name, where in (("all", spaces | True), ("space", spaces)):
+        means = [[np.nanmean(f.step[i, where]) for f in (flow, plain)] for i in range(2)]
+        assert np.allclose(printed_row(printed, name), means, **near)
+    gates = printed_row(printed.split("| mean gate α at |")[1], "space")
+    assert np.allclose(gates, flow.gate[:, spaces].mean(1, keepdims=True), **near)
+    for i in range(2):
+        table = F.coastline(flow, i)
+        for name, scale in {"ruler 4": "ruler", "block 4": "block", "word": "word"}.items():
+            row = table[(table["scale"] == scale) & ((table["size"] == 4) | (scale == "word"))]
+            share = row["step"] / row["noise"]
+            assert np.allclose(printed_row(printed, name)[i][0], share, **near)
+        slopes = printed_row(printed, "slope of the length")
+        assert np.isclose(slopes[i][0], F.slope(table), **near)
 
 def test_two_texts_side_by_side_and_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -234,19 +228,28 @@ def test_two_texts_side_by_side_and_a_bar_on_a_terminal(tmp_path, monkeypatch, c
     texts, (params, config) = [TEXT[:300], tmp_path / "other.txt"], model()
     F.measure_and_draw(save(tmp_path / "best.npz"), texts, tmp_path / "a")
     one, other = (F.read_flow(params, config, text, VOCAB) for text in (TEXT[:300], TEXT[-300:]))
-    a, b = (F.invariants(flow)["mean step"][0] for flow in (one, other))
     printed, bars = capsys.readouterr()
-    assert "reading" in bars and "measuring" in bars
-    assert "text / second text |" in printed and f"| mean step | {a:.3f} / {b:.3f} |" in printed
+    assert "reading" in bars and "measuring" in bars and "text / second text |" in printed
     paths = one.planes, other.planes, one.planes[:, :150], one.planes[:, 150:]
-    means = [F.mean_plane(path)[0] for path in paths]
-    for name, flow, pair in (("text", one, means[:2]), ("other", other, means[2:])):
-        found = [float(value) for value in column(tmp_path / "a" / "invariants.csv", name)]
-        expected = [*F.invariants(flow).values(), F.distance(*pair)]
-        assert np.array_equal(found, np.concatenate(expected), equal_nan=True)
+    a, b, first, second = (F.mean_plane(path)[0] for path in paths)
+    expected = {name: np.transpose([values, F.invariants(other)[name]])
+                for name, values in F.invariants(one).items() if "stability" not in name}
+    expected["mean planes: to that of the second text / from half to half of the text"] = (
+        np.transpose([F.distance(a, b), F.distance(first, second)]))
+    for name, values in expected.items():
+        digits = 0.51 if values[-1, 0] > 100 else 0.00051
+        assert np.allclose(printed_row(printed, name), values, atol=digits), name
 
-def test_strange_texts_and_paths_that_stand_still_are_drawn(tmp_path):
-    """What no font has, what is a sign of markup, no words and lines to speak of."""
+def test_scales_that_one_flow_lacks_are_nan(capsys):
+    names = "scale,size,step,length,noise"
+    tables = [np.rec.fromrecords([(scale, 1.0, 1.0, 1.0, 2.0) for scale in scales], names=names)
+              for scales in (["word", "line"], ["word"])]
+    F.print_scales({"a": [tables[0]], "b": [tables[1]]})
+    printed = capsys.readouterr().out
+    assert "| word | 0.50 / 0.50 |" in printed and "| line | 0.50 / nan |" in printed
+
+def test_strange_texts_and_paths_that_stand_still_are_measured(tmp_path):
+    """What is a sign of markup, no words and lines to speak of."""
     strange = "$x^2$ \\frac{ \t\0\ud800 \u4e2d \u200b %s _{^ $$ \n\r"
     (tmp_path / "strange.txt").write_bytes(strange.encode("utf-8", "surrogatepass"))
     path = save(tmp_path / "strange.npz", vocab=vocabulary(strange))
