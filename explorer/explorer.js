@@ -270,8 +270,8 @@ function draw_layers(reader, t) {
       <div class="pictures">${draw_arcs(tokens, t, offsets, share)}${draw_planes(look, scale)}</div>
       <div class="numbers">${item("|z|", number(look.z))}${item("|s|", number(look.s))}
       ${item("angle", look.area ? degrees(look.angle) : "–")}${item("area", number(look.area))}
-      ${item("gate: keeps", meter(look.alpha))}${item("change: mixer", meter(look.mixer))}
-      ${item("network", percent(1 - look.mixer))}${item("s in the whole text", usual.join(", "))}
+      ${item("gate keeps", meter(look.alpha))}${item("change by mixer", meter(look.mixer))}
+      ${item("by network", percent(1 - look.mixer))}${item("mean shares of s", usual.join(", "))}
       ${reads.length ? `<span>memory: reads ${reads.join("; ")}</span>` : ""}</div></section>`;
   }).join("");
 }
@@ -336,7 +336,7 @@ function touch() {  // what is switched off now
   touched = state.off.size ? new Reader(model, off) : null;
   touched?.want(intact.tokens);
   for (const node of all("[role=switch]")) node.ariaChecked = keys(node).some(is_on);
-  refresh();
+  show();
 }
 function go_on() {
   $("on-intact").textContent = write(intact.letters(), 120);
@@ -400,7 +400,6 @@ function load() {
   for (const scale of ["words", query.get("scale")]) form.scale.value = scale;
   read();
   touch();
-  show();
 }
 function show() {
   for (const { value } of form.tab) $(value).hidden = value !== form.tab.value;
