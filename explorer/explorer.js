@@ -243,7 +243,7 @@ function draw_next(reader, t) {
   const bar = (x, kind) => `<div class="bar ${kind}" style="width: ${100 * x}%"></div>`;
   const odds = k => `${touched ? `${percent(whole[k])} → ` : ""}${percent(p[k])}`;
   const before = tokens.slice(from, t + 1).map(glyph).join("");
-  $("after").innerHTML = `After <code>${from ? "…" : ""}${before}</code> comes${
+  $("after").innerHTML = `After <code dir="auto">${from ? "…" : ""}${before}</code> comes${
     touched ? ' <span class="soft">(intact → touched)</span>' : ""}`;
   $("next").innerHTML = list.filter((k, rank) => rank < 10 || k === came).map(k => `
     <tr class="${k === came ? "came" : ""}"><th scope="row">${glyph(k)}</th>
@@ -256,7 +256,7 @@ function draw_layers(reader, t) {
   const [bits, whole] = [reader, intact].map(reader => number(reader.bits(t)));
   const fit = ({ z, s, angle }) => Math.min(130 / (z + s * Math.abs(Math.cos(angle))), 86 / s, 1e9);
   const scale = Math.min(...looks.flatMap(look => [look, look.before].map(fit)));
-  const name = n => `“${glyph(tokens[t - n])}”`;
+  const name = n => `“<bdi>${glyph(tokens[t - n])}</bdi>”`;
   const meter = x => `<span class="meter"><i style="width: ${100 * x}%"></i></span> ${percent(x)}`;
   $("chosen").innerHTML = `${name(0)}, character ${many(t + 1)} of ${many(tokens.length)}${
     t ? `: a surprise of ${touched ? `${whole} → ` : ""}${bits} bits` : ""}`;
@@ -301,7 +301,7 @@ function draw_arcs(tokens, t, offsets, share) {  // of a long way only the stops
   const cell = Math.min(26, 344 / stops.length), last = stops.length - 0.5;
   const x = n => cell * (last - stops.indexOf(n));
   const letters = stops.map((n, k) => `<text class="glyph" x="${x(n)}" y="30">${
-    k && stops[k - 1] < n - 1 ? "…" : ""}${glyph(tokens[t - n])}</text>`);
+    glyph(tokens[t - n])}${k && stops[k - 1] < n - 1 ? "…" : ""}</text>`);
   const arcs = offsets.map((n, k) => {
     const low = 52 + (x(0) - x(n)) / 3.3;
     return n > t ? "" : `<path class="arc" stroke-width="${0.4 + 14 * share[k]}"
@@ -363,7 +363,7 @@ function draw_paths(layer = 0) {
   if (layer + 1 < model.layers.length) later("slow", 0, () => draw_paths(layer + 1));
 }
 function write_on() {
-  const { letters, written, began } = writer, until = performance.now() + 25;
+  const { letters, written, start, began } = writer, until = performance.now() + 25;
   const { rank: r, n_layer, d_model, memory } = model.config, fast = $("fast").checked;
   do written.push(letters.next().value); while (fast && performance.now() < until);
   $("written").textContent = written.slice(-2000).join("");
@@ -372,12 +372,13 @@ function write_on() {
   $("counter").innerHTML = `<b>${many(written.length)}</b> characters,
     <b>${many(1000 * written.length / (performance.now() - began))}</b> a second. This model
     remembers <b>${many(remembered)}</b> numbers; a Transformer of its size would keep
-    <b>${many(2 * n_layer * d_model * (intact.tokens.length + written.length))}</b> by now.`;
+    <b>${many(2 * n_layer * d_model * (start + written.length))}</b> by now.`;
   later("write", fast ? 0 : 25, write_on);
 }
 function start_or_stop() {
   clearTimeout(timers.write);
-  writer = writer ? null : { letters: shown().letters(), written: [], began: performance.now() };
+  const start = intact.tokens.length, began = performance.now();
+  writer = writer ? null : { letters: shown().letters(), written: [], start, began };
   $("start").textContent = writer ? "Stop" : "Start";
   if (writer) write_on();
 }
@@ -436,7 +437,7 @@ function listen() {
   $("switches").onclick = ({ target }) => {
     const off = keys(target).every(key => state.off.has(key));
     for (const key of keys(target)) state.off[off ? "delete" : "add"](key);
-    touch();
+    if (keys(target).length) touch();
   };
   form.onchange = show;
   $("start").onclick = start_or_stop;
@@ -458,6 +459,5 @@ try {
     Array.from(text, c => [...model.stream_step(stream, ids.get(c.codePointAt()))]);
   window.explorer = { model, state, shown, done, logits };  // for tests, and for the curious
 } catch (error) {
-  $("broken").textContent = `This page is damaged (${error.message}). Make it anew:
-    python -m explorer`;
+  $("broken").textContent = `Damaged: ${error.message}. Make it anew: python -m explorer`;
 }
