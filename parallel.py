@@ -88,7 +88,7 @@ def first(function: Callable) -> Callable:
 def together() -> Iterator[None]:
     """Within the `with` block: what ends one rank ends all, and only the first one prints.
 
-    But for an error: the others wait a second for the first one to say the same, and end them.
+    But for an error: the others give the first one time to say the same, then say it and end all.
     """
     if rank:
         sys.stdout, sys.stderr = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in "oe")
@@ -103,6 +103,7 @@ def together() -> Iterator[None]:
         if stops:  # all come here
             comm.Barrier()
             sys.exit(0 if rank else code)
-        time.sleep(1 if rank else 0)
+        time.sleep(3 if rank else 0)
         os.write(2, sys.stderr.buffer.getvalue() if rank else b"")
+        time.sleep(0.5)  # Open MPI's mpiexec drops what it has not read yet
         comm.Abort(code)

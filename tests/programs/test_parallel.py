@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.skipif(not MPIEXEC, reason=WHY),
               pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")]
 OPEN_MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # more ranks than cores
-EVERY, SECONDS = 50, 10  # steps from checkpoint to checkpoint; within so many seconds all must end
+EVERY, SECONDS = 50, 15  # steps from checkpoint to checkpoint; within so many seconds all must end
 OPTIONS = [*MODEL, "--batch-size", 13, "--dropout", 0.2, "--eval-every", EVERY, "--threads", 1]
 
 @pytest.fixture
@@ -153,8 +153,8 @@ def test_the_disk_of_the_first_rank_is_full(running, all_ended, tmp_path):
 
 @pytest.mark.parametrize("which", ["mpiexec", 2])
 def test_a_signal_stops_all_after_the_same_step(running, all_ended, tmp_path, which):
-    """Ctrl-C, which mpiexec hands on, or one that a single rank gets. (What is printed then, Open
-    MPI's mpiexec keeps for itself.)"""
+    """Ctrl-C, which mpiexec hands on, or one that a single rank gets. (After Ctrl-C Open MPI's shows
+    nothing more, and soon kills those that have not ended.)"""
     job = running(3)
     if which == "mpiexec":
         job.send_signal(signal.SIGINT)
@@ -162,9 +162,10 @@ def test_a_signal_stops_all_after_the_same_step(running, all_ended, tmp_path, wh
         os.kill(ranks(tmp_path)[which], signal.SIGTERM)
     code, out, errors = all_ended(job)
     step = load_checkpoint(tmp_path / "out/last.npz")[2]["step"]
-    assert code and errors == [] and step >= 60
+    assert code and errors == [] and step >= EVERY
     if which == 2:
         assert code == 128 + signal.SIGTERM and f"stopped at step {step} and saved" in out
+        assert step >= 60
 
 ONE_FAILS = """
 import sys, parallel, train_char
