@@ -78,6 +78,10 @@ class Question:
     tasks: bool = False  # of tasks.py in place of the text: accuracy, not loss
     ngrams: bool = False  # the first row is what counting alone does
 
+def survey(*what, rates: tuple[float, ...] = SURVEY_RATES, **how) -> Question:
+    """A question as it was asked first, until a better one has its answer."""
+    return Question(*what, survey=True, rates=rates, **how)
+
 def mixer(name: str, **more) -> tuple[str, dict]:
     return name, {"mixer": name, **more}
 
@@ -93,6 +97,8 @@ NEAR = ((1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6, 7, 8), (1, 2, 4, 6,
 FAR = ((1, 2, 3, 4), (1, 2, 3, 4, 8, 16), (1, 2, 3, 4, 5, 6, 16, 32), (1, 2, 4, 8, 12, 16, 32, 64))
 MEMORY, HYBRID = ("with memory", {"memory": True}), mixer("hybrid")
 SMALL = {"vocab_size": tasks.VOCAB_SIZE, "context": 256, "batch_size": 8, "d_model": 64, "rank": 16}
+KEYS = SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE, "context": 128, "iters": 4000}
+UP_TO_212 = ((1, 2, 3, 4), (4, 8, 12, 16), (16, 32, 48, 64), (64, 128))  # they reach every distance
 CONTROLS = Question(
     1, "Grassmann or attention", "Which predicts text better at equal size, when attention has what a "
     "reader of today expects: rotary positions, and a short convolution (taps) before it?",
@@ -147,32 +153,55 @@ QUESTIONS = [
              [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
                  ATTENTION, ("with memory, rank 16", MEMORY[1]), mixer("a memory that forgets"),
                  mixer("two memories, one forgets"), ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
-             SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE, "context": 128, "iters": 4000},
-             same_size=False, tasks=True, seeds=3, rates=(1e-3, 2e-3)),
-    Question(10, "Rank", "How many dimensions do the planes need?",
-             [(f"rank {r}", {"rank": r}) for r in (32, 4, 8, 16, 64)],
-             survey=True, rates=SURVEY_RATES),
-    Question(11, "What each default is worth",
-             "One thing changed at a time, its parameters not made up for by others.",
-             [("default", {}), ("d_ff = 4 d_model", WIDE),
-              ("no taps, one offset", {"taps": False}), ("normalised", {"normalize": True}),
-              ("positions", {"positions": True}), ("paper's block", {"block": "paper"}),
-              ("offsets 1 to 4 in every layer", {"offsets": ((1, 2, 3, 4),) * Config.n_layer}),
-              ("rank 16", {"rank": 16}), ("rank 48", {"rank": 48}),
-              ("W_red from N(0, 0.02²)", {"W_red_scale": 0.02}), ("dropout 0.1", {"dropout": 0.1})],
-             same_size=False, survey=True, rates=SURVEY_RATES),
-    Question(12, "Planes between words and lines", "Is the end of the previous word or line worth a "
-             "partner? Context 256, which holds several lines.",
-             [GRASSMANN, ("+ previous word", {"landmarks": ("word",)}),
-              ("+ last two words", {"landmarks": ("word", "second word")}),
-              ("+ previous word and line", {"landmarks": ("word", "line")}),
-              ("+ two offsets, near", {"offsets": NEAR}), ("+ two offsets, far", {"offsets": FAR})],
-             {"context": 256, "batch_size": 3},  # as many tokens as the others
-             survey=True, rates=SURVEY_RATES),
-    Question(13, "Larger and longer", "Plain attention and ours, 6,000 steps of 1,536 characters, dropout 0.2 "
-             "against overfitting, one seed.", [ATTENTION, GRASSMANN],
-             {"n_layer": 6, "d_model": 256, "context": 128, "dropout": 0.2, "iters": 6000},
-             survey=True, rates=(1e-3, 2e-3)),
+             KEYS, same_size=False, tasks=True, seeds=3, rates=(1e-3, 2e-3)),
+    survey(10, "Plain attention, larger model", "0.8 million parameters, three seeds.",
+           [ATTENTION, GRASSMANN], {"d_model": 144}, seeds=3),
+    survey(11, "The paper's block", "What does LayerNorm after each half, as in the paper, cost?",
+           [ATTENTION, ("attention, paper's block", ATTENTION[1] | {"block": "paper"}),
+            GRASSMANN, ("Grassmann, paper's block", {"block": "paper"}),
+            ("the paper's model, d_ff = 2 d_model", PAPER | {"ratio": 2})]),
+    survey(12, "Offsets", "One offset per layer, or the average of all in every layer?",
+           [ATTENTION, UNIT, ONE, ("average of six, normalised", UNIT[1] | SIX), ("average of six", ONE[1] | SIX),
+            ("taps for the six", SIX), ("taps", {}), ("taps, normalised", {"normalize": True})]),
+    survey(13, "Products", "What is left with another product, or none, in place of the wedge?",
+           [ATTENTION, ("wedge", {}), ("symmetric product", {"product": "symmetric"}),
+            ("elementwise product", {"product": "elementwise"}),
+            ("no product", {"product": "concatenation"})]),
+    survey(14, "Positions, rank", "Does a model with offsets need to be told where it is? How many "
+           "dimensions do the planes need?",
+           [ATTENTION, ("positions", {"positions": True}), *((f"rank {r}", {"rank": r}) for r in (4, 8, 16, 32, 64))]),
+    survey(15, "What each default is worth",
+           "One thing changed at a time, its parameters not made up for by others.",
+           [("default", {}), ("d_ff = 4 d_model", WIDE),
+            ("no taps, one offset", {"taps": False}), ("normalised", {"normalize": True}),
+            ("positions", {"positions": True}), ("paper's block", {"block": "paper"}),
+            ("offsets 1 to 4 in every layer", {"offsets": ((1, 2, 3, 4),) * Config.n_layer}),
+            ("rank 16", {"rank": 16}), ("rank 48", {"rank": 48}),
+            ("W_red from N(0, 0.02²)", {"W_red_scale": 0.02}), ("dropout 0.1", {"dropout": 0.1})],
+           same_size=False),
+    survey(16, "Planes between words and lines", "Is the end of the previous word or line worth a "
+           "partner? Context 256, which holds several lines.",
+           [GRASSMANN, ("+ previous word", {"landmarks": ("word",)}),
+            ("+ last two words", {"landmarks": ("word", "second word")}),
+            ("+ previous word and line", {"landmarks": ("word", "line")}),
+            ("+ two offsets, near", {"offsets": NEAR}), ("+ two offsets, far", {"offsets": FAR})],
+           {"context": 256, "batch_size": 3}),  # as many tokens as the others
+    survey(17, "Larger and longer", "Plain attention and ours, 6,000 steps of 1,536 characters, dropout 0.2 "
+           "against overfitting.", [ATTENTION, GRASSMANN],
+           {"n_layer": 6, "d_model": 256, "context": 128, "dropout": 0.2, "iters": 6000}, rates=(1e-3, 2e-3)),
+    survey(18, "A far token, first round", "As question 8; rates of 1e-3 to 8e-3, recall with memory and "
+           "hybrid at that of the others.",
+           [(f"{task}, {label}", changes | {"data": task}) for task in ("recall", "brackets")
+            for label, changes in (ATTENTION, GRASSMANN, ("Grassmann, far offsets", {"offsets": UP_TO_212}))],
+           SMALL, tasks=True),
+    survey(18, "Recall with memory, first round", "At the rate that was best for the others; one seed.",
+           [(f"recall, {label}", changes | {"data": "recall"})
+            for label, changes in (ATTENTION, GRASSMANN, MEMORY, HYBRID)],
+           SMALL, tasks=True, rates=(1e-3,)),
+    survey(18, "How much a memory holds, first round", "As question 9, at one rate.",
+           [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
+               ATTENTION, ("with memory, rank 16", MEMORY[1]), ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
+           KEYS, same_size=False, tasks=True, rates=(2e-3,)),
 ]
 QUICK = [BEST_ATTENTION, GRASSMANN, mixer("gated convolution")]  # of question 1, and one seed
 
@@ -438,20 +467,22 @@ class Laboratory:
         """The learning rate that is best in runs to the end (survey: to a tenth of it), with one seed."""
         question = question.rates_of or question
         iters = self.steps(question)
-        short = max(1, iters // 10) if question.survey else iters
+        short = max(1, iters // 10) if question.survey and not question.tasks else iters
 
         def search(lr: float) -> dict | None:
-            every = short if question.survey else max(1, iters // 10)
+            every = short if question.survey else max(1, iters // 10)  # (a task: at the end)
             return self.ask(question, f"{label}, lr {lr:g}", changes, lr=lr, iters=short, eval_every=every)
 
-        return best_lr(search, question.rates, -0.99 if question.tasks else -math.inf)
+        enough = -math.inf if not question.tasks else math.inf if question.survey else -0.99
+        return best_lr(search, question.rates, enough)
 
     def answer(self, question: Question) -> list[Row]:
         """Ask for what a question needs: the search of learning rates, then, for the best, the runs."""
         rows, iters = [], self.steps(question)
         for label, changes in QUICK if self.quick else question.models:
             if lr := self.rate(question, label, changes):
-                how = {"lr": lr, "iters": iters, "eval_every": max(1, iters // 10)}
+                every = iters if question.survey and question.tasks else max(1, iters // 10)
+                how = {"lr": lr, "iters": iters, "eval_every": every}
                 seeds = range(self.seeds or (1 if self.quick else question.seeds))
                 runs = [self.ask(question, f"{label}, seed {k}", changes, seed=k, **how) for k in seeds]
                 rows.append(Row(label, runs))
@@ -596,7 +627,7 @@ def plot_sizes(path: Path, answers: Answers) -> None:
 
 def compare(args) -> None:
     """Answer the questions. Raises ValueError and OSError."""
-    asked = [q for q in QUESTIONS if q.number in ([1] if args.quick else args.only or range(1, 14))]
+    asked = [q for q in QUESTIONS if q.number in ([1] if args.quick else args.only or range(1, 19))]
     args.out.mkdir(parents=True, exist_ok=True)
     runs = Runs(args.out / "runs.jsonl")
     lab = Laboratory(args.data, runs, args.quick, args.seeds)
@@ -624,7 +655,7 @@ def main() -> None:
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: Python's own documentation)")
     add("--out", type=Path, default="compare", help="folder to write into (default: compare)")
     add("--quick", action="store_true", help=f"question 1 in short: three models, {QUICK_STEPS:,} steps, one seed")
-    add("--only", type=number(int, 1, 13), nargs="+", metavar="QUESTION", help="some of 1 to 13")
+    add("--only", type=number(int, 1, 18), nargs="+", metavar="QUESTION", help="some of 1 to 18")
     add("--seeds", type=number(int, 1, 1000), help="per model (default: what a question says)")
     add("--jobs", type=number(int, 1, 1024), default=cli.available_cores(),
         help="runs at a time, which changes no result (default: one per core)")

@@ -82,7 +82,7 @@ def reach(offsets: Sequence[Sequence[int]]) -> int:
 
 def shares_of(row) -> list[list[float]]:
     """How often the model was right in each group, a list per seed."""
-    return [result["test"] for result in row.results]
+    return [result.get("test", result["curve"][-1][1]) for result in row.results]
 
 def table(rows: list) -> list[dict[str, str]]:
     """One line per task and model: how often it is right, by distance or number of keys; the mean of the
