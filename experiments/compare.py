@@ -54,6 +54,7 @@ from training import Training, train_step
 # As in nanoGPT's laptop recipe, a run is short and has no dropout: it does not overfit.
 QUICK_STEPS = 1500
 BASE = {"iters": 2000, "dropout": 0.0, "product": "wedge", "landmarks": (), "W_red_scale": None,
+        "larger": (),  # kinds of matrices that start from N(0, 1/d) instead of N(0, 0.02²), as W_red does
         "test": True}  # choose on one half of what is held out, report on the other
 LEARNING_RATES, SURVEY_RATES = (2e-3, 4e-3), (1e-3, 2e-3, 4e-3, 8e-3)  # tried first, see best_lr
 mixers.install()  # in every process: Config then takes their names
@@ -100,10 +101,11 @@ SMALL = {"vocab_size": tasks.VOCAB_SIZE, "context": 256, "batch_size": 8, "d_mod
 KEYS = SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE, "context": 128, "iters": 4000}
 UP_TO_212 = ((1, 2, 3, 4), (4, 8, 12, 16), (16, 32, 48, 64), (64, 128))  # they reach every distance
 CONTROLS = Question(
-    1, "Grassmann or attention", "Which predicts text better at equal size, when attention has what a "
-    "reader of today expects: rotary positions, and a short convolution (taps) before it?",
-    [ATTENTION, mixer("rotary attention", **WIDE), mixer("attention with taps", **WIDE), BEST_ATTENTION,
-     ("the same, d_ff = 2 d_model", {"mixer": "rotary attention with taps"}), mixer("gated convolution"),
+    1, "Grassmann or attention", "Which predicts text better at equal size, when attention has rotary "
+    "positions, a short convolution (taps) before it, and first weights as large as ours?",
+    [ATTENTION, mixer("rotary attention", **WIDE), BEST_ATTENTION,
+     ("the same, larger W_qkv", {"mixer": "rotary attention with taps", "larger": ("W_qkv",), **WIDE}),
+     mixer("gated convolution"), ("the same, larger W_in", {"mixer": "gated convolution", "larger": ("W_in",)}),
      GRASSMANN, HYBRID], seeds=3, ngrams=True)
 FEATURES = Question(
     2, "Is it the geometry?", "Other features of a token and its partner, at equal size: products that are "
@@ -220,7 +222,7 @@ class Run:
         warmup = min(training.warmup_iters, training.iters // 10)  # the short runs too have a peak
         self.training = replace(training, warmup_iters=warmup)
         everything = settings | asdict(self.config) | asdict(self.training)
-        for name in ("memory", "test"):  # as in runs from before there were any
+        for name in ("memory", "test", "larger"):  # as in runs from before there were any
             if not everything.get(name):
                 everything.pop(name, None)
         self.spec = dict(sorted(everything.items()))
@@ -265,6 +267,8 @@ def steps(run: Run, text: Text, threads: int = 1) -> Iterator[tuple[Params, floa
     for name in params:
         if name.endswith(".W_red") and scale:
             params[name] *= scale * math.sqrt(run.config.d_model)  # instead of 1/sqrt(d_model)
+        if name.split(".")[-1] in run.spec.get("larger", ()):
+            params[name] /= 0.02 * math.sqrt(run.config.d_model)
     state = run.config, run.training, grassmann.adamw_init(params)
     for step in itertools.count():
         x, y = batch(run, text, step)

@@ -72,7 +72,7 @@ def test_all_models_of_a_question_have_the_same_size(question, vocab):
     assert all(len(row.results) == question.seeds for row in rows)
     for label, changes in question.models:
         run, as_is = runs.asked[f"{label}, seed 0"], Run(compare.BASE | settings | changes)
-        missing = {"memory", "test"}
+        missing = {"memory", "test", "larger"}
         assert as_is.spec.keys() - missing == plain.spec.keys() - missing, f"{label}: no such setting"
         if question.same_size:
             assert abs(count_params(run) / count_params(plain) - 1) < 0.02, label
@@ -145,7 +145,7 @@ def test_a_run_is_train_step_by_hand(monkeypatch, changes):
 @pytest.mark.parametrize("change", [
     {"iters": 30}, {"batch_size": 5}, {"weight_decay": 0.2}, {"grad_clip": 2.0}, {"dropout": 0.2},
     {"context": 9}, {"normalize": True}, {"offsets": ((1,), (2,))}, {"rank": 6}, {"block": "paper"},
-    {"memory": True}, {"test": False}, {"data": "another text"}, {"product": "symmetric"}, {"landmarks": ("word",)}, {"seed": 1}])
+    {"memory": True}, {"test": False}, {"larger": ("W_red",)}, {"data": "another text"}, {"product": "symmetric"}, {"landmarks": ("word",)}, {"seed": 1}])
 def test_other_settings_are_another_run(change):
     spec = run_with(**change).spec
     assert compare.digest(spec) != compare.digest(run_with().spec)
