@@ -93,8 +93,8 @@ def number(kind: type, least: float, most: float, *, above: bool = False) -> Cal
 
 def add_gpu_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--gpu", action="store_true", help="run on a CUDA GPU, with CuPy (requirements-gpu.txt)")
-    parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default=None,
-        help="of matrix products on the GPU: tf32 and bfloat16 are faster and coarser (default: float32)")
+    parser.add_argument("--precision", choices=["float32", "tf32"], default=None,
+        help="of matrix products on the GPU: tf32 is faster and coarser (default: float32)")
 
 def backend(gpu: bool, precision: str | None = None) -> ModuleType:
     """The module that computes: grassmann (NumPy) or gpu (CuPy), same names. Raises ValueError."""

@@ -31,20 +31,20 @@ def gpu(request):
     module = request.getfixturevalue(request.param)
     yield module
     module.set_precision("float32")
-    module._graph.cache_clear()
 
 @pytest.fixture
 def set_precision(gpu):
     def set_or_skip(precision):
         try:
             gpu.set_precision(precision)
-        except (ImportError, ValueError) as error:  # no ml_dtypes, an older card
+        except ValueError as error:  # an older card
             pytest.skip(str(error))
     return set_or_skip
 
 @pytest.fixture
 def same():
-    """Asserts ‖a - b‖ <= bound max(‖a‖, ‖b‖) for each array a of one result and b of the other."""
+    """Asserts ‖a - b‖ <= bound max(‖a‖, ‖b‖) for each array a of one result and b of the other. One
+    of the two may come in the parts of a sum."""
     def check(ours, theirs, bound=0):
         if isinstance(ours, dict):
             assert ours.keys() == theirs.keys()
@@ -54,6 +54,7 @@ def same():
                 check(a, b, bound)
         elif ours is not None or theirs is not None:
             a, b = (x.get() if hasattr(x, "get") else np.asarray(x) for x in (ours, theirs))
+            a, b = a.sum(0) if a.ndim > b.ndim else a, b.sum(0) if b.ndim > a.ndim else b
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
             a, b = a.astype(np.float64), b.astype(np.float64)
             error, size = np.linalg.norm(a - b), max(np.linalg.norm(a), np.linalg.norm(b))

@@ -4,13 +4,14 @@ Its arrays are NumPy's inside, but like CuPy's they refuse to meet an array of t
 holds NaN, and kernels see their arguments between guards: what is not written, or beside an array,
 does not go unnoticed. Kernels are the same file, compiled by the host's C++ compiler behind
 cuda_on_cpu.h. What runs while a stream captures is remembered and done again at each launch of the
-graph; copies between the sides raise, as on a card. Only what gpu.py uses is here.
+graph; copies between the sides raise, as on a card. And it counts what is started (`started`). Only
+what gpu.py and card.py use is here.
 """
 
 import contextlib
 import ctypes
 import hashlib
-import importlib.util
+import importlib
 import os
 import platform
 import re
@@ -21,20 +22,21 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
-import pytest
 
 COMPILER = shutil.which("g++") if platform.libc_ver()[0] == "glibc" else None  # for its ucontext.h
 HEADER = Path(__file__).with_suffix(".h")
 
-
 def gpu_on_cpu() -> ModuleType:
     """gpu.py, as it is when its CuPy is this module."""
-    spec = importlib.util.spec_from_file_location("gpu_on_cpu", HEADER.parents[2] / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "cupy", sys.modules[__name__])
-        spec.loader.exec_module(module)
-    return module
+    names = ["gpu", "card", "cupy"]
+    before = {name: sys.modules.pop(name, None) for name in names}
+    sys.modules["cupy"] = sys.modules[__name__]
+    try:
+        return importlib.import_module("gpu")
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update({name: module for name, module in before.items() if module})
 
 # ---- arrays --------------------------------------------------------------------------------------
 
@@ -64,8 +66,13 @@ class ndarray:
 
     def get(self):
         not_while_capturing()
+        started.append(("to the host", self.nbytes, 0))
         return self.host.copy()
 
+    def set(self, array):
+        not_while_capturing()
+        started.append(("from the host", self.nbytes, 0))
+        self.host[...] = array
 
 def host(value):
     """What is inside a device array, in lists and tuples too; arrays of the host are refused."""
@@ -79,77 +86,102 @@ def device(value):
     """The reverse; what NumPy returns as a scalar is a 0-d array in CuPy."""
     return ndarray(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
 
+def arrays_in(value):
+    if isinstance(value, (tuple, list)):
+        return [a for item in value for a in arrays_in(item)]
+    return [value] if isinstance(value, np.ndarray) else []
+
 def function(of_numpy):
+    """The same on the device. A view is only Python's; all else is started there."""
+    name = of_numpy.__name__
+    in_place = name in ("__setitem__", "copyto") or name.startswith("__i")
+
     def of_device(*args, **kwargs):
         args, kwargs = host(args), {name: host(value) for name, value in kwargs.items()}
-        return launched(lambda: of_numpy(*args, **kwargs))
+        read = arrays_in([getattr(of_numpy, "__self__", None), *args, *kwargs.values()])
+        if name in ("__getitem__", "__setitem__"):  # of what is inside that place alone
+            read[0] = read[0][args[0]]
+        result = of_numpy(*args, **kwargs)
+        view = isinstance(result, np.ndarray) and any(np.may_share_memory(result, a) for a in read)
+        if in_place or (not view and isinstance(result, (np.ndarray, np.generic))):
+            note(name.strip("_"), sum(a.nbytes for a in read) + getattr(result, "nbytes", 0))
+            if captured is not None:
+                place = np.asarray(result)
+                captured[-1] += (lambda: place.__setitem__(..., of_numpy(*args, **kwargs))
+                                 if not in_place else of_numpy(*args, **kwargs),)
+                result = place
+        return device(result)
 
     return of_device
 
+started = []  # what was: (name, bytes that it reads and writes, multiply-adds)
+captured = None  # while a stream captures: the same and how; None in it: it is spoilt
+dry = False  # if so kernels and products are counted only
 
-captured = None  # while a stream captures: what its graph is to do; None in it: it is spoilt
+def note(name, moved, multiply_adds=0):
+    (started if captured is None else captured).append((name, moved, multiply_adds))
 
-def launched(compute):
-    """What compute() gives, on the device; a graph that is captured computes it into the place."""
-    result = device(compute())
-
-    def again():
-        new = compute()
-        if isinstance(result, ndarray) and not np.shares_memory(result.host, new):
-            result.host[...] = new
-
+def launched(name, compute, moved, multiply_adds=0):
+    """Start compute(), which writes where it is told; in a captured graph also at its launches."""
+    note(name, moved, multiply_adds)
     if captured is not None:
-        captured.append(again)
-    return result
+        captured[-1] += (compute,)
+    if not dry:
+        compute()
 
 def not_while_capturing():
     if captured is not None:
         captured.append(None)
         raise RuntimeError("cudaErrorStreamCaptureUnsupported: not when a stream is capturing")
 
-
 OPERATORS = ("add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd isub imul itruediv "
-             "neg invert float int bool lt le gt ge eq ne getitem setitem len")
+             "and neg invert float int bool lt le gt ge eq ne getitem setitem len")
 for _name in OPERATORS.split():
 
     def _method(self, *others, name=f"__{_name}__"):
         if name in ("__float__", "__int__", "__bool__", "__matmul__", "__rmatmul__"):
             not_while_capturing()  # CuPy refuses its products too
+        if name in ("__float__", "__int__", "__bool__"):
+            started.append(("to the host", self.nbytes, 0))
+        if name == "__getitem__" and isinstance(others[0], int):
+            others = ((*others, ...),)  # a view, not a number as in NumPy
         result = function(getattr(self.host, name))(*others)
         return self if getattr(result, "host", None) is self.host else result  # as after +=
 
     setattr(ndarray, f"__{_name}__", _method)
 
-FUNCTIONS = "arange ascontiguousarray concatenate copyto empty_like exp ones sqrt stack tri zeros zeros_like"
-for _name in FUNCTIONS.split():
+FUNCTIONS = ("arange concatenate copyto empty_like exp maximum ones sqrt stack tri where zeros "
+             "zeros_like")
+for _name in [*FUNCTIONS.split(), "ascontiguousarray"]:
     globals()[_name] = function(getattr(np, _name))
-inf = np.inf
-
+inf, finfo = np.inf, np.finfo
 
 def asarray(value, dtype=None):
     """From either side, without a copy if it is on the device already."""
     if isinstance(value, ndarray):
-        return ndarray(np.asarray(value.host, dtype))
+        return value if dtype in (None, value.dtype) else value.astype(dtype)
     not_while_capturing()
-    return ndarray(np.array(value, dtype))
+    copy = ndarray(np.array(value, dtype))
+    started.append(("from the host", copy.nbytes, 0))
+    return copy
 array = asarray  # of what lies on the host
 
 def empty(shape, dtype=float):
     """Holds what shows if it is read: NaN, or a token that texts have."""
+    if dry:
+        return ndarray(np.empty(shape, dtype))
     return ndarray(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 1, dtype))
 
 # ---- kernels -------------------------------------------------------------------------------------
 
 GUARD = 1024  # elements on either side of an argument
-LAUNCHES = set()  # the kernels that ran, of either precision
-
+RAN = set()  # the kernels that ran, of either precision
 
 def signatures(source: str) -> dict[str, list[tuple[str, str]]]:
     """Name of every kernel in CUDA source -> (type, name) of its parameters."""
     kernels = re.findall(r'extern "C" __global__ void (\w+)\(([^)]*)\)', source)
     return {name: [tuple(parameter.strip().rsplit(" ", 1)) for parameter in parameters.split(",")]
             for name, parameters in kernels}
-
 
 class RawModule:
     """CUDA source, compiled for the CPU."""
@@ -161,8 +193,9 @@ class RawModule:
         self.signatures = signatures(code)
         launchers = "".join(f"LAUNCHER({name})\n" for name in self.signatures)
         source = HEADER.read_text() + code + launchers
-        command = [COMPILER, "-x", "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-Wall",
-                   "-Wno-sign-compare", *options, "-shared", "-fPIC", "-", "-o"]
+        silent = ["-Wno-sign-compare", "-Wno-sequence-point", "-Wno-unknown-pragmas"]
+        command = [COMPILER, "-x", "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-Wall", *silent,
+                   *options, "-shared", "-fPIC", "-", "-o"]
         key = hashlib.sha256((source + str(command)).encode()).hexdigest()[:16]
         library = HEADER.parent / "__pycache__" / f"kernels-{key}.so"
         if not library.exists():
@@ -182,10 +215,11 @@ class RawModule:
                 dtype = np.dtype(self.dtypes[kind.removeprefix("const ").rstrip("*")])
                 fine = type(value) is np.intp and value == 0  # the null pointer
                 if isinstance(value, ndarray) and kind.endswith("*"):
-                    fine = value.dtype == dtype and value.flags.c_contiguous
+                    fine = value.dtype == dtype and in_rows(value.host)
                     beside = -77.25 if dtype.kind == "f" else 1  # shows if it is read or changed
-                    room = np.pad(value.host.ravel(), GUARD, constant_values=beside)
-                    _, room, _ = guarded.setdefault(value.data.ptr, (value.host, room, beside))
+                    span = memory(value.host)
+                    room = np.pad(span, GUARD, constant_values=beside)
+                    room, *_ = guarded.setdefault(value.data.ptr, (room, span, value.host, beside))
                     value = np.intp(room.ctypes.data + GUARD * dtype.itemsize)
                 elif not kind.endswith("*"):
                     fine = isinstance(value, np.generic) and value.dtype == dtype
@@ -196,21 +230,35 @@ class RawModule:
             error = launch(*sizes, addresses)
             if error:
                 raise RuntimeError(f"{name}: {error.decode()}")
-            for original, room, beside in guarded.values():
-                inside, guards = room[GUARD:-GUARD], np.r_[room[:GUARD], room[-GUARD:]]
+            for room, span, inside, beside in guarded.values():
+                guards, new = np.r_[room[:GUARD], room[-GUARD:]], room[GUARD:-GUARD]
                 assert (guards == beside).all(), f"{name} wrote beside an array"
-                original[...] = inside.reshape(original.shape)
-            LAUNCHES.add(name)
+                inside[...] = np.lib.stride_tricks.as_strided(new, inside.shape, inside.strides)
+                assert np.array_equal(span, new, equal_nan=True), f"{name} wrote between the rows"
+            RAN.add(name)
 
-        return lambda *how: launched(lambda: run(*how))
+        def start(grid: tuple, block: tuple, args: tuple) -> None:
+            arrays = {a.data.ptr: a.nbytes for a in args if isinstance(a, ndarray)}
+            launched(name, lambda: run(grid, block, args), sum(arrays.values()))
+
+        return start
+
+def in_rows(array: np.ndarray) -> bool:
+    """Contiguous, or the half of each row of an array that is."""
+    return array.flags.c_contiguous or array.base[..., : array.shape[-1]].strides == array.strides
+
+def memory(array: np.ndarray) -> np.ndarray:
+    """All numbers from the first to the last of an array, as they lie in memory."""
+    steps = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
+    return np.lib.stride_tricks.as_strided(
+        array, (1 + steps // array.itemsize,), (array.itemsize,))
 
 # ---- cuBLAS --------------------------------------------------------------------------------------
 
 VERSION = 99  # of a libcublas.so that nobody has
-REALS = {0: np.float32, 1: np.float64, 14: np.uint16}  # CUDA_R_32F, 64F, 16BF: half of a float
+REALS = {0: np.float32, 1: np.float64}  # CUDA_R_32F, CUDA_R_64F
 F32, F64, TF32 = 68, 70, 77  # how cuBLAS computes, and for which types:
-PRODUCTS = {(0, 0, 0, F32), (0, 0, 0, TF32), (1, 1, 1, F64), (14, 14, 0, F32)}
-
+PRODUCTS = {(0, 0, 0, F32), (0, 0, 0, TF32), (1, 1, 1, F64)}
 
 def matrix(memory: ctypes.c_void_p, kind: int, rows: int, columns: int, ld: int, transposed=0):
     """A matrix (rows, columns) as cuBLAS sees it: by columns, each `ld` numbers from the last."""
@@ -223,15 +271,12 @@ def matrix(memory: ctypes.c_void_p, kind: int, rows: int, columns: int, ld: int,
 
 def rounded(x: np.ndarray, compute: int) -> np.ndarray:
     """What a tensor core sees of a matrix."""
-    if x.dtype == np.uint16:
-        return (x.astype(np.uint32) << 16).view(np.float32)
     if compute == TF32:  # to nearest, in the bits
         return ((np.ascontiguousarray(x).view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
     return x
 
-
 class Cublas:
-    """The functions that gpu.py calls, with the parameters of NVIDIA's cublas_api.h."""
+    """The functions that card.py calls, with the parameters of NVIDIA's cublas_api.h."""
 
     def cublasSetStream_v2(self, handle, stream):
         self.stream = stream.value or 0
@@ -247,15 +292,19 @@ class Cublas:
             return 15  # CUBLAS_STATUS_NOT_SUPPORTED
         assert self.stream == get_current_stream().ptr and handle.value
         number = ctypes.c_double if compute == F64 else ctypes.c_float
-        for pointer, value in ((alpha, 1), (beta, 0)):  # by ctypes.byref
-            assert type(pointer._obj) is number and pointer._obj.value == value
+        assert type(alpha._obj) is type(beta._obj) is number  # by ctypes.byref
+        assert alpha._obj.value == 1 and beta._obj.value in (0, 1)
         a, b = matrix(A, Atype, m, k, lda, transa), matrix(B, Btype, k, n, ldb, transb)
-        c = matrix(C, Ctype, m, n, ldc)
-        launched(lambda: np.matmul(rounded(a, compute), rounded(b, compute), out=c) is None)
+        c, more = matrix(C, Ctype, m, n, ldc), beta._obj.value == 1
+
+        def multiply():
+            product = np.matmul(rounded(a, compute), rounded(b, compute))
+            c[...] = c + product if more else product
+
+        launched("product", multiply, a.nbytes + b.nbytes + (1 + more) * c.nbytes, m * n * k)
         return 0
 
-
-load = ctypes.CDLL  # which is how gpu.py asks for the library
+load = ctypes.CDLL  # which is how card.py asks for the library
 ctypes.CDLL = lambda name, *how, **more: (
     Cublas() if name == f"libcublas.so.{VERSION}" else load(name, *how, **more))
 
@@ -283,8 +332,14 @@ class Stream:
         work, captured = captured, None
         if None in work:
             raise RuntimeError("cudaErrorStreamCaptureInvalidated: due to a previous error")
-        return SimpleNamespace(launch=lambda: [again() for again in work])
 
+        def launch():
+            started.append(("graph", sum(node[1] for node in work), sum(node[2] for node in work)))
+            if not dry:
+                for *_, again in work:
+                    again()
+
+        return SimpleNamespace(launch=launch, nodes=work)
 
 streams = [SimpleNamespace(ptr=0)]  # the current one last
 
@@ -299,7 +354,7 @@ cuda = SimpleNamespace(
     Stream=Stream, get_current_stream=get_current_stream, get_cublas_handle=lambda: 0xB1A5,
     Memory=bytearray, MemoryPointer=lambda *place: place, MemoryPool=get_default_memory_pool,
     using_allocator=lambda malloc: contextlib.nullcontext(malloc(512)),
-    runtime=SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16BF=14),
+    runtime=SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1),
     cublas=SimpleNamespace(
         getVersion=lambda handle: VERSION * 10000, CUBLAS_GEMM_DEFAULT=-1, CUBLAS_COMPUTE_32F=F32,
         CUBLAS_COMPUTE_64F=F64, CUBLAS_COMPUTE_32F_FAST_TF32=TF32),

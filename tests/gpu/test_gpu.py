@@ -20,14 +20,13 @@ import pytest
 import checkpoint
 import grassmann
 from grassmann import Config, Scope
-from training import RowsOfBatch
+from training import Training, train_step
 
 SOURCE = (Path(__file__).parents[2] / "kernels.cu").read_text(encoding="utf-8")
 KERNELS = cuda_on_cpu.signatures(SOURCE)
 parametrize = pytest.mark.parametrize
-LEFT_OUT = {"mean", "pairs", "plucker_forward", "plucker_backward", "plucker", "partner_forward",
-            "partner_backward", "unit_area_forward", "unit_area_backward"}  # steps of kernels
-ADDED = {"Flat", "set_precision"}  # what only a GPU needs
+LEFT_OUT = {"mean", "pairs", "plucker_forward", "plucker_backward", "plucker", "gate_forward",
+            "gate_backward"}  # steps of kernels
 
 # ---- the mirror ----------------------------------------------------------------------------------
 
@@ -37,8 +36,8 @@ def test_gpu_mirrors_grassmann(stand_in):
                 and getattr(value, "__module__", "") in ("grassmann", module.__name__)}
 
     theirs, ours = own(grassmann), own(stand_in)
-    assert [name for name in ours if name not in ADDED] == [n for n in theirs if n not in LEFT_OUT]
-    for name in ours.keys() - ADDED:
+    assert [*ours] == [name for name in theirs if name not in LEFT_OUT]
+    for name in ours:
         original, mine = (
             [(p.name, p.kind, p.default) for p in inspect.signature(f[name]).parameters.values()]
             for f in (theirs, ours))
@@ -46,15 +45,17 @@ def test_gpu_mirrors_grassmann(stand_in):
         assert all(default is None for *_, default in mine[len(original) :]), name
     mixers = [*grassmann.MIXERS][:2]  # (experiments add theirs)
     assert [*stand_in.MIXERS, *stand_in.BLOCKS] == [*mixers, *grassmann.BLOCKS]
-    tested = {op.split(",")[0] for op in OPS} | {"dropout", "mix", "memory", "attention", "model"}  # below
-    backwards = {f"{name}_backward" for name in tested | {"prenorm_block", "paper_block"}}
+    tested = {op.split(",")[0] for op in OPS} | {"dropout", "partner", "unit_area"}  # below; whole:
+    tested |= {"mix", "memory", "attention", "ffn", "prenorm_block", "paper_block", "model"}
+    backwards = {f"{name}_backward" for name in tested}
     assert {name for name in ours if name.endswith("_backward")} == backwards
 
 def test_every_name_is_one_of_cupy():
     """What the stand-in offers, and so what gpu.py uses, exists in the real library."""
     cupy = pytest.importorskip("cupy", reason="no CuPy")
-    names = f"{cuda_on_cpu.FUNCTIONS} array asarray empty inf RawModule get_default_memory_pool"
-    operators = ["get", *(f"__{name}__" for name in cuda_on_cpu.OPERATORS.split())]
+    names = (f"{cuda_on_cpu.FUNCTIONS} array asarray ascontiguousarray empty finfo inf RawModule "
+             "get_default_memory_pool")
+    operators = ["get", "set", *(f"__{name}__" for name in cuda_on_cpu.OPERATORS.split())]
     parts = vars(cuda_on_cpu.cuda).keys() - {"cublas"}
     for module, found in [(cupy, names.split()), (cupy.ndarray, operators), (cupy.cuda, parts)]:
         assert all(getattr(module, name) is not None for name in found)
@@ -82,7 +83,7 @@ def test_kernels_compile_for_a_gpu(arch, real):
                                    "--device-as-default-execution-space"))
     binary = nvrtc.getCUBIN(program)
     assert binary.startswith(b"\x7fELF")
-    assert SOURCE.count("__global__") == len(KERNELS) > 15
+    assert SOURCE.count("__global__") == len(KERNELS) > 12
     assert all(b".text." + name.encode() in binary for name in KERNELS)
 
 @pytest.fixture
@@ -153,16 +154,13 @@ OPS = {  # the inputs, or their shapes; a dict is a part of the parameters
     "layernorm": [(*T, D), (D,), (D,)], "layernorm, narrow": [(1, 3), (3,), (3,)],
     "layernorm, many tokens": [(130, 300), (300,), (300,)],
     "gelu": [(*T, D)], "gelu, one row": [(5,)],
-    "gelu, huge": [np.array([-1e30, -60, -11, 0, 11, 60, 1e30])],
-    "embedding": [TOKENS, (V, D)], "gate": [(*T, D), (*T, D), (2 * D, D), (D,)],
-    "ffn": [(*T, D), {"W_1": (D, 70), "b_1": (70,), "W_2": (70, D), "b_2": (D,)}],
+    "gelu, huge": [np.array([-1e30, -60, -11, 0, 11, 60, 1e30])], "embedding": [TOKENS, (V, D)],
 } | {f"cross_entropy, {size}": [30 * RNG.standard_normal((*T, size)), RNG.integers(0, size, T)]
      for size in (2, 32, V)}
 LAYERS = {"attention": {"mixer": "attention", "d_model": 36}, "memory": {"memory": True}}
-for r, taps, normalize in itertools.product((2, 3, 31, 32, 33, 64, 65), *[[False, True]] * 2):
-    if r > 2 or not normalize:  # (the plane has one unit bivector: all gradients are rounding)
-        name = f"rank {r}{', taps' * taps}{', normalized' * normalize}"
-        LAYERS[name] = {"rank": r, "taps": taps, "normalize": normalize}
+LAYERS |= {f"rank {r}": {"rank": r} for r in (2, 3, 31, 32, 33, 64, 65)}
+LAYERS |= {"average": {"taps": False}, "average, normalized": {"taps": False, "normalize": True},
+           "normalized": {"normalize": True}, "memory, average": {"memory": True, "taps": False}}
 both_dtypes = parametrize("dtype, bound", [(np.float64, 1e-12), (np.float32, 1e-5)])
 
 def drawn(what, dtype, rng):
@@ -174,16 +172,15 @@ def drawn(what, dtype, rng):
 
 def on_device(gpu, a, strided=False):
     """On the card, if so in every other place: arrays need not be contiguous."""
-    if isinstance(a, (dict, float)):
-        return Scope(gpu.Flat(a)) if isinstance(a, dict) else a
+    if isinstance(a, float):
+        return a
     return gpu.cp.asarray(np.repeat(a, 2, -1))[..., ::2] if strided else gpu.cp.asarray(a)
 
 @both_dtypes
 @parametrize("op", OPS)
 def test_op(gpu, same, rng, op, dtype, bound):
     inputs, name = [drawn(what, dtype, rng) for what in OPS[op]], op.split(",")[0]
-    scoped = [Scope(a) if isinstance(a, dict) else a for a in inputs]
-    out, cache = getattr(grassmann, f"{name}_forward")(*scoped)
+    out, cache = getattr(grassmann, f"{name}_forward")(*inputs)
     dout = drawn(out.shape, dtype, rng) if out.shape else 0.3  # a loss
     grads = getattr(grassmann, f"{name}_backward")(dout, cache)
     *ours, our_dout = (on_device(gpu, a, dtype == np.float32) for a in (*inputs, dout))
@@ -193,25 +190,28 @@ def test_op(gpu, same, rng, op, dtype, bound):
 
 @both_dtypes
 @parametrize("layer", LAYERS.values(), ids=LAYERS)
-def test_mixing_layer(gpu, same, rng, layer, dtype, bound):
-    sizes = {"context": 23, "n_layer": 1, "d_model": D, "offsets": ((1, 2, 7, 22),)}
+def test_block(gpu, same, rng, layer, dtype, bound):
+    """The mixing layer and the FFN, between the LayerNorms that add up what they give."""
+    sizes = {"context": 23, "n_layer": 1, "d_model": D, "d_ff": 70, "offsets": ((1, 2, 7, 22),)}
     config = Config(2, **sizes | layer)
-    shapes = {name.removeprefix("blocks.0.mix."): shape
-              for name, shape in grassmann.param_shapes(config).items() if ".mix." in name}
-    w, h = drawn(shapes, dtype, rng), drawn((*T, config.d_model), dtype, rng)
-    dout, (forward, backward, _) = drawn(h.shape, dtype, rng), grassmann.MIXERS[config.mixer]
-    out, cache = forward(h, Scope(w), config, 0)
-    our_forward, our_backward, _ = gpu.MIXERS[config.mixer]
-    our_out, our_cache = our_forward(on_device(gpu, h), on_device(gpu, w), config, 0)
-    same(our_out, out, bound)
-    seen = {"z", "p", "alpha", *["s"] * (not config.taps or not config.normalize)} & cache.keys()
-    same({name: our_cache[name] for name in seen}, {name: cache[name] for name in seen}, bound)
-    same(our_backward(on_device(gpu, dout), our_cache), backward(dout, cache), bound)
+    shapes = {name.removeprefix("blocks.0."): shape
+              for name, shape in grassmann.param_shapes(config).items() if "blocks" in name}
+    w, h, dy = drawn(shapes, dtype, rng), *(drawn((*T, config.d_model), dtype, rng) for _ in "hy")
+
+    def run(model, w, h, dy):
+        out, cache = model.prenorm_block_forward(h, Scope(w), config, 0)
+        y, c_norm = model.layernorm_forward(out, w["ln1.w"], w["ln1.b"])
+        dout, *_ = model.layernorm_backward(dy, c_norm)
+        seen = {name: cache["mix"][name] for name in {"z", "s", "p", "alpha"} & cache["mix"].keys()}
+        return y, seen, *model.prenorm_block_backward(dout, cache, config)
+
+    ours = run(gpu, gpu.Flat(w), on_device(gpu, h), on_device(gpu, dy))
+    same(ours, run(grassmann, w, h, dy), bound)
 
 @both_dtypes
 def test_dropout(gpu, same, rng, dtype, bound):
-    x = drawn((7, 50, D), dtype, rng)
-    ours = on_device(gpu, x)
+    x, w = drawn((7, 50, D), dtype, rng), np.ones(D, dtype)
+    ours, our_w = on_device(gpu, x), on_device(gpu, w)
     results = [gpu.dropout_forward(ours, 0.3, np.random.default_rng(k)) for k in (5, 5, 6)]
     y, again, other = (y.get() for y, _ in results)
     dx, kept = gpu.dropout_backward(ours, results[0][1]).get(), y != 0
@@ -220,22 +220,29 @@ def test_dropout(gpu, same, rng, dtype, bound):
     assert abs(kept.mean() - 0.7) < 0.02 and abs(kept[..., ::2].mean() - 0.7) < 0.03
     assert abs(np.corrcoef(kept[:, 1:].ravel(), kept[:, :-1].ravel())[0, 1]) < 0.03
     assert gpu.dropout_forward(x, 0.3, None)[0] is x
+    later, keep = gpu.dropout_forward(gpu._Sum(ours, our_w), 0.3, np.random.default_rng(5))
+    _, cache = gpu.layernorm_forward(ours + later, our_w, our_w)  # x + D(x + 1)
+    same(cache[0].total, x + np.where(kept, (x + 1) / dtype(0.7), 0), bound)
+    grad, *_ = gpu.layernorm_backward(ours, cache)
+    same(grad.x, np.where(kept, grad.h.get() / dtype(0.7), 0), bound)
+    assert keep is not None and gpu.dropout_backward(grad, keep) is grad
 
 @both_dtypes
 @parametrize("taps", [False, True])
-def test_pairs_that_span_no_plane(gpu, rng, taps, dtype, bound):
-    """Equal, parallel, opposite and zero vectors, or nearly so: p = 0 and no gradient, not NaN. A
-    plane of short vectors, or of an angle just above the threshold, is a plane like any other."""
+def test_pairs_that_span_no_plane(gpu, same, rng, taps, dtype, bound):
+    """Equal, parallel, opposite and zero vectors, or nearly so: no gradient, not NaN. A plane of
+    short vectors, or of an angle just above the threshold, is a plane like any other."""
     u, v, side = np.eye(5)[0], np.ones(5), np.eye(5)[1]
     z = np.array([u, u, 3 * u, 0 * u, v, -v, 7 * v + 4e-5 * side, 1e-12 * side, 1e-12 * u,
                   u + 2e-5 * side], dtype)[None]
-    ones = on_device(gpu, np.ones((1, 5), dtype)) if taps else None
-    p, cache = gpu._wedge_forward(on_device(gpu, z), ones, (1,), True)
-    area = [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]
-    assert np.allclose(np.linalg.norm(p.get()[0], axis=1), area, atol=1e-2)
-    dp = on_device(gpu, rng.standard_normal(p.shape).astype(dtype))
-    dz = gpu._wedge_backward(dp, cache)[0].get()[0]
-    assert (dz[:6] == 0).all() and np.isfinite(dz).all() and dz[6:].any(axis=1).all()
+    ds, ones = drawn(z.shape, dtype, rng), np.ones((1, 5), dtype)
+    s, cache = grassmann.partner_forward(z, ones if taps else None, (1,), True)
+    our_s, our_cache = gpu.partner_forward(
+        on_device(gpu, z), on_device(gpu, ones) if taps else None, (1,), True)
+    same(our_s, s, 100 * bound)  # (near the threshold little is left of a height)
+    dz = gpu.partner_backward(on_device(gpu, ds), our_cache)[0]
+    same(dz, grassmann.partner_backward(ds, cache)[0], 100 * bound)
+    assert (dz.get()[0, :6] == 0).all() and dz.get()[0, 6:].any(axis=1).all()
 
 # ---- whole models --------------------------------------------------------------------------------
 
@@ -257,7 +264,7 @@ def test_model(gpu, same, model, recwarn):
     with pytest.raises(ValueError, match="one shape"):
         gpu.loss_and_grads(ours, config, x, y[:4])
 
-@parametrize("precision, bound", [("float32", 1e-5), ("tf32", 2e-3), ("bfloat16", 2e-2)])
+@parametrize("precision, bound", [("float32", 1e-5), ("tf32", 2e-3)])
 def test_precision(gpu, same, set_precision, tiny_config, batch, precision, bound):
     """Rounded products: the same gradients, within a few units of their last place."""
     set_precision(precision)
@@ -275,7 +282,7 @@ def test_an_older_card_is_refused(stand_in, monkeypatch):
     monkeypatch.setattr("cuda_on_cpu.cuda.Device", lambda: SimpleNamespace(compute_capability="75"))
     stand_in.set_precision("float32")
     for precision, error in [("tf32", "tf32 needs compute capability 8.0"),
-                             ("bfloat16", "bfloat16 needs"), ("float16", "not 'float16'")]:
+                             ("float16", "not 'float16'")]:
         with pytest.raises(ValueError, match=error):
             stand_in.set_precision(precision)
 
@@ -292,83 +299,99 @@ def test_gradients_with_dropout_are_slopes(gpu, rng, model_and_batch, slope):
 
 # ---- products and the CUDA graph -----------------------------------------------------------------
 
-@parametrize("precision, bound", [
-    ("float64", 1e-15), ("float32", 1e-6), ("tf32", 1e-3), ("bfloat16", 1e-2)])
-@parametrize("sizes", [(3, 5, 7), (1, 5, 1), (64, 1, 2)])
-def test_products_of_transposed_matrices(gpu, same, set_precision, rng, precision, bound, sizes):
+@parametrize("precision, bound, least", [
+    ("float64", 1e-15, 0), ("float32", 1e-6, 0), ("tf32", 1e-3, 2e-5)])
+@parametrize("sizes", [(3, 5, 7), (1, 5, 1), (64, 1, 2), (384, 512, 256)])
+def test_products(gpu, same, set_precision, rng, precision, bound, least, sizes):
+    """Of matrices however they lie, into a part of another, and added to what is there."""
     real = np.float64 if precision == "float64" else np.float32
     set_precision(precision if real == np.float32 else "float32")
-    a, b = rng.standard_normal(sizes[:2]), rng.standard_normal(sizes[1:])
+    a, b = (rng.standard_normal(shape).astype(real) for shape in (sizes[:2], sizes[1:]))
+    exact = (a.astype(np.float64) @ b).astype(real)
 
-    def laid_out(x):
-        """As it is, as the transpose of what lies in memory, and as every other column of it."""
-        x = gpu._rounded(on_device(gpu, x.astype(real)))
-        return x, gpu.cp.ascontiguousarray(x.T).T, gpu.cp.concatenate([x, x], 1)[:, : x.shape[1]]
+    def laid_out(host):
+        """As it is, as the transpose of what lies in memory, every other column, half of them."""
+        x = on_device(gpu, host)
+        half = gpu.cp.concatenate([x, x], 1)[:, x.shape[1] :]
+        return x, gpu.cp.ascontiguousarray(x.T).T, on_device(gpu, host, strided=True), half
 
-    for ours in itertools.product(laid_out(a), laid_out(b)):
-        same(gpu._matmul(*ours), (a @ b).astype(real), bound)
+    ours = laid_out(a), laid_out(b)
+    for one, other in itertools.product(*ours):
+        same(gpu.product(one, other), exact, bound)
+    wide = gpu.cp.zeros((2, len(a), 2 * sizes[2]), real)
+    for add in (False, True):
+        gpu.product(gpu.cp.stack([ours[0][0]] * 2), ours[1][0], wide[..., sizes[2] :], add)
+    same(wide, np.stack([np.concatenate([0 * exact, 2 * exact], 1)] * 2), bound)
+    if min(sizes) > 64:
+        with pytest.raises(AssertionError) if least else contextlib.nullcontext():
+            same(gpu.product(ours[0][0], ours[1][0]), exact, least or bound)  # something is rounded
 
 def test_a_product_that_is_refused(gpu, monkeypatch):
     a, b, c = (on_device(gpu, np.ones((3, 3), dtype)) for dtype in (np.float64, np.float32, int))
     for one, other, error in [(a, b, "float64 and float32"), (b, a, "float32 and float64"),
                               (c, c, "int")]:
         with pytest.raises((RuntimeError, KeyError), match=error):
-            gpu._matmul(one, other)
+            gpu.product(one, other)
     monkeypatch.setattr(gpu.cp.cuda.cublas, "CUBLAS_COMPUTE_64F", 64)  # half: not for float64
     with pytest.raises(RuntimeError, match=r"refuses a product of \(3, 3\) and \(3, 3\), float64"):
-        gpu._matmul(a, a)
+        gpu.product(a, a)
 
 @parametrize("variant", [
     {}, {"dropout": 0.3}, {"taps": False, "normalize": True, "positions": True},
     {"block": "paper", "taps": False, "dropout": 0.3}], ids=["", "dropout", "positions", "paper"])
 def test_the_graph_does_what_it_recorded(gpu, same, model_and_batch, variant, monkeypatch):
-    """With other batches, keys and changed parameters; what it gave before stays."""
+    """With other batches, keys and changed parameters; gradients lie where they lay."""
     config, params, *_ = model_and_batch(**variant)
     ours, state, rng = gpu.Flat(params), gpu.adamw_init(gpu.Flat(params)), np.random.default_rng(8)
-    expected, found, direct = [], [], gpu._forward_and_backward
+    losses, direct = [], gpu._forward_and_backward
     for step in range(5):
         if step == 2:  # from here on it is not needed any more
             monkeypatch.setattr(gpu, "_forward_and_backward", lambda *_: pytest.fail("by kernel"))
         x, y = rng.integers(0, config.vocab_size, (2, 3, config.context))
         keys = np.random.default_rng(step).integers(2**63, size=2 * config.n_layer + 1)
         arrays = [gpu.cp.asarray(a) for a in ((x, y, keys) if config.dropout else (x, y))]
-        expected.append(direct(ours, config, 1.0, *arrays))
-        found.append(gpu.loss_and_grads(ours, config, x, y, step))
-        gpu.adamw_step(ours, found[-1][1], state, step, 0.1)
-    same(found, expected)
-    assert len({float(loss) for loss, _ in found}) == 5
+        loss, expected = direct(ours, config, 1.0, *arrays)
+        losses.append(gpu.loss_and_grads(ours, config, x, y, step))
+        same(losses[-1], (loss, {name: expected[name] for name in params}), 1e-15)
+        assert losses[-1][1] is ours.gradients
+        gpu.adamw_step(ours, ours.gradients, state, step, 0.1)
+    assert len({float(loss) for loss, _ in losses}) == 5
 
-@parametrize("when", ["early", "spoilt", "late", "Ctrl-C"])
+@parametrize("when", ["early", "spoilt", "Ctrl-C"])
 def test_without_a_graph(gpu, same, model_and_batch, monkeypatch, when):
-    """A failure of the recording is told once, its memory is given back, the numbers are the same;
-    but after Ctrl-C the next call records."""
+    """A failure of the recording is told once, in its own words, its memory is given back, the
+    numbers are the same; but after Ctrl-C the next call records."""
     config, params, x, y = model_and_batch()
     ours, expected = gpu.Flat(params), grassmann.loss_and_grads(params, config, x, y)
-    gpu.loss_and_grads(gpu.Flat(params), config, x, y)  # (cuBLAS has its workspace)
-    empty, released, release = gpu.cp.empty, [], gpu._Graph.release
-    errors = {"early": NotImplementedError, "Ctrl-C": KeyboardInterrupt}
+    gpu.loss_and_grads(ours, config, x, y)
+    empty, released, release = gpu.cp.empty, [], gpu.card.Graph.__del__
 
     def fails(shape, dtype):
-        if dtype == np.uint8 if when == "late" else gpu.cp.cuda.get_current_stream().ptr:
+        if gpu.cp.cuda.get_current_stream().ptr:
             with contextlib.suppress(RuntimeError):
                 when == "spoilt" and ours["E"].get()  # so that the end of the recording fails, too
-            raise errors.get(when, MemoryError)("the reason")
+            raise (KeyboardInterrupt if when == "Ctrl-C" else MemoryError)("the reason")
         return empty(shape, dtype)
 
     monkeypatch.setattr(gpu.cp, "empty", fails)
-    monkeypatch.setattr(gpu._Graph, "release", lambda graph: released.append(release(graph)))
-    same(gpu.loss_and_grads(ours, config, x, y), expected, 1e-12)
+    monkeypatch.setattr(gpu.card.Graph, "__del__", lambda graph: released.append(release(graph)))
     with (pytest.raises(KeyboardInterrupt) if when == "Ctrl-C"
           else pytest.warns(UserWarning, match="without a CUDA graph.*: the reason")):
         same(gpu.loss_and_grads(ours, config, x, y), expected, 1e-12)
+    assert len(released) == 1
     monkeypatch.setattr(gpu.cp, "empty", empty)
     for _ in range(3):
         same(gpu.loss_and_grads(ours, config, x, y), expected, 1e-12)
-    assert len(released) == 2  # before it is recorded, after it failed or before the next time
+    assert isinstance(ours.graph, gpu.card.Graph) == (when == "Ctrl-C")
 
 def test_all_that_a_graph_depends_on(gpu, same, set_precision, model_and_batch, monkeypatch):
     config, params, x, y = model_and_batch(np.float32)
-    ours, backward = gpu.Flat(params), lambda dmix, c: gpu.mix_backward(2 * dmix, c)
+    ours = gpu.Flat(params)
+
+    def backward(dmix, cache):
+        dh, grads = gpu.mix_backward(dmix, cache)
+        return 2 * dh, grads
+
     own = gpu.mix_forward, backward, gpu.mix_shapes
     usual = {"mixer": gpu.MIXERS["grassmann"], "precision": "float32", "share": 1.0, "end": 2}
     for change in [{"mixer": own}, {"precision": "tf32"}, {"share": 0.5}, {"end": 5}]:
@@ -376,10 +399,11 @@ def test_all_that_a_graph_depends_on(gpu, same, set_precision, model_and_batch, 
             monkeypatch.setitem(gpu.MIXERS, "grassmann", mixer)
             set_precision(precision)
             arrays = [gpu.cp.asarray(a[:end]) for a in (x, y)]
-            expected = gpu._forward_and_backward(ours, config, share, *arrays)
+            loss, grads = gpu._forward_and_backward(ours, config, share, *arrays)
             for _ in range(3):
-                same(gpu.loss_and_grads(ours, config, x[:end], y[:end], share=share), expected)
-    assert gpu._graph.cache_info().currsize == gpu.GRAPHS == 4  # of 5: they do not pile up
+                found = gpu.loss_and_grads(ours, config, x[:end], y[:end], share=share)
+                same(found, (loss, {name: grads[name] for name in params}), 1e-6)
+            assert isinstance(ours.graph, gpu.card.Graph)  # one at a time
 
 def test_every_dropout_has_its_key(gpu, model_and_batch):
     config, params, x, y = model_and_batch(dropout=0.3)
@@ -389,16 +413,6 @@ def test_every_dropout_has_its_key(gpu, model_and_batch):
         loss, _ = gpu._forward_and_backward(gpu.Flat(params), config, 1.0, *arrays, keys)
         losses.add(float(loss))
     assert len(losses) == n + 1
-
-def test_dropout_does_not_depend_on_who_computes_which_rows(gpu, same, model_and_batch):
-    config, params, x, y = model_and_batch(dropout=0.3)
-    ours, n = gpu.Flat(params), len(x)
-    whole, _ = gpu.loss_and_grads(ours, config, x, y, RowsOfBatch([1, 2], 0, n))
-    parts = [gpu.loss_and_grads(ours, config, x[k : k + 1], y[k : k + 1], RowsOfBatch([1, 2], k, n),
-                                1 / n)[0] for k in range(n)]
-    same(sum(parts), whole, 1e-12)
-    assert n > 1 and float(parts[0]) != float(gpu.loss_and_grads(
-        ours, config, x[:1], y[:1], RowsOfBatch([1, 2], 1, n), 1 / n)[0])
 
 @pytest.mark.gpu
 @pytest.mark.skipif(os.name == "nt", reason="Windows lends a full card the computer's memory")
@@ -413,13 +427,12 @@ def test_memory_of_graphs_is_given_back(card, tiny_config):
         return total - free
 
     card.loss_and_grads(params, config, *batch)
-    card._graph.cache_clear()
     before = in_use()
     for _ in range(3):
         for _ in range(3):
             card.loss_and_grads(params, config, *batch)
         assert in_use() > before + 2**24
-        card._graph.cache_clear()
+        params.key = params.graph = params.sources = None
         assert in_use() < before + 2**24
     card.loss_and_grads(params, config, *batch)
     in_use()  # (which gives back what is not)
@@ -443,7 +456,7 @@ def test_training_follows_the_cpu(gpu, same, tiny_config, trained):
 
 @pytest.mark.gpu
 @parametrize("gpu", ["card"], indirect=True)
-@parametrize("precision, bound", [("float32", 1e-5), ("tf32", 2e-3), ("bfloat16", 1e-2)])
+@parametrize("precision, bound", [("float32", 1e-5), ("tf32", 2e-3)])
 def test_200_steps_follow_the_cpu(gpu, set_precision, tiny_config, trained, precision, bound):
     """At a learning rate that is not too high: there rounding grows from step to step."""
     set_precision(precision)
@@ -454,11 +467,39 @@ def test_200_steps_follow_the_cpu(gpu, set_precision, tiny_config, trained, prec
 
 def test_training_launches_every_kernel(stand_in, tiny_config, trained):
     """Nothing in kernels.cu is only compiled, or forgotten."""
-    cuda_on_cpu.LAUNCHES.clear()
-    for taps in (True, False):
-        config = tiny_config(taps=taps, dropout=0.1)
-        trained(stand_in, config, stand_in.init_params(config), 1)
-    assert KERNELS.keys() == cuda_on_cpu.LAUNCHES
+    cuda_on_cpu.RAN.clear()
+    config = tiny_config(dropout=0.1)
+    trained(stand_in, config, stand_in.init_params(config), 1)
+    assert KERNELS.keys() == cuda_on_cpu.RAN
+
+@parametrize("dropout, most", [(0.0, 108), (0.1, 110)])
+def test_how_much_a_step_starts(stand_in, monkeypatch, dropout, most):
+    """Of train_char.py's model: nodes in the graph, and launches and copies around it."""
+    monkeypatch.setattr(cuda_on_cpu, "dry", True)
+    config = Config(65, dropout=dropout)
+    params, text = stand_in.init_params(config), stand_in.np.zeros(1000, dtype=np.uint8)
+    state = stand_in.adamw_init(params)
+    for step in range(3):
+        cuda_on_cpu.started.clear()
+        batch = stand_in.get_batch(text, 12, config.context, 1, step)
+        train_step(stand_in, params, config, Training(), state, step, *batch, threads=0)
+    assert len(params.graph.graph.nodes) <= most and len(cuda_on_cpu.started) <= 14
+
+@parametrize("dtype", [np.float32, np.float64])
+def test_arrays_in_one_buffer(gpu, same, rng, dtype):
+    """Each begins at a multiple of 256 bytes, matrices first; between them nothing ever changes."""
+    theirs = {"b": rng.standard_normal(5), "W": rng.standard_normal((3, 25)), "c": np.ones(64),
+              "V": np.ones((2, 2))}
+    theirs = {name: a.astype(dtype) for name, a in theirs.items()}
+    ours, grads = gpu.Flat(theirs), gpu.Flat(theirs)
+    state = gpu.adamw_init(ours)
+    same(ours, theirs)
+    assert all((a.data.ptr - ours.buffer.data.ptr) % 256 == 0 for a in ours.values())
+    assert ours.matrices == 192 and ours.buffer.size == 320
+    gpu.clip_grads(grads, 0.1)
+    gpu.adamw_step(ours, grads, state, 0, 0.1)
+    for flat in (ours, grads, *state.values()):
+        assert np.count_nonzero(flat.buffer.get()) == sum(a.size for a in theirs.values())
 
 @parametrize("at_once, tokens, chunks", [(2048, 103, 2), (20, 100, 6), (20, 103, 7), (20, 2, 1)])
 def test_validation(gpu, rng, model_and_batch, monkeypatch, at_once, tokens, chunks):
@@ -480,17 +521,19 @@ def test_clipping(gpu, same, rng):
         assert math.isclose(gpu.clip_grads(ours, max_norm), norm, rel_tol=1e-12)
         same(ours, theirs, bound)
 
-def test_streams_and_generated_texts(gpu, same, model):
+def test_streams_and_generated_texts(gpu, same, model, monkeypatch):
     config, params, x, _ = model
+    how = {"temperature": 0.9, "top_k": 5, "seed": 4}
     ours, state = gpu.Flat(params), gpu.stream_init(params, config)
     for token, logits in zip(x[0], gpu.forward(ours, config, x[:1])[0], strict=True):
         streamed, state = gpu.stream_step(ours, config, state, token)
         same(streamed, logits, 1e-12)
-    for how in [{"temperature": 0}, {"temperature": 0.9, "top_k": 5, "seed": 4}]:
-        text = list(grassmann.generate(params, config, [1, 2, 3], 20, **how))
+    text = list(grassmann.generate(params, config, [1, 2, 3], 20, **how))
+    for on_host in (10**6, 0):  # by NumPy, by the card
+        monkeypatch.setattr(gpu, "ON_HOST", on_host)
         assert list(gpu.generate(ours, config, [1, 2, 3], 20, **how)) == text
-    with pytest.raises(ValueError, match="prompt"):
-        gpu.generate(ours, config, [config.vocab_size], 1)
+        with pytest.raises(ValueError, match="prompt"):
+            gpu.generate(ours, config, [config.vocab_size], 1)
 
 def test_checkpoints_of_either_load_in_the_other(gpu, same, tiny_config, trained, tmp_path):
     config, path, extra = tiny_config(), tmp_path / "model.npz", {"step": 2, "best": [2, 0.5]}
@@ -536,7 +579,7 @@ def test_training_on_a_gpu_goes_on_on_a_cpu(stand_in, program, tmp_path):
 def test_no_gpu_is_one_sentence(program, cupy, name):
     process = program(cupy, name, "--gpu", "--seed", 1)
     assert (process.returncode, process.stdout, process.stderr.count("\n")) == (2, "", 1)
-    for word in ("--gpu", "cupy-cuda12x[ctk]", "requirements-gpu.txt", "driver", "no "):
+    for word in ("--gpu", "requirements-gpu12.txt", "requirements-gpu.txt", "driver", "no "):
         assert word in process.stderr
 
 def test_a_full_card_is_one_sentence(gpu, program, tmp_path):
