@@ -1,55 +1,306 @@
-"""Training steps on a CUDA GPU, gpu.py against PyTorch: python -m experiments.bench --gpu.
+"""What gpu.py does on a CUDA card, against PyTorch and against what the card could do.
 
-Needs a card, CuPy (requirements-gpu.txt) and a PyTorch built for CUDA. Both sides have the same
-precision, batches, clipping and AdamW, and take turns; the text lies on the card, and the clock is
-read when the card is done. PyTorch runs eagerly and under torch.compile, loss included, which takes
-minutes in each section. In bfloat16 its results are rounded too, not only operands (autocast).
+  python -m experiments.bench --gpu --report         all sections in nine minutes, into results/gpu-CARD.md
+  python -m experiments.bench --gpu --only floor     some; this one, what a step starts, needs no card
+  python -m experiments.bench --gpu --only best      README's best model, and when it reaches 1.47 nats
+  python -m experiments.bench --gpu --rehearse       tiny, on the tests' stand-in for CUDA: the layout
+
+Needs a card and CuPy, and a PyTorch built for CUDA to compare with, or there is no comparison. Each
+section is a process of its own: one contestant is in memory at a time, and what fails or lasts too
+long ends its section only. A row is printed, and written, when it is measured. Both sides have the
+same precision, batches, clipping and AdamW; the text lies on the card, and the clock is read when
+the card is done. What is compiled is so with its loss, which takes a minute or more.
 """
 
 import cli  # noqa: I001  (before NumPy)
 
+import csv
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial, update_wrapper
+from pathlib import Path
 from statistics import median
-from types import ModuleType
 
 import numpy as np
 
-from experiments.bench_models import (Ours, Setup, Tensor, Theirs, alternate, multiply_adds,
-                                      n_parameters, quotient, torch)
+import grassmann
+from experiments.bench_models import (Ours, Setup, Tensor, Theirs, multiply_adds, n_parameters,
+                                      torch)
 from grassmann import Config
+from text import read_corpus
+from training import Training, train_step
 
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 530  # for all sections of a report
 DEVICE = "cuda"  # PyTorch's; gpu.py has CuPy's
-LARGE = 8192  # rows of a product that shows the card's rate
-MODES = {"PyTorch": None, "compiled": "reduce-overhead", "autotuned": "max-autotune"}
+LARGE = 8192  # rows of a product, and 4 KB of a copy, that show the card's rates
+MODES = {"pytorch": None, "compiled": "reduce-overhead", "autotuned": "max-autotune"}
 SIZES = {  # of the models, and the batch; the second is nanoGPT's for a GPU
     "laptop": ({"n_layer": 4, "d_model": 128, "n_head": 4, "context": 64}, 12),
     "nanogpt": ({"n_layer": 6, "d_model": 384, "n_head": 6, "context": 256}, 64),
 }
+RATES = {"GB/s": 3350.0, "TFLOP/s": 50.0, "TFLOP/s in tf32": 400.0, "us a node": 1.5}  # an H100, about
+GOAL = 1.47  # nats, nanoGPT's
 
-def both_sides(precision: str) -> ModuleType:
-    """gpu.py, which computes in this precision from now on, as PyTorch does; what was compiled or
-    recorded before is forgotten. Raises ValueError where one of them cannot run."""
-    gpu = cli.backend(True, precision)
-    if torch is None or (DEVICE == "cuda" and not torch.cuda.is_available()):
-        raise ValueError("--gpu compares with PyTorch, and no PyTorch here finds a CUDA GPU")
-    gpu._graph.cache_clear()
-    torch.compiler.reset()
-    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
-    return gpu
+# ---- sections: each yields the rows of its table; other lines that it prints are notes --------------
 
-def card() -> dict[str, str]:
-    """What the numbers depend on. Raises ValueError."""
-    cupy = both_sides("float32").cp
-    info = {"CUDA": torch.version.cuda, "CuPy": cupy.__version__}
-    return info | {"card": torch.cuda.get_device_name()}
+def card(setup: Setup) -> Iterator[dict]:
+    """The card, and at what rates it copies, multiplies and starts the nodes of a graph"""
+    gpu, precisions = precisions_of_card()
+    cp, device = gpu.cp, gpu.cp.cuda.Device()
+    row = {"card": "a stand-in", "CuPy": getattr(cp, "__version__", ""),
+           "capability": device.compute_capability}
+    if hasattr(cp.cuda.runtime, "getDeviceProperties"):
+        row["card"] = cp.cuda.runtime.getDeviceProperties(device.id)["name"].decode()
+        row |= {"driver": cp.cuda.runtime.driverGetVersion(), "CUDA": cp.cuda.runtime.runtimeGetVersion()}
+    row["PyTorch"] = torch.__version__ if on_card() else "none with CUDA"
+    a, b = cp.ones((LARGE, 1024), np.float32), cp.ones((LARGE, 1024), np.float32)
+    row["GB/s"] = 2e-9 * a.nbytes / timed(lambda: cp.copyto(b, a), finish(gpu))
+    a, b, c = (cp.ones((LARGE, LARGE), np.float32) for _ in "abc")
+    for precision in precisions:
+        gpu.set_precision(precision)
+        rate = 2e-12 * LARGE**3 / timed(lambda: gpu.product(a, b, c), finish(gpu))
+        row["TFLOP/s" if precision == "float32" else "TFLOP/s in tf32"] = rate
+    few = cp.ones(32, np.float32)
+    graph = gpu.card.Graph(lambda x: [cp.copyto(few, x) for _ in range(200)], [few])
+    row["us a node"] = 1e6 / 200 * timed(lambda: graph(few), finish(gpu))
+    yield row
+
+def floor(setup: Setup, rates: dict) -> Iterator[dict]:
+    """What a step of the default model starts and moves, and how long that must take
+
+    Counted on the tests' stand-in for CuPy: the graph's nodes, the launches and copies around them,
+    the bytes of their arguments, multiply-adds of products twice. The floor: each node at the
+    card's rates, its bytes, its operations or its start, whichever takes longest.
+    """
+    sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+    import cuda_on_cpu
+
+    gpu, cuda_on_cpu.dry = cuda_on_cpu.gpu_on_cpu(), True
+    np.seterr(all="ignore")  # nothing is computed
+    for size, (sizes, batch_size) in SIZES.items():
+        for dropout in (0.0, 0.1):
+            config = replace(setup, sizes=sizes).config(dropout=dropout)
+            params, text = gpu.init_params(config), gpu.np.zeros(10_000, dtype=np.uint8)
+            state = gpu.adamw_init(params)
+            for step in range(3):  # the last: as all that follow
+                cuda_on_cpu.started.clear()
+                batch = gpu.get_batch(text, batch_size, config.context, 0, step)
+                train_step(gpu, params, config, Training(), state, step, *batch, threads=0)
+            around = [node[:3] for node in cuda_on_cpu.started if node[0] != "graph"]
+            nodes = [node[:3] for node in params.graph.graph.nodes]
+            row = {"size": size, "dropout": dropout, "nodes": len(nodes), "launches": 1 + len(around),
+                   "products": sum(name == "product" for name, *_ in nodes),
+                   "MB": 1e-6 * sum(moved for _, moved, _ in nodes + around),
+                   "MB of products": 1e-6 * sum(n[1] for n in nodes if n[0] == "product"),
+                   "GFLOP": 2e-9 * sum(work for *_, work in nodes)}
+            for name in {"TFLOP/s", "TFLOP/s in tf32"} & rates.keys():
+                seconds = [max(1e-9 * moved / rates["GB/s"], 2e-12 * work / rates[name],
+                               1e-6 * rates["us a node"]) for _, moved, work in nodes + around]
+                row["floor, ms" + name.removeprefix("TFLOP/s")] = 1e3 * sum(seconds)
+            yield row
+
+def tests(setup: Setup) -> Iterator[dict]:
+    """Parity with NumPy, op by op: pytest -m gpu"""
+    which = ["-m", "gpu"] if DEVICE == "cuda" else ["-k", "test_op and linear"]
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu",
+                          *which], cwd=ROOT, capture_output=True, text=True)
+    *lines, last = run.stdout.splitlines() or [""]
+    print(*[line for line in lines if line.startswith(("FAILED", "ERROR"))], sep="\n")
+    yield {"tests": last.strip("= ")}
+
+def ours(setup: Setup, size: str) -> Iterator[dict]:
+    """Milliseconds per training step of gpu.py, as a graph and kernel by kernel"""
+    gpu, precisions = precisions_of_card()
+    setup = of_size(setup, size)
+    for precision in precisions:
+        gpu.set_precision(precision)
+        for name, config in models(setup).items():
+            if name != "GPT":
+                run = Ours(setup, config, gpu)
+                run.step()
+                for by, graph in (("gpu.py, graph", None), ("gpu.py, kernels", False)):
+                    run.params.graph = graph  # (None: the next step records)
+                    yield step_row(size, precision, name, by, config, timed(run.step, finish(gpu)))
+                run = None
+
+def theirs(setup: Setup, size: str, by: str) -> Iterator[dict]:
+    """Milliseconds per training step of PyTorch, eager or compiled
+
+    The default model and the GPT; eager also the paper's layer in its usual code.
+    """
+    if not on_card():
+        print("no PyTorch here finds a CUDA GPU")
+        return
+    setup, (_, precisions) = of_size(setup, size), precisions_of_card()
+    for precision in precisions[-1:] if MODES[by] else precisions:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        for name, config in models(setup).items():
+            if name != "paper's layer" or not MODES[by]:
+                try:
+                    run = OnCard(setup, config, MODES[by])
+                    row = step_row(size, precision, name, by, config, timed(run.step, finish(None)))
+                except Exception as error:  # in many ways, and the table does without it
+                    print(f"{name}, {by}: {type(error).__name__}: {str(error)[:300]}")
+                    continue
+                finally:
+                    run = None
+                yield row
+
+def kernels(setup: Setup, size: str, steps: int = 10) -> Iterator[dict]:
+    """Where the time of a step goes, kernel by kernel (CUPTI, through PyTorch's profiler)"""
+    gpu, precisions = precisions_of_card()
+    gpu.set_precision(precisions[-1])
+    run = Ours(of_size(setup, size), of_size(setup, size).config(), gpu)
+    timed(run.step, finish(gpu))
+    if not on_card():
+        print("no PyTorch here finds a CUDA GPU")
+        return
+    kind = torch.profiler.ProfilerActivity.CUDA if DEVICE == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profile:
+        for _ in range(steps):
+            run.step()
+        finish(gpu)()
+    spent, calls = Counter(), Counter()
+    for event in profile.events():
+        if DEVICE == "cpu" or event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.name] += event.time_range.elapsed_us()
+            calls[event.name] += 1
+    for name, us in spent.most_common(40):
+        yield {"kernel": name[:60], "size": size, "a step": calls[name] / steps, "us a step": us / steps,
+               "share": us / spent.total()}
+
+def generation(setup: Setup, characters: int = 200) -> Iterator[dict]:
+    """Characters written per second by NumPy on one thread and by the card, at both sizes"""
+    gpu, _ = precisions_of_card()
+    for size in SIZES:
+        config = of_size(setup, size).config()
+        params = gpu.init_params(config)
+        on_host = {name: a.get() for name, a in params.items()}
+        row = {"size": size, "parameters": n_parameters(config)}
+        for by, write in (("NumPy", functools.partial(grassmann.generate, on_host)),
+                          ("the card", functools.partial(gpu._generate, params))):
+            list(write(config, [0], 5))
+            start = time.perf_counter()
+            list(write(config, [0], characters))
+            row[by] = characters / (time.perf_counter() - start)
+        yield row | {"by gpu.generate": "NumPy" if params.buffer.size <= gpu.ON_HOST else "the card"}
+
+def training(setup: Setup, steps: int = 300) -> Iterator[dict]:
+    """The first steps of a training run on the card and by NumPy: their losses, every 50th"""
+    gpu, _ = precisions_of_card()
+    config, losses = setup.config(), {}
+    for by, model in (("the card", gpu), ("NumPy", grassmann)):
+        params = model.init_params(config)
+        state, text = model.adamw_init(params), model.np.asarray(setup.corpus.train)
+        start, found = time.perf_counter(), []
+        for k in range(steps):
+            x, y = model.get_batch(text, setup.training.batch_size, config.context, 0, k)
+            threads = setup.threads if model is grassmann else 0
+            found.append(train_step(model, params, config, setup.training, state, k, x, y, threads))
+        losses[by] = [float(loss) for loss in found]
+        print(f"{by}: {steps} steps in {time.perf_counter() - start:.1f} s")
+    for k in sorted({*range(0, steps, 50), steps - 1}):
+        yield {"step": k} | {by: found[k] for by, found in losses.items()} | {
+            "largest difference so far": max(abs(a - b) for a, b in zip(
+                losses["the card"][: k + 1], losses["NumPy"][: k + 1], strict=True))}
+
+def best(setup: Setup) -> Iterator[dict]:
+    """README's best model, trained on the card: when it reaches 1.47 nats, and its best loss"""
+    _, precisions = precisions_of_card()
+    out = Path(tempfile.mkdtemp())
+    command = [sys.executable, str(ROOT / "train_char.py"), "--data", "shakespeare", "--preset", "best",
+               "--gpu", "--precision", precisions[-1], "--out", str(out)]
+    if DEVICE == "cpu":
+        command += ["--preset", "tiny", "--iters", "4", "--eval-every", "2", "--d-model", "8",
+                    "--rank", "3", "--context", "8", "--data", str(ROOT / "tutorial.md")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    with (out / "log.csv").open() as log:
+        rows = [row for row in csv.DictReader(log) if row["val_loss"]]
+    reached = [row for row in rows if float(row["val_loss"]) <= GOAL]
+    for what, row in ((f"first of {GOAL} or less", reached[0] if reached else None),
+                      ("best", min(rows, key=lambda row: float(row["val_loss"])))):
+        if row:
+            yield {"what": what, "step": int(row["step"]), "nats": float(row["val_loss"]),
+                   "seconds": float(row["seconds"])}
+
+SECTIONS = {"card": (card, 60), "floor": (floor, 60), "tests": (tests, 150)}  # and at most how long
+for _size in SIZES:
+    SECTIONS[f"{_size}-ours"] = functools.partial(ours, size=_size), 60
+for _size in SIZES:
+    SECTIONS[f"{_size}-kernels"] = functools.partial(kernels, size=_size), 45
+SECTIONS |= {"generation": (generation, 30), "training": (training, 60)}
+for _by in MODES:
+    for _size in reversed(SIZES):
+        SECTIONS[f"{_size}-{_by}"] = functools.partial(theirs, size=_size, by=_by), 150
+SECTIONS["best"] = best, 3600
+
+# ---- what they share -------------------------------------------------------------------------------
+
+def precisions_of_card() -> tuple:
+    """gpu.py, and in which precisions this card multiplies."""
+    gpu = cli.backend(True)
+    try:
+        gpu.set_precision("tf32")
+    except ValueError as error:
+        print(error)
+        return gpu, ["float32"]
+    return gpu, ["float32", "tf32"]
+
+def on_card() -> bool:
+    return torch is not None and (DEVICE == "cpu" or torch.cuda.is_available())
+
+def finish(gpu: object) -> functools.partial:
+    """Waits for the card, of gpu.py or of PyTorch."""
+    if gpu is not None:
+        return gpu.cp.cuda.Device().synchronize
+    return torch.cuda.synchronize if DEVICE == "cuda" else int
+
+def timed(step: functools.partial, finish: functools.partial, rounds: int = 7) -> float:
+    """Seconds of a call, the median of some rounds of calls, after some that are not timed."""
+    for _ in range(3):  # kernels are compiled, a graph is recorded
+        step()
+    finish()
+    times, calls = [], 1
+    for k in range(rounds + 1):
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        finish()
+        times.append((time.perf_counter() - start) / calls)
+        if DEVICE == "cpu":  # a rehearsal
+            break
+        calls = max(1, min(200, round(0.3 / times[0]))) if k == 0 else calls
+    return median(times[1:] or times)
+
+def of_size(setup: Setup, size: str) -> Setup:
+    sizes, batch_size = SIZES[size]
+    return replace(setup, sizes=sizes, training=replace(setup.training, batch_size=batch_size))
+
+def models(setup: Setup) -> dict[str, Config]:
+    return {"default": setup.config(), "GPT": setup.gpt_config(),
+            "paper's layer": setup.config(taps=False, normalize=True, positions=True)}
+
+def step_row(size: str, precision: str, model: str, by: str, config: Config, seconds: float) -> dict:
+    work = 2e-12 * multiply_adds(config, SIZES[size][1])
+    return {"size": size, "precision": precision, "model": model, "by": by,
+            "parameters": n_parameters(config), "ms": 1e3 * seconds, "TFLOP/s": work / seconds}
 
 class OnCard(Theirs):
     """A PyTorch model in training on the card, compiled if a mode is given."""
 
-    def __init__(self, setup: Setup, config: Config, precision: str, mode: str | None):
+    def __init__(self, setup: Setup, config: Config, mode: str | None):
         super().__init__(setup, config, DEVICE)
-        self.tokens, self.rounded = self.tensor(setup.corpus.train), precision == "bfloat16"
+        self.tokens = self.tensor(setup.corpus.train)
         self.window = torch.arange(config.context, device=DEVICE)
         if mode:
             self.loss = torch.compile(self.loss, mode=mode, fullgraph=True, dynamic=False)
@@ -61,43 +312,124 @@ class OnCard(Theirs):
         windows = torch.from_numpy(starts).to(DEVICE, non_blocking=True)[:, None] + self.window
         return self.tokens[windows], self.tokens[windows + 1]
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.rounded):
-            return super().loss(x, y)
+# ---- the report ------------------------------------------------------------------------------------
 
-def training_step(size: str, precision: str, setup: Setup) -> list[dict]:
-    """Milliseconds per training step on the card, and what part of the card's rate that is
+class Report:
+    """The sections that were run: their rows and notes, as Markdown and JSON if there is a folder."""
 
-    Our default model against itself in PyTorch and the GPT; the paper's layer against its usual
-    code. "of the rate": the time of as many multiply-adds in a large product, over the step's.
-    """
-    gpu, (sizes, batch_size), runs, rows = both_sides(precision), SIZES[size], {}, []
-    setup = replace(setup, sizes=sizes, training=replace(setup.training, batch_size=batch_size))
-    models = {"default": setup.config(), "GPT": setup.gpt_config(),
-              "paper's layer": setup.config(taps=False, normalize=True, positions=True)}
-    for name, config in models.items():
-        if name != "GPT":
-            runs[name, "gpu.py"] = Ours(setup, config, gpu).step
-        for by, mode in MODES.items():
-            runs[name, by] = OnCard(setup, config, precision, mode).step
+    def __init__(self, folder: Path | None, title: str):
+        self.folder, self.title, self.sections, self.started = folder, title, {}, time.perf_counter()
+
+    def ratios(self, row: dict) -> dict:
+        """A time beside that of our graph, and beside the floor."""
+        def ms(section: str, column: str, **of) -> float:
+            return next((other[column] for other in self.sections.get(section, {"rows": []})["rows"]
+                         if column in other and all(other[key] == of[key] for key in of)), math.nan)
+
+        if "precision" not in row:
+            return row
+        model = "default" if row["model"] == "GPT" else row["model"]
+        graph = row["ms"] if row["by"] == "gpu.py, graph" else ms(
+            f"{row['size']}-ours", "ms", precision=row["precision"], model=model, by="gpu.py, graph")
+        column = "floor, ms" + " in tf32" * (row["precision"] == "tf32")
+        least = ms("floor", column, size=row["size"], dropout=0.0)
+        return row | {"x our graph": row["ms"] / graph,
+                      "x floor": row["ms"] / least if row["model"] == "default" else math.nan}
+
+    def run(self, name: str, data: str | None, rehearse: bool, limit: float) -> None:
+        """A section, in a process of its own that has so many seconds; prints and writes its rows."""
+        from experiments.bench import cell  # (which imports this module)
+
+        function, own_limit = SECTIONS[name]
+        section = self.sections[name] = {"rows": [], "notes": []}
+        print(f"\n{name}: {getattr(function, 'func', function).__doc__.splitlines()[0]}\n", flush=True)
+        found = [row for row in self.sections.get("card", section)["rows"] if "GB/s" in row]
+        rates = {key: found[0][key] for key in RATES if key in found[0]} if found else RATES
+        environment, command = dict(os.environ), [sys.executable, "-m", "experiments.bench_gpu", name]
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
+            if rehearse:
+                stand_in = "import cuda_on_cpu, sys; sys.modules['cupy'] = cuda_on_cpu"
+                (Path(folder) / "cupy.py").write_text(stand_in)
+                environment["PYTHONPATH"] = os.pathsep.join([folder, str(ROOT / "tests" / "gpu")])
+            process = subprocess.Popen(
+                [*command, json.dumps([data, rates, rehearse])], cwd=ROOT, env=environment,
+                stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8")
+            timer = threading.Timer(max(1, min(own_limit, limit)), process.kill)
+            timer.start()
             try:
-                for _ in range(3):  # torch.compile compiles here
-                    runs[name, by]()
-            except Exception as error:  # in many ways, and the table does without it
-                print(f"{name}, {by}: {type(error).__name__}: {str(error)[:500]}")
-                runs[name, by] = None
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    a, b, c = torch.randn(3, LARGE, LARGE, dtype=dtype, device=DEVICE)
-    runs["product"] = lambda: torch.mm(a, b, out=c)
-    times = alternate(setup, runs, 10, 10, torch.cuda.synchronize)
-    product = times.pop("product")
-    for (name, by), seconds in times.items():
-        ours = times["default" if name == "GPT" else name, "gpu.py"]
-        part = quotient(product, seconds) * multiply_adds(models[name], batch_size) / LARGE**3
-        rows.append({"size": size, "precision": precision, "model": name, "by": by,
-                     "parameters": n_parameters(models[name]), "ms": 1e3 * median(seconds),
-                     "x ours": quotient(seconds, ours), "of the rate": part})
-    return rows
+                for line in process.stdout:
+                    if line.startswith("{"):
+                        section["rows"].append(self.ratios(json.loads(line)))
+                        if len(section["rows"]) == 1:
+                            print(*section["rows"][0], sep=" | ")
+                        print(*map(cell, section["rows"][-1].values()), sep=" | ", flush=True)
+                    elif line.strip():
+                        section["notes"].append(line.strip())
+                        print(line.rstrip(), flush=True)
+                    self.write()
+                if process.wait():
+                    errors.seek(0)
+                    last = (errors.read().strip().splitlines() or ["it took too long"])[-1]
+                    section["notes"].append(last[:500])
+                    print(f"{name} ended early: {last[:500]}")
+            finally:
+                timer.cancel()
+                process.kill()
+                process.wait()
+        self.write()
 
-SECTIONS = {f"{size}-{word}": update_wrapper(partial(training_step, size, word), training_step)
-            for size in SIZES for word in ("float32", "tf32", "bfloat16")}
+    def write(self) -> None:
+        """Everything so far; the file is named after the card."""
+        from experiments.bench import cell
+
+        if self.folder is None or not any(section["rows"] for section in self.sections.values()):
+            return
+        rows = self.sections.get("card", {"rows": []})["rows"]
+        name = "".join(c if c.isalnum() else "-" for c in rows[0]["card"]) if rows else "unknown"
+        lines = [f"# {self.title}", "", f"Written by `python -m experiments.bench {' '.join(sys.argv[1:])}`, "
+                 f"{time.perf_counter() - self.started:.0f} seconds in all."]
+        for key, section in self.sections.items():
+            function = SECTIONS[key][0]
+            lines += ["", f"## {key}", "", getattr(function, "func", function).__doc__.strip(), ""]
+            columns = list(dict.fromkeys(column for row in section["rows"] for column in row))
+            if columns:
+                lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+                lines += ["| " + " | ".join(cell(row.get(c, "")) for c in columns) + " |"
+                          for row in section["rows"]]
+            lines += [f"\n{note}" for note in section["notes"]]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"gpu-{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (self.folder / f"gpu-{name}.json").write_text(json.dumps(self.sections, indent=1), encoding="utf-8")
+
+def main(only: list[str] | None, data: str | None, folder: Path | None, rehearse: bool) -> None:
+    """Run sections, all but the long one unless given. Raises ValueError if there is no card."""
+    names = only or [name for name in SECTIONS if name != "best"]
+    if names != ["floor"] and "card" not in names:
+        names = ["card", *names]
+    report = Report(folder, "A rehearsal" if rehearse else "On a card")
+    for name in names:
+        left = SECONDS - (time.perf_counter() - report.started)
+        report.run(name, data, rehearse, math.inf if only or rehearse else left)
+        if name == "card" and not report.sections["card"]["rows"]:
+            raise ValueError(report.sections["card"]["notes"][-1])
+
+def section(name: str, data: str | None, rates: dict, rehearse: bool) -> None:
+    """What a process of a report does."""
+    global DEVICE, LARGE
+    if rehearse:
+        DEVICE, LARGE = "cpu", 64
+        tiny = {"n_layer": 2, "d_model": 16, "rank": 4, "context": 24, "n_head": 4}
+        SIZES.update(dict.fromkeys(SIZES, (tiny, 2)))
+    setup = Setup(read_corpus(data, 16_384), cli.available_cores())
+    function, more = SECTIONS[name][0], {"rates": rates} if name == "floor" else {}
+    if rehearse:
+        setup = replace(setup, sizes=SIZES["laptop"][0])
+        more |= {"steps": 5} if name == "training" else {"characters": 5} if name == "generation" else {}
+    for row in function(setup, **more):
+        print(json.dumps(row), flush=True)
+
+if __name__ == "__main__":
+    try:
+        section(sys.argv[1], *json.loads(sys.argv[2]))
+    except ValueError as error:  # no card
+        sys.exit(str(error))

@@ -1,10 +1,12 @@
 """The benchmark's counts and PyTorch models are right; its sections run, also without PyTorch."""
 
+import json
 import math
+import platform
+import shutil
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,29 +188,48 @@ def test_memory():
     """2,400 tokens keep 1.5 MB for their gradients; PyTorch's late imports, 60 MB, don't count."""
     assert all(1.5 < row["MB"] < 60 for row in bench.memory(tiny(batch_size=100), repeats=1))
 
-@pytest.mark.parametrize(("precision", "broken"), [("float32", ""), ("bfloat16", "max-autotune")])
-def test_gpu_section(precision, broken, monkeypatch, capsys):
-    """grassmann.py plays gpu.py, the CPU the card; what is compiled runs as traced, or fails."""
-    torch, graph = need_torch(), SimpleNamespace(cache_clear=print)
+@pytest.mark.parametrize("broken", [False, True])
+def test_contestants_on_a_card(broken, monkeypatch, capsys):
+    """The CPU plays the card; what is compiled runs as traced, or fails, which is noted."""
+    torch = need_torch()
     trace, how = torch.compile, {"backend": "eager", "fullgraph": True}
-    gpu = SimpleNamespace(**vars(grassmann), set_precision=print, _graph=graph)
-    monkeypatch.setattr(torch, "compile", lambda f, mode, **_: mode != broken and trace(f, **how))
-    monkeypatch.setattr(torch.cuda, "synchronize", print)
-    monkeypatch.setitem(sys.modules, "gpu", gpu)
-    for name, value in {"DEVICE": "cpu", "LARGE": 64, "SIZES": {"nanogpt": (SIZES, 3)}}.items():
+    monkeypatch.setattr(torch, "compile", lambda f, **_: None if broken else trace(f, **how))
+    monkeypatch.setattr(bench_gpu, "precisions_of_card", lambda: (None, ["float32", "tf32"]))
+    for name, value in {"DEVICE": "cpu", "SIZES": {"laptop": (SIZES, 3)}}.items():
         monkeypatch.setattr(bench_gpu, name, value)
-    bench.print_table(bench_gpu.SECTIONS[f"nanogpt-{precision}"](tiny(quick=True)))
-    assert capsys.readouterr().out.count("–") == (3 * 3 if broken else 0)
-    batch = bench_gpu.OnCard(tiny(), tiny().config(), "tf32", None).batch()
+    rows = [*bench_gpu.theirs(tiny(), "laptop", "pytorch")]
+    assert [row["model"] for row in rows] == ["default", "GPT", "paper's layer"] * 2
+    rows = [*bench_gpu.theirs(tiny(), "laptop", "compiled")]
+    assert [row["precision"] for row in rows] == ([] if broken else ["tf32"] * 2)
+    assert capsys.readouterr().out.count("TypeError") == 2 * broken
+    batch = bench_gpu.OnCard(tiny(), tiny().config(), None).batch()
     assert np.array_equal(batch, grassmann.get_batch(tiny().corpus.train, 3, 24, 0, 0))
+
+def test_report_of_a_card(tmp_path, capsys):
+    """Rehearsed: every row is written when it is there, and a section that lasts too long ends."""
+    if not (shutil.which("g++") and platform.libc_ver()[0] == "glibc"):
+        pytest.skip("no g++ with glibc")
+    report = bench_gpu.Report(tmp_path, "A rehearsal")
+    for name, limit in [("card", 600), ("floor", 600), ("generation", 600), ("laptop-ours", 1)]:
+        report.run(name, None, True, limit)
+    text = (tmp_path / "gpu-a-stand-in.md").read_text(encoding="utf-8")
+    assert text.count("| a stand-in |") == 1 and "## floor" in text and "it took too long" in text
+    rows = {name: section["rows"] for name, section in report.sections.items()}
+    assert [len(rows[name]) for name in ("card", "floor", "generation")] == [1, 4, 2]
+    assert json.loads((tmp_path / "gpu-a-stand-in.json").read_text()) == report.sections
+    ours = {"size": "laptop", "precision": "float32", "model": "default", "by": "gpu.py, graph", "ms": 2.0}
+    report.sections["laptop-ours"]["rows"] = [ours]
+    row = report.ratios(ours | {"model": "GPT", "by": "pytorch", "ms": 3.0})
+    assert row["x our graph"] == 1.5 and math.isnan(row["x floor"])
+    assert report.ratios(ours)["x floor"] == 2 / rows["floor"][0]["floor, ms"]
 
 @pytest.mark.parametrize(("options", "error"), [
     ("--only speed", "speed"), ("--data short.txt", "characters"), ("--threads 0", "threads"),
-    ("--gpu", "--gpu"), ("--only race ops --quick", None)])
+    ("--gpu", "CuPy"), ("--gpu --only race", "not all are sections"), ("--only race ops --quick", None)])
 def test_command_line(options, error, tmp_path, monkeypatch, capsys):
     """Tables, or one line that says what is wrong."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # there is no card
     monkeypatch.setattr(sys, "argv", ["bench.py", *options.split()])
     monkeypatch.setattr(bench.cli, "plain_output", print)  # pytest's streams stay as they are
     Path("short.txt").write_text("To be.")

@@ -196,6 +196,8 @@ class RawModule:
         silent = ["-Wno-sign-compare", "-Wno-sequence-point", "-Wno-unknown-pragmas"]
         command = [COMPILER, "-x", "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-Wall", *silent,
                    *options, "-shared", "-fPIC", "-", "-o"]
+        if dry:
+            return
         key = hashlib.sha256((source + str(command)).encode()).hexdigest()[:16]
         library = HEADER.parent / "__pycache__" / f"kernels-{key}.so"
         if not library.exists():
@@ -206,11 +208,9 @@ class RawModule:
         self.library = ctypes.CDLL(str(library))
 
     def get_function(self, name: str):
-        launch, parameters = self.library[f"launch_{name}"], self.signatures[name]
-        launch.restype = ctypes.c_char_p
-
         def run(grid: tuple, block: tuple, args: tuple) -> None:
-            guarded, numbers = {}, []
+            launch, parameters = self.library[f"launch_{name}"], self.signatures[name]
+            launch.restype, guarded, numbers = ctypes.c_char_p, {}, []
             for value, (kind, parameter) in zip(args, parameters, strict=True):
                 dtype = np.dtype(self.dtypes[kind.removeprefix("const ").rstrip("*")])
                 fine = type(value) is np.intp and value == 0  # the null pointer
@@ -350,7 +350,7 @@ def get_default_memory_pool(malloc=None):  # memory is NumPy's, whatever the all
     return SimpleNamespace(malloc=malloc, free_all_blocks=not_while_capturing)
 
 cuda = SimpleNamespace(
-    Device=lambda: SimpleNamespace(compute_capability="90"),
+    Device=lambda: SimpleNamespace(compute_capability="90", synchronize=not_while_capturing),
     Stream=Stream, get_current_stream=get_current_stream, get_cublas_handle=lambda: 0xB1A5,
     Memory=bytearray, MemoryPointer=lambda *place: place, MemoryPool=get_default_memory_pool,
     using_allocator=lambda malloc: contextlib.nullcontext(malloc(512)),

@@ -582,6 +582,14 @@ def test_no_gpu_is_one_sentence(program, cupy, name):
     for word in ("--gpu", "requirements-gpu12.txt", "requirements-gpu.txt", "driver", "no "):
         assert word in process.stderr
 
+def test_an_error_of_cuda_is_one_sentence(stand_in, program, tmp_path):
+    broken = (f"{WORKS}\ndef fails(*_): raise RuntimeError('cudaErrorNoKernelImageForDevice: no image')\n"
+              "cuda_on_cpu.RawModule.get_function = lambda module, name: fails")
+    options = f"--data {tmp_path / 'text.txt'} --gpu --out {tmp_path / 'out'} --context 8"
+    process = program(broken, "train_char.py", *options.split())
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1)
+    assert "the card, its driver or its libraries failed: cudaErrorNoKernel" in process.stderr
+
 def test_a_full_card_is_one_sentence(gpu, program, tmp_path):
     cupy, size = FULL, "--context 8"
     if gpu.cp is not cuda_on_cpu:
