@@ -205,6 +205,14 @@ def test_contestants_on_a_card(broken, monkeypatch, capsys):
     batch = bench_gpu.OnCard(tiny(), tiny().config(), None).batch()
     assert np.array_equal(batch, grassmann.get_batch(tiny().corpus.train, 3, 24, 0, 0))
 
+def test_how_much_a_step_starts(monkeypatch):
+    """Of train_char.py's model: nodes in the graph, and launches and copies around it."""
+    monkeypatch.setattr(bench_gpu, "SIZES", {"laptop": bench_gpu.SIZES["laptop"]})
+    monkeypatch.setattr("cuda_on_cpu.dry", True, raising=False)
+    rows = [*bench_gpu.floor(bench.Setup(tiny().corpus, 1), bench_gpu.RATES)]
+    assert [(row["nodes"], row["launches"], row["products"]) for row in rows] == [(108, 12, 64), (110, 14, 64)]
+    assert all(150 < row["MB"] < 200 and 3.0 < row["GFLOP"] < 3.2 for row in rows)
+
 def test_report_of_a_card(tmp_path, capsys):
     """Rehearsed: every row is written when it is there, and a section that lasts too long ends."""
     if not (shutil.which("g++") and platform.libc_ver()[0] == "glibc"):

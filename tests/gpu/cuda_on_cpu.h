@@ -135,9 +135,7 @@ const char* launch(void (*kernel)(Args...), Size g, Size b, void** args) {
 #define threadIdx (cuda_on_cpu::fibers[cuda_on_cpu::current].index)
 #define blockIdx (cuda_on_cpu::block_index)
 #define blockDim (cuda_on_cpu::block)
-#define gridDim (cuda_on_cpu::grid)
 
-static inline int __ffs(int bits) { return __builtin_ffs(bits); }
 static inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::AT_BLOCK); }
 static inline void __syncwarp() { cuda_on_cpu::meet(0xffffffff, "__syncwarp", 0, '-'); }
 
@@ -145,13 +143,6 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
     const auto all = cuda_on_cpu::meet(mask, "__shfl_xor_sync", other, value);
     return all[cuda_on_cpu::current % 32 ^ other];
-}
-
-static inline unsigned __ballot_sync(unsigned mask, bool value) {
-    const auto all = cuda_on_cpu::meet(mask, "__ballot_sync", 0, value);
-    unsigned bits = 0;
-    for (unsigned lane = 0; lane < 32; lane++) bits |= unsigned(all[lane]) << lane;
-    return bits;
 }
 
 // The entry that ctypes calls: args are pointers to the kernel's arguments, as for cuLaunchKernel.

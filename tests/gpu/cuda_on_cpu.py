@@ -66,13 +66,8 @@ class ndarray:
 
     def get(self):
         not_while_capturing()
-        started.append(("to the host", self.nbytes, 0))
+        started.append(("to the host", self.nbytes, 0, None))
         return self.host.copy()
-
-    def set(self, array):
-        not_while_capturing()
-        started.append(("from the host", self.nbytes, 0))
-        self.host[...] = array
 
 def host(value):
     """What is inside a device array, in lists and tuples too; arrays of the host are refused."""
@@ -91,42 +86,41 @@ def arrays_in(value):
         return [a for item in value for a in arrays_in(item)]
     return [value] if isinstance(value, np.ndarray) else []
 
+OPERATORS = ("add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd isub imul itruediv "
+             "and neg invert float int bool lt le gt ge eq ne getitem setitem len")
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem", "copyto")
+
 def function(of_numpy):
     """The same on the device. A view is only Python's; all else is started there."""
-    name = of_numpy.__name__
-    in_place = name in ("__setitem__", "copyto") or name.startswith("__i")
+    name = of_numpy.__name__.strip("_")
 
     def of_device(*args, **kwargs):
         args, kwargs = host(args), {name: host(value) for name, value in kwargs.items()}
         read = arrays_in([getattr(of_numpy, "__self__", None), *args, *kwargs.values()])
-        if name in ("__getitem__", "__setitem__"):  # of what is inside that place alone
+        if name in ("getitem", "setitem"):  # of what is inside that place alone
             read[0] = read[0][args[0]]
+        moved = sum(a.nbytes for a in read)
+        if name in IN_PLACE:
+            return launched(name, lambda: of_numpy(*args, **kwargs), moved + read[0].nbytes)
         result = of_numpy(*args, **kwargs)
-        view = isinstance(result, np.ndarray) and any(np.may_share_memory(result, a) for a in read)
-        if in_place or (not view and isinstance(result, (np.ndarray, np.generic))):
-            note(name.strip("_"), sum(a.nbytes for a in read) + getattr(result, "nbytes", 0))
-            if captured is not None:
-                place = np.asarray(result)
-                captured[-1] += (lambda: place.__setitem__(..., of_numpy(*args, **kwargs))
-                                 if not in_place else of_numpy(*args, **kwargs),)
-                result = place
+        if isinstance(result, (np.ndarray, np.generic)) and not (
+                isinstance(result, np.ndarray) and any(np.may_share_memory(result, a) for a in read)):
+            result = place = np.asarray(result)
+            launched(name, lambda: place.__setitem__(..., of_numpy(*args, **kwargs)),
+                     moved + place.nbytes)
         return device(result)
 
     return of_device
 
 started = []  # what was: (name, bytes that it reads and writes, multiply-adds)
 captured = None  # while a stream captures: the same and how; None in it: it is spoilt
-dry = False  # if so kernels and products are counted only
-
-def note(name, moved, multiply_adds=0):
-    (started if captured is None else captured).append((name, moved, multiply_adds))
+dry = False  # if so nothing is computed, only counted
 
 def launched(name, compute, moved, multiply_adds=0):
-    """Start compute(), which writes where it is told; in a captured graph also at its launches."""
-    note(name, moved, multiply_adds)
-    if captured is not None:
-        captured[-1] += (compute,)
-    if not dry:
+    """Start compute(), which writes where it is told; what a stream captures is done when its graph
+    is launched."""
+    (started if captured is None else captured).append((name, moved, multiply_adds, compute))
+    if captured is None and not dry:
         compute()
 
 def not_while_capturing():
@@ -134,19 +128,17 @@ def not_while_capturing():
         captured.append(None)
         raise RuntimeError("cudaErrorStreamCaptureUnsupported: not when a stream is capturing")
 
-OPERATORS = ("add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd isub imul itruediv "
-             "and neg invert float int bool lt le gt ge eq ne getitem setitem len")
 for _name in OPERATORS.split():
 
     def _method(self, *others, name=f"__{_name}__"):
         if name in ("__float__", "__int__", "__bool__", "__matmul__", "__rmatmul__"):
             not_while_capturing()  # CuPy refuses its products too
         if name in ("__float__", "__int__", "__bool__"):
-            started.append(("to the host", self.nbytes, 0))
+            started.append(("to the host", self.nbytes, 0, None))
         if name == "__getitem__" and isinstance(others[0], int):
             others = ((*others, ...),)  # a view, not a number as in NumPy
         result = function(getattr(self.host, name))(*others)
-        return self if getattr(result, "host", None) is self.host else result  # as after +=
+        return self if name.strip("_") in IN_PLACE else result  # as after +=
 
     setattr(ndarray, f"__{_name}__", _method)
 
@@ -162,7 +154,7 @@ def asarray(value, dtype=None):
         return value if dtype in (None, value.dtype) else value.astype(dtype)
     not_while_capturing()
     copy = ndarray(np.array(value, dtype))
-    started.append(("from the host", copy.nbytes, 0))
+    started.append(("from the host", copy.nbytes, 0, None))
     return copy
 array = asarray  # of what lies on the host
 
@@ -215,12 +207,13 @@ class RawModule:
                 dtype = np.dtype(self.dtypes[kind.removeprefix("const ").rstrip("*")])
                 fine = type(value) is np.intp and value == 0  # the null pointer
                 if isinstance(value, ndarray) and kind.endswith("*"):
-                    fine = value.dtype == dtype and in_rows(value.host)
+                    whole = value.host if value.flags.c_contiguous else value.host.base
+                    fine = value.dtype == dtype and value.strides == whole.strides  # or a half of it
                     beside = -77.25 if dtype.kind == "f" else 1  # shows if it is read or changed
-                    span = memory(value.host)
-                    room = np.pad(span, GUARD, constant_values=beside)
-                    room, *_ = guarded.setdefault(value.data.ptr, (room, span, value.host, beside))
-                    value = np.intp(room.ctypes.data + GUARD * dtype.itemsize)
+                    room = np.pad(whole.ravel(), GUARD, constant_values=beside)
+                    room, *_ = guarded.setdefault(whole.ctypes.data, (room, whole, beside))
+                    place = value.data.ptr - whole.ctypes.data + GUARD * dtype.itemsize
+                    value = np.intp(room.ctypes.data + place)
                 elif not kind.endswith("*"):
                     fine = isinstance(value, np.generic) and value.dtype == dtype
                 assert fine, f"{name}: {parameter} is {value!r}"
@@ -230,11 +223,10 @@ class RawModule:
             error = launch(*sizes, addresses)
             if error:
                 raise RuntimeError(f"{name}: {error.decode()}")
-            for room, span, inside, beside in guarded.values():
-                guards, new = np.r_[room[:GUARD], room[-GUARD:]], room[GUARD:-GUARD]
+            for room, whole, beside in guarded.values():
+                guards = np.r_[room[:GUARD], room[-GUARD:]]
                 assert (guards == beside).all(), f"{name} wrote beside an array"
-                inside[...] = np.lib.stride_tricks.as_strided(new, inside.shape, inside.strides)
-                assert np.array_equal(span, new, equal_nan=True), f"{name} wrote between the rows"
+                whole[...] = room[GUARD:-GUARD].reshape(whole.shape)
             RAN.add(name)
 
         def start(grid: tuple, block: tuple, args: tuple) -> None:
@@ -242,16 +234,6 @@ class RawModule:
             launched(name, lambda: run(grid, block, args), sum(arrays.values()))
 
         return start
-
-def in_rows(array: np.ndarray) -> bool:
-    """Contiguous, or the half of each row of an array that is."""
-    return array.flags.c_contiguous or array.base[..., : array.shape[-1]].strides == array.strides
-
-def memory(array: np.ndarray) -> np.ndarray:
-    """All numbers from the first to the last of an array, as they lie in memory."""
-    steps = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
-    return np.lib.stride_tricks.as_strided(
-        array, (1 + steps // array.itemsize,), (array.itemsize,))
 
 # ---- cuBLAS --------------------------------------------------------------------------------------
 
@@ -333,13 +315,9 @@ class Stream:
         if None in work:
             raise RuntimeError("cudaErrorStreamCaptureInvalidated: due to a previous error")
 
-        def launch():
-            started.append(("graph", sum(node[1] for node in work), sum(node[2] for node in work)))
-            if not dry:
-                for *_, again in work:
-                    again()
-
-        return SimpleNamespace(launch=launch, nodes=work)
+        moved, multiply_adds = (sum(node[k] for node in work) for k in (1, 2))
+        return SimpleNamespace(nodes=work, launch=lambda: launched(
+            "graph", lambda: [compute() for *_, compute in work], moved, multiply_adds))
 
 streams = [SimpleNamespace(ptr=0)]  # the current one last
 
