@@ -37,7 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 import parallel
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, on_host, save_checkpoint
 from cli import Parser, command, number, plural, short_errors
 from grassmann import Config, param_shapes
 from sample import write_sample
@@ -190,11 +190,14 @@ class Run:
 
     def checked_losses(self) -> list[float]:
         """The training losses since the last line of the log, as numbers. Raises ValueError."""
-        losses = [float(loss) for loss in self.progress.recent]
-        for step, loss in enumerate(losses, self.progress.step - len(losses) + 1):
+        recent, arrays = self.progress.recent, self.model.np
+        if recent:  # from a card all at once
+            losses = arrays.stack([arrays.asarray(loss) for loss in recent])
+            recent = on_host({"losses": losses})["losses"].tolist()
+        for step, loss in enumerate(recent, self.progress.step - len(recent) + 1):
             if not math.isfinite(loss):
                 raise ValueError(self.diverged("loss", loss, step))
-        return losses
+        return recent
 
     def diverged(self, what: str, value: float | str, step: int) -> str:
         last = self.out / "last.npz"
