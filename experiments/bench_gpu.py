@@ -98,11 +98,16 @@ def floor(setup: Setup, rates: dict) -> Iterator[dict]:
                 train_step(gpu, params, config, Training(), state, step, *batch, threads=0)
             around = [node[:3] for node in cuda_on_cpu.started if node[0] != "graph"]
             nodes = [node[:3] for node in params.graph.graph.nodes]
+            stream = gpu.stream_init(params, config)
+            for _ in range(config.context):  # as far as the offsets reach
+                cuda_on_cpu.started.clear()
+                gpu.stream_step(params, config, stream, 0)
             row = {"size": size, "dropout": dropout, "nodes": len(nodes), "launches": 1 + len(around),
                    "products": sum(name == "product" for name, *_ in nodes),
                    "MB": 1e-6 * sum(moved for _, moved, _ in nodes + around),
                    "MB of products": 1e-6 * sum(n[1] for n in nodes if n[0] == "product"),
-                   "GFLOP": 2e-9 * sum(work for *_, work in nodes)}
+                   "GFLOP": 2e-9 * sum(work for *_, work in nodes),
+                   "launches a character": len(cuda_on_cpu.started)}
             for name in {"TFLOP/s", "TFLOP/s in tf32"} & rates.keys():
                 seconds = [max(1e-9 * moved / rates["GB/s"], 2e-12 * work / rates[name],
                                1e-6 * rates["us a node"]) for _, moved, work in nodes + around]
