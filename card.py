@@ -178,7 +178,8 @@ class Graph:
         self.pool = cp.cuda.MemoryPool(malloc)
         gc.collect()  # a graph that is freed while this one is recorded would spoil it
         cp.get_default_memory_pool().free_all_blocks()  # what the function needed when it ran
-        self.inputs, stream = [a.copy() for a in inputs], cp.cuda.Stream(non_blocking=True)
+        self.inputs = [a.copy() for a in inputs]
+        self.stream = stream = cp.cuda.Stream(non_blocking=True)
         with stream, cp.cuda.using_allocator(self.pool.malloc):
             try:
                 stream.begin_capture()
@@ -229,7 +230,7 @@ class Flat(dict):
         key = key and (key, _tf32)
         if key is None or self.key != key:
             self.key = self.graph = None
-            outputs = function(*inputs)  # compiles the kernels
+            outputs = function(*(a.copy() for a in inputs))  # laid out as for the graph: compiles
             self.key = key
             return outputs
         if self.graph is None:

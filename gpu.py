@@ -374,10 +374,9 @@ def loss_and_grads(
         keys = numpy.random.default_rng(seed).integers(2**63, size=2 * config.n_layer + 1)
         inputs.append(cp.asarray(keys))
     function = functools.partial(_forward_and_backward, params, config, share)
-    key = None
-    if config.mixer != "attention" and not config.memory:
-        layer = MIXERS[config.mixer], BLOCKS[config.block]  # somebody may have put in their own
-        key = config, layer, share, [a.shape for a in inputs]
+    layer = MIXERS[config.mixer], BLOCKS[config.block]  # somebody may have put in their own
+    stacks = config.mixer == "attention" or config.memory
+    key = None if stacks else (config, layer, share, [a.shape for a in inputs])
     loss, grads = params.run(key, function, inputs)
     return loss.copy(), params.gathered(grads)
 

@@ -12,8 +12,8 @@
 #define EACH(i, size) for (int i = threadIdx.x; i < (size); i += 32)  // a lane's share of the size
 #define TOKENS(t, first, step) \
     for (int t = blockIdx.x * chunk + first, end = min(T, t + chunk - first); t < end; t += step)
-#define EACH_TOKEN(t) TOKENS(t, (int)threadIdx.y, 8)  // a warp's share of the block's chunk of tokens
-#define CHUNK(t) TOKENS(t, 0, 1)                 // all of the chunk
+#define EACH_TOKEN(t) TOKENS(t, (int)threadIdx.y, 8)  // a warp's share of its block's tokens
+#define CHUNK(t) TOKENS(t, 0, 1)                      // all of these
 
 __device__ int thread() { return threadIdx.y * 32 + threadIdx.x; }
 

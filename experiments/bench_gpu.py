@@ -320,10 +320,12 @@ class OnCard(Theirs):
 # ---- the report ------------------------------------------------------------------------------------
 
 class Report:
-    """The sections that were run: their rows and notes, as Markdown and JSON if there is a folder."""
+    """The sections that were run: their rows and notes, as Markdown and JSON if there is a folder; what
+    other sections say there already stays, if asked to."""
 
-    def __init__(self, folder: Path | None, title: str):
-        self.folder, self.title, self.sections, self.started = folder, title, {}, time.perf_counter()
+    def __init__(self, folder: Path | None, title: str, keep: bool = False):
+        self.folder, self.title, self.keep = folder, title, keep
+        self.sections, self.started = {}, time.perf_counter()
 
     def ratios(self, row: dict) -> dict:
         """A time beside that of our graph, and beside the floor."""
@@ -391,8 +393,12 @@ class Report:
             return
         rows = self.sections.get("card", {"rows": []})["rows"]
         name = "".join(c if c.isalnum() else "-" for c in rows[0]["card"]) if rows else "unknown"
-        lines = [f"# {self.title}", "", f"Written by `python -m experiments.bench {' '.join(sys.argv[1:])}`, "
-                 f"{time.perf_counter() - self.started:.0f} seconds in all."]
+        data = self.folder / f"gpu-{name}.json"
+        if self.keep and data.exists():
+            self.sections = json.loads(data.read_text(encoding="utf-8")) | self.sections
+        self.keep = False
+        lines = [f"# {self.title}", "", f"Last written by `python -m experiments.bench "
+                 f"{' '.join(sys.argv[1:])}`, {time.perf_counter() - self.started:.0f} seconds in all."]
         for key, section in self.sections.items():
             function = SECTIONS[key][0]
             lines += ["", f"## {key}", "", getattr(function, "func", function).__doc__.strip(), ""]
@@ -404,14 +410,14 @@ class Report:
             lines += [f"\n{note}" for note in section["notes"]]
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"gpu-{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (self.folder / f"gpu-{name}.json").write_text(json.dumps(self.sections, indent=1), encoding="utf-8")
+        data.write_text(json.dumps(self.sections, indent=1), encoding="utf-8")
 
 def main(only: list[str] | None, data: str | None, folder: Path | None, rehearse: bool) -> None:
     """Run sections, all but the long one unless given. Raises ValueError if there is no card."""
     names = only or [name for name in SECTIONS if name != "best"]
     if names != ["floor"] and "card" not in names:
         names = ["card", *names]
-    report = Report(folder, "A rehearsal" if rehearse else "On a card")
+    report = Report(folder, "A rehearsal" if rehearse else "On a card", keep=only is not None)
     for name in names:
         left = SECONDS - (time.perf_counter() - report.started)
         report.run(name, data, rehearse, math.inf if only or rehearse else left)

@@ -186,9 +186,12 @@ def test_op(gpu, same, rng, op, dtype, bound):
     same(getattr(gpu, f"{name}_backward")(our_dout, our_cache), grads, bound)
 
 @both_dtypes
+@parametrize("chunk", [8, 24])
 @parametrize("layer", LAYERS.values(), ids=LAYERS)
-def test_block(gpu, same, rng, layer, dtype, bound):
-    """The mixing layer and the FFN, between the LayerNorms that add up what they give."""
+def test_block(gpu, same, rng, monkeypatch, layer, chunk, dtype, bound):
+    """The mixing layer and the FFN, between the LayerNorms that add up what they give; a warp has
+    one token or, as in long batches, three."""
+    monkeypatch.setattr(gpu.card, "chunks", lambda T: (-(-T // chunk), chunk))
     sizes = {"context": 23, "n_layer": 1, "d_model": D, "d_ff": 70, "offsets": ((1, 2, 7, 22),)}
     config = Config(2, **sizes | layer)
     shapes = {name.removeprefix("blocks.0."): shape
