@@ -492,11 +492,13 @@ def test_streams_and_generated_texts(gpu, same, model, monkeypatch):
         streamed, state = gpu.stream_step(ours, config, state, token)
         same(streamed, logits, 1e-12)
     text = list(grassmann.generate(params, config, [1, 2, 3], 20, **how))
-    for on_host in (10**6, 0):  # by NumPy, by the card
-        monkeypatch.setattr(gpu, "ON_HOST", on_host)
-        assert list(gpu.generate(ours, config, [1, 2, 3], 20, **how)) == text
-        with pytest.raises(ValueError, match="prompt"):
-            gpu.generate(ours, config, [config.vocab_size], 1)
+    for on_host, *other in [(10**6, gpu, "_generate"), (0, grassmann, "generate")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "ON_HOST", on_host)
+            patch.setattr(*other, None)  # not by the card, not by NumPy
+            assert list(gpu.generate(ours, config, [1, 2, 3], 20, **how)) == text
+            with pytest.raises(ValueError, match="prompt"):
+                gpu.generate(ours, config, [config.vocab_size], 1)
 
 def test_checkpoints_of_either_load_in_the_other(gpu, same, tiny_config, trained, tmp_path):
     config, path, extra = tiny_config(), tmp_path / "model.npz", {"step": 2, "best": [2, 0.5]}
