@@ -62,7 +62,7 @@ extern "C" __global__ void dropout(
     if (i < n) y[i] = dropped(x[i], *key, i, rate);
 }
 
-// sum = residual + D(x + bias),  x̂ = (sum - mean) / σ,  y = w ⊙ x̂ + b, whose rows are `row` apart.
+// sum = residual + D(x + bias),  x̂ = (sum - mean) / σ,  y = w ⊙ x̂ + b, its rows are `row` apart.
 // With hg = [h ; g] (T, 2d) x + bias is the gate's: α = sigmoid(x + bias), which takes the place of
 // x, and D(α ⊙ h + (1-α) ⊙ g) is added. Key, bias, hg, residual may be missing; sum may be x.
 extern "C" __global__ void layernorm_forward(

@@ -4,8 +4,8 @@
   python -m experiments.bench --data shakespeare       on Tiny Shakespeare, as in README.md
   python -m experiments.bench --quick                  fewer turns, and no race
   python -m experiments.bench --only step ops          some sections
-  python -m experiments.bench --only ranks machines    on several processes, and machines (bench_ranks.py)
-  python -m experiments.bench --gpu                    on a CUDA GPU, --report writes it down (bench_gpu.py)
+  python -m experiments.bench --only ranks machines    on several processes, and machines
+  python -m experiments.bench --gpu                    on a CUDA GPU; --report writes it down
 
 What is compared runs by turns, A B A B …, so that a machine that speeds up or slows down does so
 for both: times are medians over the turns, and "x ours" is the median of the quotients within a
@@ -286,8 +286,8 @@ def main() -> None:
         help="CPU threads (default: all cores)")
     add("--quick", action="store_true", help="fewer turns, and no race")
     add("--gpu", action="store_true", help="measure gpu.py on a CUDA GPU instead")
-    add("--report", action="store_true", help="with --gpu: write experiments/results/gpu-CARD.md and .json")
-    add("--rehearse", action="store_true", help="with --gpu: tiny, on the tests' stand-in for CUDA, into out/")
+    add("--report", action="store_true", help="with --gpu: write experiments/results/gpu-CARD.md")
+    add("--rehearse", action="store_true", help="with --gpu: tiny, on the tests' stand-in, into out/")
     add("--only", nargs="+", choices=[*SECTIONS, *bench_gpu.SECTIONS], help="some sections")
     args = parser.parse_args()
     with cli.short_errors(parser, args.data, "not enough memory for this model"):
@@ -296,7 +296,8 @@ def main() -> None:
                              f"{'of' if args.gpu else 'without'} --gpu")
         if args.gpu:
             folder = "out" if args.rehearse else "experiments/results" if args.report else None
-            return bench_gpu.main(args.only, args.data, folder and bench_gpu.ROOT / folder, args.rehearse)
+            folder = folder and bench_gpu.ROOT / folder
+            return bench_gpu.main(args.only, args.data, folder, args.rehearse)
         setup = Setup(read_corpus(args.data, 16_384), args.threads, args.quick)
         for name, value in header(setup, args.data).items():
             print(f"{name:10s} {value}")

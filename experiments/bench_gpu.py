@@ -1,9 +1,9 @@
 """What gpu.py does on a CUDA card, against PyTorch and against what the card could do.
 
-  python -m experiments.bench --gpu --report         all sections in nine minutes, into results/gpu-CARD.md
-  python -m experiments.bench --gpu --only floor     some; this one, what a step starts, needs no card
-  python -m experiments.bench --gpu --only best      README's best model, and when it reaches 1.47 nats
-  python -m experiments.bench --gpu --rehearse       tiny, on the tests' stand-in for CUDA: the layout
+  python -m experiments.bench --gpu --report        everything in nine minutes, results/gpu-CARD.md
+  python -m experiments.bench --gpu --only floor    what a step starts and moves: needs no card
+  python -m experiments.bench --gpu --only best     README's best model: when it reaches 1.47 nats
+  python -m experiments.bench --gpu --rehearse      tiny, on the tests' stand-in: the layout
 
 Needs a card and CuPy, and a PyTorch built for CUDA to compare with, or there is no comparison. Each
 section is a process of its own: one contestant is in memory at a time, and what fails or lasts too
@@ -50,10 +50,10 @@ SIZES = {  # of the models, and the batch; the second is nanoGPT's for a GPU
     "laptop": ({"n_layer": 4, "d_model": 128, "n_head": 4, "context": 64}, 12),
     "nanogpt": ({"n_layer": 6, "d_model": 384, "n_head": 6, "context": 256}, 64),
 }
-RATES = {"GB/s": 3350.0, "TFLOP/s": 50.0, "TFLOP/s in tf32": 400.0, "us a node": 1.5}  # an H100, about
+RATES = {"GB/s": 3350.0, "TFLOP/s": 50.0, "TFLOP/s in tf32": 400.0, "us a node": 1.5}  # an H100's
 GOAL = 1.47  # nats, nanoGPT's
 
-# ---- sections: each yields the rows of its table; other lines that it prints are notes --------------
+# ---- sections: each yields the rows of its table; what it prints besides are notes ---------------
 
 def card(setup: Setup) -> Iterator[dict]:
     """The card, and at what rates it copies, multiplies and starts the nodes of a graph"""
@@ -63,7 +63,8 @@ def card(setup: Setup) -> Iterator[dict]:
            "capability": device.compute_capability}
     if hasattr(cp.cuda.runtime, "getDeviceProperties"):
         row["card"] = cp.cuda.runtime.getDeviceProperties(device.id)["name"].decode()
-        row |= {"driver": cp.cuda.runtime.driverGetVersion(), "CUDA": cp.cuda.runtime.runtimeGetVersion()}
+        row |= {"driver": cp.cuda.runtime.driverGetVersion(),
+                "CUDA": cp.cuda.runtime.runtimeGetVersion()}
     row["PyTorch"] = torch.__version__ if on_card() else "none with CUDA"
     a, b = cp.ones((LARGE, 1024), np.float32), cp.ones((LARGE, 1024), np.float32)
     row["GB/s"] = 2e-9 * a.nbytes / timed(lambda: cp.copyto(b, a), finish(gpu))
@@ -104,8 +105,8 @@ def floor(setup: Setup, rates: dict) -> Iterator[dict]:
             for _ in range(config.context):  # as far as the offsets reach
                 cuda_on_cpu.started.clear()
                 gpu.stream_step(params, config, stream, 0)
-            row = {"size": size, "dropout": dropout, "nodes": len(nodes), "launches": 1 + len(around),
-                   "products": sum(name == "product" for name, *_ in nodes),
+            row = {"size": size, "dropout": dropout, "nodes": len(nodes),
+                   "launches": 1 + len(around), "products": sum(name == "product" for name, *_ in nodes),
                    "MB": 1e-6 * sum(moved for _, moved, _ in nodes + around),
                    "MB of products": 1e-6 * sum(n[1] for n in nodes if n[0] == "product"),
                    "GFLOP": 2e-9 * sum(work for *_, work in nodes),
@@ -119,8 +120,8 @@ def floor(setup: Setup, rates: dict) -> Iterator[dict]:
 def tests(setup: Setup) -> Iterator[dict]:
     """Parity with NumPy, op by op: pytest -m gpu"""
     which = ["-m", "gpu"] if DEVICE == "cuda" else ["-k", "test_op and linear"]
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu",
-                          *which], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", *which]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     *lines, last = run.stdout.splitlines() or [""]
     print(*[line for line in lines if line.startswith(("FAILED", "ERROR"))], sep="\n")
     yield {"tests": last.strip("= ")}
@@ -172,8 +173,8 @@ def kernels(setup: Setup, size: str, steps: int = 10) -> Iterator[dict]:
     if not on_card():
         print("no PyTorch here finds a CUDA GPU")
         return
-    kind = torch.profiler.ProfilerActivity.CUDA if DEVICE == "cuda" else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[kind]) as profile:
+    activity = getattr(torch.profiler.ProfilerActivity, DEVICE.upper())
+    with torch.profiler.profile(activities=[activity]) as profile:
         for _ in range(steps):
             run.step()
         finish(gpu)()
@@ -183,8 +184,8 @@ def kernels(setup: Setup, size: str, steps: int = 10) -> Iterator[dict]:
             spent[event.name] += event.time_range.elapsed_us()
             calls[event.name] += 1
     for name, us in spent.most_common(40):
-        yield {"kernel": name[:60], "size": size, "a step": calls[name] / steps, "us a step": us / steps,
-               "share": us / spent.total()}
+        yield {"kernel": name[:60], "size": size, "a step": calls[name] / steps,
+               "us a step": us / steps, "share": us / spent.total()}
 
 def generation(setup: Setup, characters: int = 200) -> Iterator[dict]:
     """Characters written per second by NumPy on one thread and by the card, at both sizes"""
@@ -200,7 +201,8 @@ def generation(setup: Setup, characters: int = 200) -> Iterator[dict]:
             start = time.perf_counter()
             list(write(config, [0], characters))
             row[by] = characters / (time.perf_counter() - start)
-        yield row | {"by gpu.generate": "NumPy" if params.buffer.size <= gpu.ON_HOST else "the card"}
+        by = "NumPy" if params.buffer.size <= gpu.ON_HOST else "the card"
+        yield row | {"by gpu.generate": by}
 
 def training(setup: Setup, steps: int = 300) -> Iterator[dict]:
     """The first steps of a training run on the card and by NumPy: their losses, every 50th"""
@@ -225,8 +227,8 @@ def best(setup: Setup) -> Iterator[dict]:
     """README's best model, trained on the card: when it reaches 1.47 nats, and its best loss"""
     _, precisions = precisions_of_card()
     out = Path(tempfile.mkdtemp())
-    command = [sys.executable, str(ROOT / "train_char.py"), "--data", "shakespeare", "--preset", "best",
-               "--gpu", "--precision", precisions[-1], "--out", str(out)]
+    command = [sys.executable, str(ROOT / "train_char.py"), "--data", "shakespeare", "--preset",
+               "best", "--gpu", "--precision", precisions[-1], "--out", str(out)]
     if DEVICE == "cpu":
         command += ["--preset", "tiny", "--iters", "4", "--eval-every", "2", "--d-model", "8",
                     "--rank", "3", "--context", "8", "--data", str(ROOT / "tutorial.md")]
@@ -251,7 +253,7 @@ for _by in MODES:
         SECTIONS[f"{_size}-{_by}"] = functools.partial(theirs, size=_size, by=_by), 150
 SECTIONS["best"] = best, 3600
 
-# ---- what they share -------------------------------------------------------------------------------
+# ---- what they share -----------------------------------------------------------------------------
 
 def precisions_of_card() -> tuple:
     """gpu.py, and in which precisions this card multiplies."""
@@ -297,7 +299,9 @@ def models(setup: Setup) -> dict[str, Config]:
     return {"default": setup.config(), "GPT": setup.gpt_config(),
             "paper's layer": setup.config(taps=False, normalize=True, positions=True)}
 
-def step_row(size: str, precision: str, model: str, by: str, config: Config, seconds: float) -> dict:
+def step_row(
+    size: str, precision: str, model: str, by: str, config: Config, seconds: float
+) -> dict:
     work = 2e-12 * multiply_adds(config, SIZES[size][1])
     return {"size": size, "precision": precision, "model": model, "by": by,
             "parameters": n_parameters(config), "ms": 1e3 * seconds, "TFLOP/s": work / seconds}
@@ -319,11 +323,11 @@ class OnCard(Theirs):
         windows = torch.from_numpy(starts).to(DEVICE, non_blocking=True)[:, None] + self.window
         return self.tokens[windows], self.tokens[windows + 1]
 
-# ---- the report ------------------------------------------------------------------------------------
+# ---- the report ----------------------------------------------------------------------------------
 
 class Report:
-    """The sections that were run: their rows and notes, as Markdown and JSON if there is a folder; what
-    other sections say there already stays, if asked to."""
+    """The sections that were run: their rows and notes, as Markdown and JSON if there is a folder;
+    what other sections say there already stays, if asked to."""
 
     def __init__(self, folder: Path | None, title: str, keep: bool = False):
         self.folder, self.title, self.keep = folder, title, keep
@@ -339,39 +343,44 @@ class Report:
             return row
         model = "default" if row["model"] == "GPT" else row["model"]
         graph = row["ms"] if row["by"] == "gpu.py, graph" else ms(
-            f"{row['size']}-ours", "ms", precision=row["precision"], model=model, by="gpu.py, graph")
+            f"{row['size']}-ours", "ms", precision=row["precision"], model=model,
+            by="gpu.py, graph")
         column = "floor, ms" + " in tf32" * (row["precision"] == "tf32")
         least = ms("floor", column, size=row["size"], dropout=0.0)
         return row | {"x our graph": row["ms"] / graph,
                       "x floor": row["ms"] / least if row["model"] == "default" else math.nan}
 
     def run(self, name: str, data: str | None, rehearse: bool, limit: float) -> None:
-        """A section, in a process of its own that has so many seconds; prints and writes its rows."""
+        """A section, in a process that has so many seconds; prints and writes its rows."""
         from experiments.bench import cell  # (which imports this module)
 
         function, own_limit = SECTIONS[name]
         section = self.sections[name] = {"rows": [], "notes": []}
-        print(f"\n{name}: {getattr(function, 'func', function).__doc__.splitlines()[0]}\n", flush=True)
+        what = getattr(function, "func", function).__doc__.splitlines()[0]
+        print(f"\n{name}: {what}\n", flush=True)
         if limit < 5:
             section["notes"].append("no time was left")
             print(section["notes"][0])
             return self.write()
         found = [row for row in self.sections.get("card", section)["rows"] if "GB/s" in row]
         rates = {key: found[0][key] for key in RATES if key in found[0]} if found else RATES
-        environment, command = dict(os.environ), [sys.executable, "-m", "experiments.bench_gpu", name]
+        environment, asked = dict(os.environ), json.dumps([data, rates, rehearse])
+        command = [sys.executable, "-m", "experiments.bench_gpu", name, asked]
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
             if rehearse:
                 stand_in = "import cuda_on_cpu, sys; sys.modules['cupy'] = cuda_on_cpu"
                 (Path(folder) / "cupy.py").write_text(stand_in)
                 environment["PYTHONPATH"] = os.pathsep.join([folder, str(ROOT / "tests" / "gpu")])
             process = subprocess.Popen(
-                [*command, json.dumps([data, rates, rehearse])], cwd=ROOT, env=environment,
-                stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8", start_new_session=True)
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
+                encoding="utf-8", start_new_session=True)
 
             def end() -> None:
                 """With all that it has started, as torch.compile its workers."""
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+                    if hasattr(os, "killpg"):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()
 
             timer = threading.Timer(min(own_limit, limit), end)
             timer.start()
@@ -409,8 +418,9 @@ class Report:
         if self.keep and data.exists():
             self.sections = json.loads(data.read_text(encoding="utf-8")) | self.sections
         self.keep = False
-        lines = [f"# {self.title}", "", f"Last written by `python -m experiments.bench "
-                 f"{' '.join(sys.argv[1:])}`, {time.perf_counter() - self.started:.0f} seconds in all."]
+        command, seconds = " ".join(sys.argv[1:]), time.perf_counter() - self.started
+        lines = [f"# {self.title}", "", f"Last written by `python -m experiments.bench {command}`, "
+                 f"{seconds:.0f} seconds in all."]
         for key, section in self.sections.items():
             function = SECTIONS[key][0]
             lines += ["", f"## {key}", "", getattr(function, "func", function).__doc__.strip(), ""]
@@ -447,7 +457,7 @@ def section(name: str, data: str | None, rates: dict, rehearse: bool) -> None:
     function, more = SECTIONS[name][0], {"rates": rates} if name == "floor" else {}
     if rehearse:
         setup = replace(setup, sizes=SIZES["laptop"][0])
-        more |= {"steps": 5} if name == "training" else {"characters": 5} if name == "generation" else {}
+        more |= {"training": {"steps": 5}, "generation": {"characters": 5}}.get(name, {})
     for row in function(setup, **more):
         print(json.dumps(row), flush=True)
 

@@ -206,11 +206,12 @@ def test_contestants_on_a_card(broken, monkeypatch, capsys):
     assert np.array_equal(batch, grassmann.get_batch(tiny().corpus.train, 3, 24, 0, 0))
 
 def test_how_much_a_step_starts():
-    """Of train_char.py's model, and the larger one: nodes of the graph, launches and copies around it."""
+    """Of train_char.py's model, and the larger one: nodes of the graph, launches around it."""
     report = bench_gpu.Report(None, "")
     report.run("floor", None, False, 600)
     rows = report.sections["floor"]["rows"]
-    assert [(row["nodes"], row["launches"]) for row in rows] == [(108, 12), (110, 14), (156, 12), (158, 14)]
+    counts = [(row["nodes"], row["launches"]) for row in rows]
+    assert counts == [(108, 12), (110, 14), (156, 12), (158, 14)]
     assert 150 < rows[0]["MB"] < 200 and 3.0 < rows[0]["GFLOP"] < 3.2
 
 def test_report_of_a_card(tmp_path, capsys):
@@ -218,7 +219,8 @@ def test_report_of_a_card(tmp_path, capsys):
     if not (shutil.which("g++") and platform.libc_ver()[0] == "glibc"):
         pytest.skip("no g++ with glibc")
     report = bench_gpu.Report(tmp_path, "A rehearsal")
-    for name, limit in [("card", 600), ("floor", 600), ("generation", 600), ("laptop-ours", 5), ("best", 1)]:
+    limits = {"card": 600, "floor": 600, "generation": 600, "laptop-ours": 5, "best": 1}
+    for name, limit in limits.items():
         report.run(name, None, True, limit)
     text = (tmp_path / "gpu-a-stand-in.md").read_text(encoding="utf-8")
     assert text.count("| a stand-in |") == 1 and "## floor" in text and "it took too long" in text
@@ -231,7 +233,8 @@ def test_report_of_a_card(tmp_path, capsys):
     later.sections["card"] = {"rows": rows["card"], "notes": ["again"]}
     later.write()
     assert later.sections["generation"] == report.sections["generation"]
-    ours = {"size": "laptop", "precision": "float32", "model": "default", "by": "gpu.py, graph", "ms": 2.0}
+    ours = {"size": "laptop", "precision": "float32", "model": "default", "by": "gpu.py, graph",
+            "ms": 2.0}
     report.sections["laptop-ours"]["rows"] = [ours]
     row = report.ratios(ours | {"model": "GPT", "by": "pytorch", "ms": 3.0})
     assert row["x our graph"] == 1.5 and math.isnan(row["x floor"])
@@ -239,7 +242,8 @@ def test_report_of_a_card(tmp_path, capsys):
 
 @pytest.mark.parametrize(("options", "error"), [
     ("--only speed", "speed"), ("--data short.txt", "characters"), ("--threads 0", "threads"),
-    ("--gpu", "CuPy"), ("--gpu --only race", "not all are sections"), ("--only race ops --quick", None)])
+    ("--gpu", "CuPy"), ("--gpu --only race", "not all are sections"),
+    ("--only race ops --quick", None)])
 def test_command_line(options, error, tmp_path, monkeypatch, capsys):
     """Tables, or one line that says what is wrong."""
     monkeypatch.chdir(tmp_path)

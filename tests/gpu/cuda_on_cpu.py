@@ -43,7 +43,7 @@ def gpu_on_cpu() -> ModuleType:
 class ndarray:
     """An array that lies "on the device"."""
 
-    __hash__ = __array_ufunc__ = None  # so np.float32(2) * array comes here, and np.exp(array) fails
+    __hash__ = __array_ufunc__ = None  # np.float32(2) * array comes here, np.exp(array) fails
 
     def __init__(self, host):
         self.host = host
@@ -100,8 +100,8 @@ def function(of_numpy):
         if name in IN_PLACE:
             return launched(name, lambda: of_numpy(*args, **kwargs), moved + read[0].nbytes)
         result = of_numpy(*args, **kwargs)
-        if isinstance(result, (np.ndarray, np.generic)) and not (
-                isinstance(result, np.ndarray) and any(np.may_share_memory(result, a) for a in read)):
+        array = isinstance(result, (np.ndarray, np.generic))
+        if array and not any(np.may_share_memory(result, a) for a in read):
             result = place = np.asarray(result)
             launched(name, lambda: place.__setitem__(..., of_numpy(*args, **kwargs)),
                      moved + place.nbytes)
@@ -139,8 +139,8 @@ for _name in OPERATORS.split():
 
     setattr(ndarray, f"__{_name}__", _method)
 
-FUNCTIONS = ("arange ascontiguousarray concatenate copyto empty_like exp maximum ones sqrt stack tri "
-             "where zeros zeros_like")
+FUNCTIONS = ("arange ascontiguousarray concatenate copyto empty_like exp maximum ones sqrt stack "
+             "tri where zeros zeros_like")
 for _name in FUNCTIONS.split():
     globals()[_name] = function(getattr(np, _name))
 inf, finfo = np.inf, np.finfo
@@ -204,7 +204,7 @@ class RawModule:
                 fine = type(value) is np.intp and value == 0  # the null pointer
                 if isinstance(value, ndarray) and kind.endswith("*"):
                     whole = value.host if value.flags.c_contiguous else value.host.base
-                    fine = value.dtype == dtype and value.strides == whole.strides  # or a half of it
+                    fine = value.dtype == dtype and value.strides == whole.strides  # (a half)
                     beside = -77.25 if dtype.kind == "f" else 1  # shows if it is read or changed
                     room = np.pad(whole.ravel(), GUARD, constant_values=beside)
                     room, *_ = guarded.setdefault(whole.ctypes.data, (room, whole, beside))

@@ -54,7 +54,7 @@ def test_gpu_mirrors_grassmann(stand_in):
 def test_every_name_is_one_of_cupy():
     """What the stand-in offers, and so what gpu.py uses, exists in the real library."""
     cupy = pytest.importorskip("cupy", reason="no CuPy")
-    names = f"{cuda_on_cpu.FUNCTIONS} array asarray empty finfo inf RawModule get_default_memory_pool"
+    names = cuda_on_cpu.FUNCTIONS + " array asarray empty finfo inf RawModule get_default_memory_pool"
     operators = ["get", *(f"__{name}__" for name in cuda_on_cpu.OPERATORS.split())]
     parts = vars(cuda_on_cpu.cuda).keys() - {"cublas"}
     for module, found in [(cupy, names.split()), (cupy.ndarray, operators), (cupy.cuda, parts)]:
@@ -234,7 +234,7 @@ def model(variant, model_and_batch):
     return model_and_batch(**variant, positions=variant.get("normalize") != variant.get("taps"))
 
 def test_model(gpu, same, model, recwarn):
-    """Kernel by kernel, then from a graph; attention and memory are not recorded, without a word."""
+    """Kernel by kernel, then from a graph; attention and memory are not recorded, silently."""
     config, params, x, y = model
     ours = gpu.Flat(params)
     same(gpu.forward(ours, config, x), grassmann.forward(params, config, x), 1e-12)
@@ -438,7 +438,8 @@ def test_200_steps_follow_the_cpu(gpu, set_precision, tiny_config, trained, prec
     """At a learning rate that is not too high: there rounding grows from step to step."""
     set_precision(precision)
     config = tiny_config(rank=32, d_model=64, d_ff=128)
-    losses, ours = (trained(m, config, m.init_params(config), 200, lr=3e-3)[0] for m in (grassmann, gpu))
+    losses, ours = (
+        trained(m, config, m.init_params(config), 200, lr=3e-3)[0] for m in (grassmann, gpu))
     assert np.abs(np.subtract(ours, losses)).max() < bound * losses[0]
 
 def test_training_launches_every_kernel(stand_in, tiny_config, trained):
@@ -516,7 +517,7 @@ def test_checkpoints_of_either_load_in_the_other(gpu, same, tiny_config, trained
 
 WORKS = "import cuda_on_cpu, sys; sys.modules['cupy'] = cuda_on_cpu"
 BROKEN = {  # a cupy.py, and what the programs say
-    "missing": ("raise ImportError('no such library')", "-r requirements-gpu12.txt .*no such library"),
+    "missing": ("raise ImportError('no such library')", "-r requirements-gpu12.* no such library"),
     "no device": ("def ones(shape): raise type('CompileException', (Exception,), {})('no device')",
                   "--gpu: .*requirements-gpu.txt .*driver .*CompileException: no device"),
     "no kernel": (f"{WORKS}\ndef empty(*_): raise RuntimeError('cudaErrorNoKernelImage: none')\n"
@@ -544,8 +545,8 @@ def test_training_on_a_gpu_goes_on_on_a_cpu(stand_in, program, tmp_path):
 
 @parametrize("cupy, error", BROKEN.values(), ids=BROKEN)
 def test_what_is_wrong_is_one_sentence(program, tmp_path, cupy, error):
-    process = program(cupy, "train_char.py", "--gpu", "--data", tmp_path / "text.txt", "--context", 8,
-                      "--out", tmp_path / "out")
+    process = program(cupy, "train_char.py", "--gpu", "--data", tmp_path / "text.txt",
+                      "--context", 8, "--out", tmp_path / "out")
     assert (process.returncode, process.stderr.count("\n")) == (2, 1)
     assert re.match(f"train_char.py: .*{error}", process.stderr)
     if "device" in cupy or "library" in cupy:
