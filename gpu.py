@@ -372,7 +372,9 @@ def loss_and_grads(
     params.tokens = inputs[0].size
     if seed is not None and config.dropout:
         keys = numpy.random.default_rng(seed).integers(2**63, size=2 * config.n_layer + 1)
-        inputs.append(cp.asarray(keys))
+        before = getattr(seed, "first", 0) * x.shape[1] * config.d_model  # elements of earlier rows
+        step = numpy.uint64(before * 0x9E3779B97F4A7C15 % 2**64)  # the kernel's, from one to the next
+        inputs.append(cp.asarray((keys.view(numpy.uint64) + step).view(numpy.int64)))
     function = functools.partial(_forward_and_backward, params, config, share)
     layer = MIXERS[config.mixer], BLOCKS[config.block]  # somebody may have put in their own
     stacks = config.mixer == "attention" or config.memory

@@ -22,6 +22,7 @@ import pytest
 import checkpoint
 import grassmann
 from grassmann import Config, Scope
+from training import RowsOfBatch
 
 SOURCE = (Path(__file__).parents[2] / "kernels.cu").read_text(encoding="utf-8")
 KERNELS = cuda_on_cpu.signatures(SOURCE)
@@ -390,6 +391,16 @@ def test_every_dropout_has_its_key(gpu, model_and_batch):
         loss, _ = gpu._forward_and_backward(gpu.Flat(params), config, 1.0, *arrays, keys)
         losses.add(float(loss))
     assert len(losses) == n + 1
+
+def test_dropout_does_not_depend_on_who_computes_which_rows(gpu, same, model_and_batch):
+    config, params, x, y = model_and_batch(dropout=0.3)
+    ours, n = gpu.Flat(params), len(x)
+    whole, _ = gpu.loss_and_grads(ours, config, x, y, RowsOfBatch([1, 2], 0, n))
+    parts = [gpu.loss_and_grads(ours, config, x[k : k + 1], y[k : k + 1], RowsOfBatch([1, 2], k, n),
+                                1 / n)[0] for k in range(n)]
+    same(sum(parts), whole, 1e-12)
+    assert n > 1 and float(parts[0]) != float(gpu.loss_and_grads(
+        ours, config, x[:1], y[:1], RowsOfBatch([1, 2], 1, n), 1 / n)[0])
 
 @pytest.mark.gpu
 @pytest.mark.skipif(os.name == "nt", reason="Windows lends a full card the computer's memory")
