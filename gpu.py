@@ -431,7 +431,8 @@ def validation_loss(params: Params, config: Config, tokens: Array, each: Callabl
         x, y = chunk
         return cross_entropy_forward(forward(params, config, x), y)[0] * y.size
 
-    return math.fsum(cp.stack([*each(total, chunks)]).get()) / targets
+    totals = [*each(total, chunks)]  # with mpiexec numbers, of all ranks
+    return math.fsum(map(float, totals)) / targets
 
 # ---- streaming and sampling ----------------------------------------------------------------------
 
