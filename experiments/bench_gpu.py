@@ -63,7 +63,7 @@ def card(setup: Setup) -> Iterator[dict]:
            "capability": device.compute_capability}
     if hasattr(cp.cuda.runtime, "getDeviceProperties"):
         row["card"] = cp.cuda.runtime.getDeviceProperties(device.id)["name"].decode()
-        row |= {"driver": cp.cuda.runtime.driverGetVersion(),
+        row |= {"the driver's CUDA": cp.cuda.runtime.driverGetVersion(),
                 "CUDA": cp.cuda.runtime.runtimeGetVersion()}
     row["PyTorch"] = torch.__version__ if on_card() else "none with CUDA"
     a, b = cp.ones((LARGE, 1024), np.float32), cp.ones((LARGE, 1024), np.float32)
@@ -256,14 +256,15 @@ SECTIONS["best"] = best, 3600
 # ---- what they share -----------------------------------------------------------------------------
 
 def precisions_of_card() -> tuple:
-    """gpu.py, and in which precisions this card multiplies."""
-    gpu = cli.backend(True)
+    """gpu.py, in float32, and in which precisions this card multiplies."""
+    gpu, precisions = cli.backend(True), ["float32"]
     try:
         gpu.set_precision("tf32")
+        precisions.append("tf32")
     except ValueError as error:
         print(error)
-        return gpu, ["float32"]
-    return gpu, ["float32", "tf32"]
+    gpu.set_precision("float32")
+    return gpu, precisions
 
 def on_card() -> bool:
     return torch is not None and (DEVICE == "cpu" or torch.cuda.is_available())

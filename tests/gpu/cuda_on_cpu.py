@@ -47,6 +47,8 @@ class ndarray:
 
     def __init__(self, host):
         self.host = host
+        if captured is not None:
+            kept.append(host)  # a graph's memory stays its own
 
     def __array__(self, *args, **kwargs):
         raise TypeError("implicit conversion to a NumPy array is not allowed; use get")
@@ -111,6 +113,7 @@ def function(of_numpy):
 
 started = []  # what was: (name, bytes that it reads and writes, multiply-adds)
 captured = None  # while a stream captures: the same and how; None in it: it is spoilt
+kept = []  # and the arrays
 dry = False  # if so nothing is computed, only counted
 
 def launched(name, compute, moved, multiply_adds=0):
@@ -273,6 +276,7 @@ class Cublas:
         a, b = matrix(A, Atype, m, k, lda, transa), matrix(B, Btype, k, n, ldb, transb)
         c, more = matrix(C, Ctype, m, n, ldc), beta._obj.value == 1
 
+        @np.errstate(all="ignore")  # a BLAS may compute with what lies beside a small matrix
         def multiply():
             product = rounded(a) @ rounded(b) if compute == TF32 else a @ b
             c[...] = c + product if more else product
@@ -299,9 +303,9 @@ class Stream:
         streams.pop()
 
     def begin_capture(self):
-        global captured
+        global captured, kept
         assert get_current_stream() is self and captured is None
-        captured = []
+        captured, kept = [], []
 
     def end_capture(self):
         global captured
@@ -309,7 +313,7 @@ class Stream:
         if None in work:
             raise RuntimeError("cudaErrorStreamCaptureInvalidated: due to a previous error")
         moved, multiply_adds = (sum(node[k] for node in work) for k in (1, 2))
-        return SimpleNamespace(nodes=work, launch=lambda: launched(
+        return SimpleNamespace(nodes=work, kept=kept, launch=lambda: launched(
             "graph", lambda: [compute() for *_, compute in work], moved, multiply_adds))
 
 streams = [SimpleNamespace(ptr=0)]  # the current one last
