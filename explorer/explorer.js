@@ -8,8 +8,7 @@ const SCALES = { characters: /[^]/gu, words: /\S+|\s+/gu, lines: /.+|\n/gu,
 // ---- reading and writing ----
 function unpack() {  // the model in this page; throws where the page is damaged
   const page = JSON.parse($("model-data").textContent), packed = atob($("weights").textContent);
-  const bytes = new Uint8Array(packed.length);
-  let sum = 0, at = 0;
+  const bytes = new Uint8Array(packed.length); let sum = 0, at = 0;
   for (let i = 0; i < packed.length; i++) sum += bytes[i] = packed.charCodeAt(i);
   if (sum !== page.sum) throw Error("its weights are not those that were written");
   const power = e => 2 ** (Math.max(e, 1) - 25);  // of a float16: sign, 5 bits, 10 bits
@@ -27,10 +26,9 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
   }
   want(tokens) {  // keep the rows before a change, and those after it that it cannot reach
     const { tokens: old, rows, model: { config, reach } } = this;
-    const least = Math.min(old.length, tokens.length);
-    let p = 0, q = 0;
-    while (p < least && old[p] === tokens[p]) p++;
-    while (q < least - p && old.at(-1 - q) === tokens.at(-1 - q)) q++;
+    let p = 0, q = 0, least = Math.min(old.length, tokens.length);
+    for (; p < least && old[p] === tokens[p]; p++);
+    for (; q < least - p && old.at(-1 - q) === tokens.at(-1 - q); q++);
     const kept = config.positions || config.memory ? 0 : Math.max(0, q - reach);
     const fresh = Array(tokens.length - p - kept).fill(null);
     this.rows = [...rows.slice(0, p), ...fresh, ...rows.slice(old.length - kept)];
@@ -38,8 +36,7 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
   }
   work(until) {  // read on until that time; true when all is read
     for (; this.next < this.tokens.length; this.next++) {
-      if (this.rows[this.next]) continue;
-      if (performance.now() > until) return false;
+      if (this.rows[this.next]) continue; else if (performance.now() > until) return false;
       const { model, tokens, next, off } = this;
       const logits = model.stream_step(this.after(next), tokens[next], off);
       const row = this.rows[next] = model.row, first = likeliest(logits);
@@ -51,13 +48,12 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
     return true;
   }
   after(n) {  // the decoder's state after n characters, from the last one that a row kept
-    if (this.read === n) return this.state;
     let t = n;
+    if (this.read === n) return this.state;
     while (t && !this.rows[t - 1].state) t--;
     this.state = t ? structuredClone(this.rows[t - 1].state) : this.model.stream_init();
     for (; t < n; t++) this.model.stream_step(this.state, this.tokens[t], this.off);
-    this.read = n;
-    return this.state;
+    this.read = n; return this.state;
   }
   logits(t) { return this.model.head(this.rows[t].last); }
   bits(t) {  // the surprise at character t; NaN where nothing was expected
@@ -82,8 +78,7 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
     for (;;) {
       logits = logits.slice();  // others write into the model's
       const token = sample(logits, temperature, top_k, random, sorted);
-      yield character(token);
-      logits = model.stream_step(state, token, off);
+      yield character(token); logits = model.stream_step(state, token, off);
     }
   }
   reads(t, layer) {  // memory: z is given Σ (z·a) b - (z·b) a over all that wrote; their shares
@@ -122,8 +117,7 @@ function nearest_plane(rows) {  // to A = Σ z ∧ s: that of u and u A for the 
   let u = unit(A.subarray(0, r).map((_, i) => Math.cos(i * i)));  // from any vector
   for (let round = 0, moved = 1; round < 1000 && moved > 1e-12; round++) {
     const next = unit(turned(turned(u)));
-    moved = 1 - Math.abs(dot(u, next));
-    u = next;
+    [moved, u] = [1 - Math.abs(dot(u, next)), next];
   }
   return plane(u, turned(u));
 }
@@ -134,17 +128,15 @@ function pieces(text, scale) {  // [from, to) of each character, word, line or b
 }
 function path(reader, layer, scale) {  // steps from plane to plane, and how far random others are
   const random = random_numbers(0), points = [], text = reader.tokens.map(character).join("");
-  const found = pieces(text, scale), planes = found.map(([from, to]) => {
-    const rows = reader.rows.slice(from, to).map(row => row.layers[layer]);
-    return rows.length > 1 ? nearest_plane(rows) : plane(rows[0].z, rows[0].s);
-  });
+  const found = pieces(text, scale), rows = reader.rows.map(row => row.layers[layer]);
+  const planes = found.map(([from, to]) => nearest_plane(rows.slice(from, to)));
   const apart = (P, Q) => P && Q ? Math.hypot(...principal_angles(P, Q)) : NaN;
   for (let k = 1; k < planes.length; k++) {
     const other = () => (k + 1 + Math.floor(random() * (planes.length - 1))) % planes.length;
     const others = Array.from("12345678", () => apart(planes[other()], planes[k]));
-    const noise = mean(others.filter(x => x >= 0));
-    const step = apart(planes[k - 1], planes[k]);
-    if (step >= 0 && noise >= 0) points.push({ t: found[k][0], step, noise });
+    const step = apart(planes[k - 1], planes[k]), noise = mean(others.filter(x => x >= 0));
+    const pair = [found[k - 1], found[k]], t = found[k][0];
+    if (step >= 0 && noise >= 0) points.push({ t, step, noise, pair });
   }
   const [step, noise] = ["step", "noise"].map(key => mean(points.map(p => p[key])));
   const spread = mean(points.map(p => (p.step - p.noise - step + noise) ** 2));
@@ -156,12 +148,10 @@ function path(reader, layer, scale) {  // steps from plane to plane, and how far
 let page, ids, model, intact, touched, writer, saved;
 const state = { off: new Set(), at: 0, hover: -1 }, timers = {}, form = $("instruments");
 const box = $("text"), cells = [];  // a span for each character, with its place t, -1: skipped
-const later = (name, wait, f) => {
-  clearTimeout(timers[name]);
-  if (f) timers[name] = setTimeout(f, wait);
-};
+const later = (id, wait, f) => { clearTimeout(timers[id]); timers[id] = f && setTimeout(f, wait); };
+const choose = t => { Object.assign(state, { at: t, hover: -1 }); draw(); };
 const shown = () => touched || intact, character = token => String.fromCodePoint(page.vocab[token]);
-const number = x => Number.isFinite(x) ? x.toFixed(2) : "–";
+const number = (x, digits = 2) => Number.isFinite(x) ? x.toFixed(digits) : "–";
 const many = x => Math.round(x).toLocaleString("en");
 const percent = x => `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)}%`;
 const degrees = x => `${Math.round(x * 180 / Math.PI)}°`;
@@ -181,38 +171,32 @@ function read() {  // what stands in the text box
   while (cells.length > points.length) cells.pop().remove();
   while (cells.length < points.length) cells.push($("cells").appendChild(another()));
   points.forEach((c, k) => {
-    const token = ids.get(c.codePointAt()), known = token !== undefined;
-    if (!known) unknown.add(c);
+    const token = ids.get(c.codePointAt()), t = token >= 0 ? tokens.push(token) - 1 : -1;
+    if (t < 0) unknown.add(c);
     if (cells[k].textContent !== c) cells[k].textContent = c;
-    Object.assign(cells[k], { end: end += c.length, t: known ? tokens.push(token) - 1 : -1 });
+    Object.assign(cells[k], { end: end += c.length, t });
   });
   const skipped = [...unknown].slice(0, 20).map(glyph).join(" ");
-  $("note").innerHTML = (end < LONGEST ? "" : `No more than ${many(LONGEST)} characters are read. `)
+  for (const node of all(".note")) node.innerHTML =
+    (end < LONGEST ? "" : `No more than ${many(LONGEST)} characters are read. `)
     + (skipped && `Skipped, as the model has never seen them: ${skipped}`);
+  $("prompt").textContent = tokens.slice(-60).map(character).join(""); run(false, null);
   for (const reader of [intact, touched]) reader?.want(tokens);
-  state.at = Math.max(0, Math.min(state.at, tokens.length - 1));
-  refresh();
+  state.at = Math.max(0, Math.min(state.at, tokens.length - 1)); refresh();
 }
 function refresh() {  // read on for 24 ms, draw, go on later
   const until = performance.now() + 24;
   const done = intact.work(until) && (!touched || touched.work(until));
-  draw();
   const slow = { flow: draw_paths, touch: go_on }[form.tab.value];  // when nobody types
-  later("slow", done ? 120 : 0, done ? slow : refresh);
-}
-function choose(t) {
-  Object.assign(state, { at: t, hover: -1 });
-  draw();
+  draw(); later("slow", done ? 120 : 0, done ? slow : refresh);
 }
 function draw() {
   const reader = shown(), t = state.hover < 0 ? state.at : state.hover;
-  later("save", 250, save);
-  draw_text(reader, t);
+  later("save", 250, save); draw_text(reader, t); $("guess").textContent = "";
   if (!reader.tokens.length) for (const id of ["next", "cards", "chosen"]) $(id).innerHTML = "";
   if (!reader.rows[t] || !intact.rows[t]) return;
-  draw_next(reader, t);
+  draw_next(reader, t); draw_point(t);
   if (form.tab.value === "layers") draw_layers(reader, t);
-  for (const line of all(".here")) line.setAttribute("transform", `translate(${x_of(t)})`);
 }
 function draw_text(reader, chosen) {  // coloured by bits, or with parts off by what they changed
   const { tokens } = reader, left = tokens.length - reader.next, places = [...tokens.keys()];
@@ -227,13 +211,15 @@ function draw_text(reader, chosen) {  // coloured by bits, or with parts off by 
     if (cell.b !== b) cell.style.setProperty("--b", cell.b = b);
   }
   $("loss").innerHTML = tokens.length < 2 ? "Type something." : `Loss: ${
-    touched ? `intact <b>${whole}</b>, touched ` : ""}<b>${loss}</b> bits a character${
-    left ? `; ${many(left)} still to read` : ""}`;
+    touched ? `<b>${whole}</b> → ` : ""}<b>${loss}</b> bits a character${
+    left ? `; ${many(left)} still to read` : ""}.`;
   const name = key => `layer ${key.replace(/-(?=\d)/, " offset ").replace("-", " ")}`;
-  $("touched").hidden = !($("key").hidden = touched);
+  $("changes").hidden = !($("key").hidden = touched);
+  $("jump").disabled = $("mend").disabled = !touched;
   $("changes").textContent = `Off: ${[...state.off].map(name).join(", ")}. At ${
     many(places.filter(differs).length)} of ${many(tokens.length)} characters, underlined, another
-    one is likeliest next. Red: a greater surprise than before; green: a smaller one.`;
+    one is likeliest next. Red: a greater surprise than before; green: a smaller one. An arrow leads
+    from the intact model to the touched one.`;
 }
 function draw_next(reader, t) {
   const { tokens } = reader, came = tokens[t + 1], from = Math.max(0, t - 11);
@@ -243,8 +229,11 @@ function draw_next(reader, t) {
   const bar = (x, kind) => `<div class="bar ${kind}" style="width: ${100 * x}%"></div>`;
   const odds = k => `${touched ? `${percent(whole[k])} → ` : ""}${percent(p[k])}`;
   const before = tokens.slice(from, t + 1).map(glyph).join("");
+  const most = [[intact, whole], [reader, p]].map(([{ rows }, p]) =>
+    `<code>${glyph(rows[t].first)}</code> <b>${percent(p[rows[t].first])}</b>`);
+  $("guess").innerHTML = `Here likeliest: ${most.slice(touched ? 0 : 1).join(" → ")}`;
   $("after").innerHTML = `After <code dir="auto">${from ? "…" : ""}${before}</code> comes${
-    touched ? ' <span class="soft">(intact → touched)</span>' : ""}`;
+    touched ? ' <span class="soft">(thin bar: intact → thick bar: touched)</span>' : ""}`;
   $("next").innerHTML = list.filter((k, rank) => rank < 10 || k === came).map(k => `
     <tr class="${k === came ? "came" : ""}"><th scope="row">${glyph(k)}</th>
       <td>${bar(p[k], "")}${touched ? bar(whole[k], "whole") : ""}</td>
@@ -253,25 +242,26 @@ function draw_next(reader, t) {
 function draw_layers(reader, t) {
   const looks = model.layers.map((_, i) => reader.look(t, i)), { tokens, rows } = reader;
   const read = rows.filter(row => row).map(row => row.layers);
-  const [bits, whole] = [reader, intact].map(reader => number(reader.bits(t)));
   const fit = ({ z, s, angle }) => Math.min(130 / (z + s * Math.abs(Math.cos(angle))), 86 / s, 1e9);
   const scale = Math.min(...looks.flatMap(look => [look, look.before].map(fit)));
   const name = n => `“<bdi>${glyph(tokens[t - n])}</bdi>”`;
   const meter = x => `<span class="meter"><i style="width: ${100 * x}%"></i></span> ${percent(x)}`;
   $("chosen").innerHTML = `${name(0)}, character ${many(t + 1)} of ${many(tokens.length)}${
-    t ? `: a surprise of ${touched ? `${whole} → ` : ""}${bits} bits` : ""}`;
+    t ? `: a surprise of ${number(reader.bits(t))} bits` : ""}`;
   $("cards").innerHTML = looks.map((look, i) => {
-    const { offsets } = model.layers[i], { share } = look, at = (n, x) =>
-      `${name(n)}, ${n} back (${percent(x)})`;
-    const usual = offsets.map((n, k) => `${n}: ${percent(mean(read.map(x => x[i].share[k])))}`);
-    const most = Math.max(...share), reads = look.reads.slice(0, 4).map(([k, x]) => at(t - k, x));
+    const { offsets } = model.layers[i], { share } = look, most = Math.max(...share);
+    const at = (n, x) => `${name(n)}, ${n} back (${percent(x)})`;
+    const usual = offsets.map((n, k) => `${n} back ${percent(mean(read.map(x => x[i].share[k])))}`);
+    const reads = look.reads.slice(0, 4).map(([k, x]) => at(t - k, x));
     return `<section class="card"><h3>Layer ${i + 1} <span>looks ${offsets.join(", ")} back; here ${
-        most ? `most at ${at(offsets[share.indexOf(most)], most)}` : "nothing is there"}</span></h3>
-      <div class="pictures">${draw_arcs(tokens, t, offsets, share)}${draw_planes(look, scale)}</div>
+      most ? `most at ${at(offsets[share.indexOf(most)], most)}`
+      : "nothing is there, so no plane; the mixer adds own state and a bias"}</span></h3>
+      <div class="pictures">${draw_planes(look, scale)}${draw_arcs(tokens, t, offsets, share)}</div>
       <div class="numbers">${item("|z|", number(look.z))}${item("|s|", number(look.s))}
       ${item("angle", look.area ? degrees(look.angle) : "–")}${item("area", number(look.area))}
       ${item("gate keeps", meter(look.alpha))}${item("change by mixer", meter(look.mixer))}
-      ${item("by network", percent(1 - look.mixer))}${item("mean shares of s", usual.join(", "))}
+      ${item("by network", percent(1 - look.mixer))}
+      ${item("shares, mean over the text:", usual.join(", "))}
       ${reads.length ? `<span>memory: reads ${reads.join("; ")}</span>` : ""}</div></section>`;
   }).join("");
 }
@@ -327,60 +317,71 @@ function build_controls() {
     }).join("")}</div>`;
   const rows = every.map(i => row(`layer ${i + 1}`, [i]));
   $("scales").innerHTML = Object.keys(SCALES).map(scale).join("");
-  $("switches").innerHTML = row("all layers", every) + rows.join("");
+  $("switches").innerHTML = row("all layers at once", every) + rows.join("");
 }
 const keys = node => node.dataset.keys?.split(",") || [];
 function touch() {  // what is switched off now
   const off = model.layers.map(() => ({})), is_on = key => !state.off.has(key);
   for (const key of state.off) off[key.split("-")[0] - 1][key.split("-")[1]] = true;
-  touched = state.off.size ? new Reader(model, off) : null;
-  touched?.want(intact.tokens);
+  touched = state.off.size ? new Reader(model, off) : null; touched?.want(intact.tokens);
   for (const node of all("[role=switch]")) node.ariaChecked = keys(node).some(is_on);
-  show();
+  run(false, null); show();
 }
 function go_on() {
   $("on-intact").textContent = write(intact.letters(), 120);
   $("on-touched").textContent = touched ? write(touched.letters(), 120) : "(nothing is off)";
 }
 const x_of = t => ((t + 0.5) / Math.max(1, shown().tokens.length) * 1000).toFixed(1);
+function draw_point(t) {  // where the chosen character is on the paths, and the step to there
+  const piece = ([from, to]) => `“<bdi>${shown().tokens.slice(from, Math.min(to, from + 24))
+    .map(glyph).join("")}${to > from + 24 ? "…" : ""}</bdi>”`;
+  for (const svg of all("#paths svg")) {
+    const { pair, step, noise } = svg.points.findLast(p => p.t <= t) || {};
+    svg.lastElementChild.setAttribute("transform", `translate(${x_of(t)})`);
+    svg.parentNode.querySelector(".point").innerHTML = pair ? item(
+      `${pair.map(piece).join(" → ")}:`, `${number(step)}</b>, others <b>${number(noise)}`) : "";
+  }
+}
 function draw_paths(layer = 0) {
   if (!layer) $("paths").innerHTML = "";
   const { points, step, noise, ratio, error } = path(shown(), layer, form.scale.value);
-  const line = key => points.length < 2 ? ""
-    : way(points.map(p => [Number(x_of(p.t)), 36 * (2.2214 - p[key])]));
+  const line = key => way(points.map(p => [Number(x_of(p.t)), 36 * (2.2214 - p[key])]));
   const change = Math.abs(1 - ratio), far = ratio > 1 ? "farther apart" : "nearer";
-  const verdict = points.length < 8 ? `too short a text to tell, with ${points.length} steps`
+  const n = points.length, few = n < 8, verdict = few ? `too short a text: ${n} of at least 8 steps`
     : change < Math.max(2 * error, 0.01) ? "no flow: neighbours as far apart as in random order"
     : `${ratio > 1 ? "no" : "a"} flow: neighbours ${percent(change)} ${far} than at random`;
-  $("paths").insertAdjacentHTML("beforeend", `<section class="card">
-    <h3>Layer ${layer + 1} <span>${form.scale.value}: ${verdict}</span></h3>
+  $("paths").insertAdjacentHTML("beforeend", `<section class="card"><h3>Layer ${layer + 1} <span>${
+    form.scale.value}: ${verdict}</span></h3>${few ? "" : `<span>2.22: nothing in common</span>
     <svg viewBox="0 0 1000 80" height="80" preserveAspectRatio="none" role="img"
-      aria-label="Steps along the text"><path class="axis" d="M0 80H1000"/>
+      aria-label="Steps along the text"><path class="axis" d="M0 80H1000M0 0H1000"/>
       <path class="random" d="${line("noise")}"/><path class="line" d="${line("step")}"/>
-      <path class="here" d="M0 0V80" transform="translate(${x_of(state.at)})"/></svg>
-    <div class="numbers">${item("mean step", number(step))}${item("at random", number(noise))}
-      ${item("ratio", `${number(ratio)} ± ${number(error)}`)}</div></section>`);
+      <path class="here" d="M0 0V80"/></svg><span>0: the same plane</span>
+    <p class="point"></p><div class="numbers">${item("mean step", number(step, 3))}
+      ${item("at random", number(noise, 3))}
+      ${item("ratio", `${number(ratio, 3)} ± ${number(error, 3)}`)}</div>`}</section>`);
+  for (const svg of all("#paths .card:last-child svg")) svg.points = points; draw_point(state.at);
   if (layer + 1 < model.layers.length) later("slow", 0, () => draw_paths(layer + 1));
 }
 function write_on() {
-  const { letters, written, start, began } = writer, until = performance.now() + 25;
+  const { letters, written, start, began, from } = writer, until = performance.now() + 25;
   const { rank: r, n_layer, d_model, memory } = model.config, fast = $("fast").checked;
-  do written.push(letters.next().value); while (fast && performance.now() < until);
-  $("written").textContent = written.slice(-2000).join("");
-  $("written").scrollTop = 1e6;
-  const remembered = model.reach * r + (memory ? n_layer * r * (r - 1) / 2 : 0);
-  $("counter").innerHTML = `<b>${many(written.length)}</b> characters,
-    <b>${many(1000 * written.length / (performance.now() - began))}</b> a second. This model
-    remembers <b>${many(remembered)}</b> numbers; a Transformer of its size would keep
-    <b>${many(2 * n_layer * d_model * (start + written.length))}</b> by now.`;
-  later("write", fast ? 0 : 25, write_on);
+  do written.push(letters.next().value);
+  while (fast && written.length < writer.until && performance.now() < until);
+  $("written").textContent = written.join(""); $("output").scrollTop = 1e6;
+  $("counter").innerHTML = Object.entries({ "characters": written.length,
+    "a second": 1000 * (written.length - from) / (performance.now() - began),
+    "numbers that this model remembers": (model.reach + memory * n_layer * (r - 1) / 2) * r,
+    "that a Transformer of its size would keep by now": 2 * n_layer * d_model
+      * (start + written.length) }).map(([name, n]) => item(name, many(n))).join("");
+  written.length < writer.until ? later("write", fast ? 0 : 25, write_on) : run(false);
 }
-function start_or_stop() {
-  clearTimeout(timers.write);
-  const start = intact.tokens.length, began = performance.now();
-  writer = writer ? null : { letters: shown().letters(), written: [], start, began };
-  $("start").textContent = writer ? "Stop" : "Start";
-  if (writer) write_on();
+function run(on, from = writer) {  // or stop; on: for as many characters as the field says
+  clearTimeout(timers.write); writer = from;
+  if (!writer) $("written").textContent = $("counter").textContent = "";
+  $("start").textContent = on ? "Stop" : writer ? "Start anew" : "Start";
+  $("more").hidden = on || !writer; if (!on) return;
+  const n = writer.written.length, until = n + Math.max(1, $("length").valueAsNumber || 300);
+  Object.assign(writer, { until, from: n, began: performance.now() }); write_on();
 }
 
 // ---- the address, events, start ----
@@ -394,24 +395,26 @@ function load() {
   if (location.hash && location.hash === saved) return;
   const query = new URLSearchParams(location.hash.slice(1));
   const known = all("[role=switch]").flatMap(keys);
-  box.value = query.get("text") ?? page.text;
-  state.at = Math.floor(query.get("at") ?? 27) || 0;
+  box.value = query.get("text") ?? page.text; state.at = Math.floor(query.get("at") ?? 27) || 0;
   state.off = new Set(query.get("off")?.split(",").filter(key => known.includes(key)));
   for (const tab of ["layers", query.get("tab")]) form.tab.value = tab;  // if there is such a one
   for (const scale of ["words", query.get("scale")]) form.scale.value = scale;
-  read();
-  touch();
+  read(); touch();
 }
 function show() {
   for (const { value } of form.tab) $(value).hidden = value !== form.tab.value;
   refresh();
 }
+function explain(event) {  // what a term means, beside it, with a link into the lesson
+  const term = event.target.closest("a[title]"), gloss = $("gloss"), [says, link] = gloss.children;
+  if (!term || event.ctrlKey || event.metaKey) return;
+  event.preventDefault(); [says.textContent, link.href] = [term.title, term.href];
+  gloss.showPopover({ source: term });
+}
 function listen() {
   const alone = () => box.selectionStart === box.selectionEnd;
-  const under = ({ clientX, clientY }) => {  // the character under the pointer, -1: none
-    const nodes = document.elementsFromPoint(clientX, clientY);
-    return nodes.find(node => node.parentNode === $("cells"))?.t ?? -1;
-  };
+  const under = ({ x, y }) =>  // the character under the pointer, -1: none
+    document.elementsFromPoint(x, y).find(node => node.parentNode === $("cells"))?.t ?? -1;
   const hover = t => { if (t !== state.hover) { state.hover = t; draw(); } };
   const caret = () => {  // the character before it is chosen
     const before = cells.findLast(cell => cell.t >= 0 && cell.end <= box.selectionStart);
@@ -419,16 +422,21 @@ function listen() {
   };
   const go_to = t => {
     const cell = cells.find(cell => cell.t === t);
-    box.setSelectionRange(cell.end, cell.end);
-    cell.scrollIntoView({ block: "nearest" });
+    box.setSelectionRange(cell.end, cell.end); cell.scrollIntoView({ block: "nearest" });
     choose(t);
   };
-  document.addEventListener("selectionchange", caret);
-  box.oninput = () => { read(); caret(); };
+  document.onselectionchange = caret; box.oninput = () => { read(); caret(); };
   box.onclick = event => { if (alone() && under(event) >= 0) go_to(under(event)); };
   const mouse = event => event.pointerType === "mouse" && !event.buttons;
   box.onpointermove = event => hover(mouse(event) ? under(event) : -1);
-  box.onpointerleave = () => hover(-1);
+  const step_at = ({ target, x }) => {  // where the step on a path ends that is nearest
+    const { points } = target, { left, width } = target.getBoundingClientRect();
+    const away = p => Math.abs(x_of(p.t) / 1000 - (x - left) / width);
+    return points ? points.reduce((p, q) => away(q) < away(p) ? q : p).t : -1;
+  };
+  $("paths").onpointermove = event => hover(mouse(event) ? step_at(event) : -1);
+  $("paths").onclick = event => { if (step_at(event) >= 0) go_to(step_at(event)); };
+  box.onpointerleave = $("paths").onpointerleave = () => hover(-1);
   $("mend").onclick = () => { state.off.clear(); touch(); };
   $("jump").onclick = () => {
     const places = [...intact.rows.keys()].filter(differs);
@@ -439,20 +447,18 @@ function listen() {
     for (const key of keys(target)) state.off[off ? "delete" : "add"](key);
     if (keys(target).length) touch();
   };
-  form.onchange = show;
-  $("start").onclick = start_or_stop;
-  window.onhashchange = load;
+  document.onclick = explain; form.onchange = show;
+  $("start").onclick = ({ target }) => target.textContent === "Stop" ? run(false)
+    : run(true, { letters: shown().letters(), written: [], start: intact.tokens.length });
+  $("more").onclick = () => run(true); window.onhashchange = load;
 }
 try {
-  [page, model] = unpack();
-  ids = new Map(page.vocab.map((c, k) => [c, k]));
-  intact = new Reader(model);
-  $("model").textContent = page.about;
+  [page, model] = unpack(); ids = new Map(page.vocab.map((c, k) => [c, k]));
+  intact = new Reader(model); $("model").textContent = page.about;
+  for (const term of all("a[title]")) term.title = term.title.replace(/\s+/g, " ");
   for (const node of all(".memory")) node.hidden = !model.config.memory;
-  page.text ||= write(intact.letters(), 400);
-  listen();
-  build_controls();
-  load();
+  page.text ||= write(intact.letters(), 400); build_controls();
+  listen(); load();
   [$("page").hidden, $("broken").hidden] = [false, true];
   const done = () => [intact, touched].every(reader => !reader?.rows.includes(null));
   const logits = (text, stream = model.stream_init()) =>

@@ -16,52 +16,41 @@ function accumulate(x, W, y) {  // y += x W; eight rows of W at a time: y is tou
     for (let k = 0, j = i * n; k < n; k++, j++) y[k] += x[i] * W[j];
   }
 }
-
 const linear = (x, W, b, y) => { y.set(b); accumulate(x, W, y); };  // y = x W + b
-
 function dot(a, b) {
-  let sum = 0;
-  for (let i = 0; i < a.length; i++) sum += a[i] * b[i];
+  let sum = 0; for (let i = 0; i < a.length; i++) sum += a[i] * b[i];
   return sum;
 }
 const norm = a => Math.sqrt(dot(a, a));
 const distance = (a, b) => Math.sqrt(Math.max(0, dot(a, a) - 2 * dot(a, b) + dot(b, b)));
-
 function layernorm(x, { w, b }, y) {
-  let mean = 0, variance = 0;
-  for (let i = 0; i < x.length; i++) mean += x[i] / x.length;
+  let mean = 0, variance = 0; for (let i = 0; i < x.length; i++) mean += x[i] / x.length;
   for (let i = 0; i < x.length; i++) variance += (x[i] - mean) ** 2 / x.length;
   const inv_std = 1 / Math.sqrt(variance + 1e-5);
   for (let i = 0; i < x.length; i++) y[i] = (x[i] - mean) * inv_std * w[i] + b[i];
 }
-
 const sigmoid = x => 1 / (1 + Math.exp(-x));
-
 function gelu(x) {  // in place; (1 + tanh q)/2 is sigmoid(2q)
   const c = 2 * Math.sqrt(2 / Math.PI), ca = c * 0.044715;
   for (let i = 0; i < x.length; i++) x[i] *= sigmoid(x[i] * (c + ca * x[i] * x[i]));
+  return x;
 }
-
 function plucker(u, v, p) {  // p_ij = u_i v_j - u_j v_i for i < j
   for (let i = 0, n = 0; i < u.length; i++) {
     for (let j = i + 1; j < u.length; j++) p[n++] = u[i] * v[j] - u[j] * v[i];
   }
 }
-
 function add_wedge(A, u, v) {  // A += u ∧ v as an antisymmetric matrix (r, r)
   for (let i = 0, n = 0; i < u.length; i++) {
     for (let j = 0; j < u.length; j++) A[n++] += u[i] * v[j] - v[i] * u[j];
   }
 }
-
 function unit_area(u, v) {  // 1 / |u ∧ v|, by which v is multiplied; 0 where there is no plane
   const tiny = 1.1754943508222875e-38, uu = dot(u, u), vv = dot(v, v), uv = dot(u, v);
-  let height = 0;
   if (uu <= tiny || vv <= tiny) return 0;
-  for (let i = 0; i < u.length; i++) height += (v[i] - uv / uu * u[i]) ** 2;
+  const height = v.reduce((sum, x, i) => sum + (x - uv / uu * u[i]) ** 2, 0);
   return height > Math.max(1e-10 * vv, tiny) ? 1 / Math.sqrt(height * uu) : 0;
 }
-
 class Model {
   constructor(config, params) {
     const { vocab_size: V, d_model: d, rank: r, d_ff } = config, size = n => new Float32Array(n);
@@ -81,8 +70,7 @@ class Model {
   // s = Σ_Δ w_Δ ⊙ z_{t-Δ}, or the average of z_{t-Δ}; share_Δ is |term_Δ| / Σ |terms|.
   partner({ z, s, share }, { offsets, reach, mix: w }, past, position, off) {
     const { rank: r, taps, normalize } = this.config, { q } = this;
-    let valid = 0, total = 0;
-    for (const delta of offsets) valid += delta <= position;
+    let valid = 0, total = 0; for (const delta of offsets) valid += delta <= position;
     for (let k = 0; k < offsets.length; k++) {
       if (offsets[k] > position || off[offsets[k]]) continue;
       const from = (position - offsets[k]) % reach * r;
@@ -97,30 +85,23 @@ class Model {
   }
   memory({ z, a, b }, past, c) {  // M += a ∧ b, c = z ⌟ M / sqrt(t)
     const scale = 1 / Math.sqrt(++past.seen);
-    add_wedge(past.M, a, b);
-    c.fill(0);
-    accumulate(z, past.M, c);
+    add_wedge(past.M, a, b); accumulate(z, past.M, c.fill(0));
     for (let i = 0; i < c.length; i++) c[i] *= scale;
   }
   gate(h, w, half, out) {  // α = sigmoid([h ; g] W + b), out = α ⊙ h + (1-α) ⊙ g; the mean of α
-    const { a, g, hg } = this;
-    let sum = 0;
-    hg.set(h);
-    linear(hg, w.W_gate, w.b_gate, a);
+    const { a, g, hg } = this; let sum = 0;
+    hg.set(h); linear(hg, w.W_gate, w.b_gate, a);
     for (let i = 0; i < a.length; i++) {
       const alpha = half ? 0.5 : sigmoid(a[i]);
-      out[i] = g[i] + alpha * (h[i] - g[i]);
-      sum += alpha;
+      out[i] = g[i] + alpha * (h[i] - g[i]); sum += alpha;
     }
     return sum / a.length;
   }
   mix(h, layer, past, position, off, out) {  // reduce, look back, span a plane, project back, blend
     const { mix: w, reach, offsets } = layer, { p, g, c, size, config: { rank: r, memory } } = this;
     const ab = size(2 * r), kept = { z: size(r), s: size(r), share: size(offsets.length) };
-    linear(h, w.W_red, w.b_red, kept.z);
-    this.partner(kept, layer, past, position, off);
-    past.z.set(kept.z, position % reach * r);
-    plucker(kept.z, kept.s, p);
+    linear(h, w.W_red, w.b_red, kept.z); this.partner(kept, layer, past, position, off);
+    past.z.set(kept.z, position % reach * r); plucker(kept.z, kept.s, p);
     g.set(w.b_plu);
     if (!off.wedge) accumulate(p, w.W_plu, g);
     if (memory) {
@@ -128,13 +109,10 @@ class Model {
       this.memory(Object.assign(kept, { a: ab.subarray(0, r), b: ab.subarray(r) }), past, c);
       if (!off.memory) accumulate(c, w.W_mem, g);
     }
-    kept.alpha = this.gate(h, w, off.gate, out);
-    return kept;
+    kept.alpha = this.gate(h, w, off.gate, out); return kept;
   }
   ffn(x, w, out) {
-    linear(x, w.W_1, w.b_1, this.inner);
-    gelu(this.inner);
-    linear(this.inner, w.W_2, w.b_2, out);
+    linear(x, w.W_1, w.b_1, this.inner); linear(gelu(this.inner), w.W_2, w.b_2, out);
   }
   // h ← h + mix(LN1(h)), h ← h + FFN(LN2(h)); the paper's: h ← LN1(mix(h)), h ← LN2(h + FFN(h)).
   block(layer, past, position, off) {  // what is kept: also how far mixer and FFN moved the state
@@ -144,18 +122,15 @@ class Model {
     const kept = this.mix(prenorm ? normed : h, layer, past, position, off, mixed);
     if (!prenorm) layernorm(off.mixer ? before : mixed, layer.ln1, h);
     else if (!off.mixer) for (let i = 0; i < h.length; i++) h[i] += mixed[i];
-    kept.mixer = distance(before, h);
-    before.set(h);
+    kept.mixer = distance(before, h); before.set(h);
     if (prenorm) layernorm(h, layer.ln2, normed);
     this.ffn(prenorm ? normed : h, layer.ffn, out);
     for (let i = 0; i < h.length; i++) h[i] += out[i];
     if (!prenorm) layernorm(h, layer.ln2, h);
-    kept.network = distance(before, h);
-    return kept;
+    kept.network = distance(before, h); return kept;
   }
   head(last) {  // logits = last Eᵀ
-    this.logits.fill(0);
-    accumulate(last, this.E_T, this.logits);
+    accumulate(last, this.E_T, this.logits.fill(0));
     return this.logits;
   }
   forward(state, token, off = []) {  // embed, N blocks; a row: what is kept of the token
@@ -166,8 +141,7 @@ class Model {
       this.block(layer, past[i], position, off[i] || {}));
     const last = h.slice();
     if (config.block === "prenorm") layernorm(h, this.ln_f, last);
-    state.position++;
-    return { position, layers, last };
+    return { position: state.position++, layers, last };
   }
   stream_init() {  // per layer the last z, in a ring, and the memory
     const { rank: r, memory } = this.config, M = () => new Float64Array(memory ? r * r : 0);
@@ -186,28 +160,22 @@ class Model {
     return this.head(this.row.last);
   }
 }
-
 const likeliest = logits => logits.indexOf(Math.max(...logits));
 // Draw from softmax(logits / temperature), among the top_k largest; `sorted` is room for them.
 function sample(logits, temperature, top_k, random, sorted) {
   const most = likeliest(logits);
-  let total = 0;
   sorted.set(logits);
   const least = top_k < logits.length ? sorted.sort()[logits.length - top_k] : -Infinity;
   const weight = x => x < least ? 0 : Math.exp((x - logits[most]) / temperature);
-  for (let k = 0; k < logits.length; k++) total += weight(logits[k]);
+  let total = 0; for (let k = 0; k < logits.length; k++) total += weight(logits[k]);
   let left = random() * total;
   for (let k = 0; k < logits.length && temperature > 0; k++) {
     if ((left -= weight(logits[k])) < 0) return k;
   }
   return most;
 }
-
-function random_numbers(seed) {  // mulberry32: the same seed, the same numbers in [0, 1)
-  return () => {
-    let t = seed = seed + 0x6D2B79F5 | 0;
-    t = Math.imul(t ^ t >>> 15, t | 1);
-    t ^= t + Math.imul(t ^ t >>> 7, t | 61);
-    return ((t ^ t >>> 14) >>> 0) / 4294967296;
-  };
-}
+const random_numbers = seed => () => {  // mulberry32: the same seed, the same numbers in [0, 1)
+  let t = seed = seed + 0x6D2B79F5 | 0;
+  t = Math.imul(t ^ t >>> 15, t | 1); t ^= t + Math.imul(t ^ t >>> 7, t | 61);
+  return ((t ^ t >>> 14) >>> 0) / 4294967296;
+};

@@ -113,6 +113,37 @@ def test_every_link_leads_to_a_section_of_the_tutorial():
     assert links and set(links) <= anchors
 
 
+def test_a_term_explains_itself_and_leads_to_the_lesson_in_another_tab(explore, browser):
+    from selenium.webdriver import Keys
+    page = explore(PAGE)
+    terms = browser.find_elements("css selector", "header a[title], #layers a[title], #key a[title]")
+    for term in terms:
+        if not term.is_displayed():
+            continue
+        assert "\n" not in term.get_attribute("title")
+        term.send_keys(Keys.ENTER)
+        link = browser.find_element("css selector", "#gloss a")
+        assert page.text("#gloss span") == term.get_attribute("title") and link.is_displayed()
+        assert page.js("return document.activeElement.id") == "gloss"  # so that it is read aloud
+        assert link.get_attribute("href") == term.get_attribute("href")
+        box, place = browser.find_element("id", "gloss").rect, term.rect
+        assert 0 <= box["y"] - place["y"] <= 60 and box["x"] + box["width"] <= 1280
+        browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+        assert not link.is_displayed() and page.js("return document.activeElement === arguments[0]", term)
+    said = " ".join(page.js("return [...document.querySelectorAll('a[title]')].map(node => node.title)"))
+    for word in ("State", "Plane", "Wedge", "Partner", "share", "Gate", "Principal angles", "2.22", "±", "Grassmannian"):
+        assert word in said
+    tabs = len(browser.window_handles)
+    terms[0].send_keys(Keys.ENTER)
+    browser.find_element("css selector", "#gloss a").send_keys(Keys.ENTER)
+    assert len(browser.window_handles) == tabs + 1 and browser.current_url.startswith(PAGE.as_uri())
+    first, *others = browser.window_handles
+    for other in others:
+        browser.switch_to.window(other)
+        browser.close()
+    browser.switch_to.window(first)
+
+
 # ---- what is drawn ---------------------------------------------------------------------------------
 
 def test_logits_equal_those_of_the_checkpoint(explore, shipped):
@@ -130,7 +161,7 @@ def test_numbers_on_the_page_are_those_of_python(explore, shipped, t):
     blocks, bits, logits = seen(params, config, tokens)
     if t:
         assert f"surprise of {bits[t - 1]:.2f} bits" in page.text("#chosen")
-    assert page.text("#loss") == f"Loss: {bits.mean():.2f} bits a character"
+    assert page.text("#loss") == f"Loss: {bits.mean():.2f} bits a character."
     p = np.exp(logits[t] - logits[t].max())
     p /= p.sum()
     likeliest = page.js("return [...document.querySelectorAll('#next tr')].map(row => row.textContent)")
@@ -179,7 +210,45 @@ def test_the_planes_of_words_and_their_steps_are_those_of_python(explore, shippe
         apart = [np.linalg.norm(angles(A, B)) for k, A in enumerate(planes) for B in planes[:k]]
         assert np.mean([p["noise"] for p in points]) == pytest.approx(np.mean(apart), abs=0.03)
         card = page.js("return document.querySelectorAll('#paths .card')[arguments[0]].textContent", i)
-        assert f"mean step {np.mean(steps):.2f}" in card and "no flow" in card
+        assert float(re.search(r"mean step ([\d.]+)", card)[1]) == pytest.approx(np.mean(steps), abs=1e-3)
+        assert "no flow" in card
+
+
+def test_a_step_on_a_path_is_named_and_chosen(explore, browser):
+    from selenium.webdriver import ActionChains
+    page = explore(PAGE, hash=f"#text={quote(TEXT)}&tab=flow&scale=words&at=0")
+    page.wait("document.querySelectorAll('#paths .point').length === 4")
+    words, named = [*re.finditer(r"\S+", TEXT)], "#paths .card:nth-child(3) .point"
+    assert page.text(named) == ""  # no step leads to the first word
+    svg = browser.find_elements("css selector", "#paths svg")[2]
+    for k, choose in ((7, False), (12, True), (7, False)):
+        away = (words[k].start() + 0.5) / len(TEXT) - 0.5  # from the middle, of the width
+        ActionChains(browser).move_to_element_with_offset(svg, round(away * svg.rect["width"]), 0).perform()
+        point = page.js("return path(shown(), 2, 'words').points[arguments[0]]", k - 1)
+        assert page.text(named) == f"“{words[k - 1][0]}” → “{words[k][0]}”: {point['step']:.2f}, others {point['noise']:.2f}"
+        if choose:
+            ActionChains(browser).click().perform()
+            assert page.js("return [explorer.state.at, $('text').selectionStart]") == [words[k].start(), words[k].start() + 1]
+    assert page.js("return explorer.state.at") == words[12].start()
+
+
+def test_what_is_said_of_a_path_agrees_with_its_numbers(explore):
+    page = explore(PAGE, hash="#tab=flow&scale=words")
+    page.wait("document.querySelectorAll('#paths .card').length === 4")
+    said = page.js("return [...document.querySelectorAll('#paths .card')].map(card => card.textContent)")
+    for card in said:
+        ratio, error = map(float, re.search(r"ratio ([\d.]+) ± ([\d.]+)", card).groups())
+        if found := re.search(r"neighbours ([\d.]+)% (nearer|farther)", card):
+            assert float(found[1]) == pytest.approx(abs(100 * (ratio - 1)), abs=0.1 + 1e-9)
+            assert (found[2] == "nearer") == (ratio < 1)
+        else:
+            assert abs(ratio - 1) <= max(2 * error, 0.01) + 1.5e-3
+    assert any("farther" in card for card in said)
+    page.click("[value='blocks of 256']")
+    page.wait("document.querySelector('#paths').textContent.includes('blocks of 256')")
+    page.wait("document.querySelectorAll('#paths .card').length === 4")
+    assert "blocks of 256: too short a text: 1 of at least 8 steps" in page.text("#paths")
+    assert "±" not in page.text("#paths") and page.js("return document.querySelectorAll('#paths svg').length") == 0
 
 
 def test_every_scale_finds_its_pieces(explore):
@@ -228,22 +297,34 @@ def without(part, layer=2):
 def test_what_is_switched_off_is_off(explore, shipped, part):
     params, config, extra = shipped
     page, tokens = explore(PAGE, hash=f"#text={quote(TEXT)}"), encode(TEXT, extra["vocab"])
+    top = "return document.getElementById('next').getBoundingClientRect().top"
+    page.wait()
+    place = page.js(top)
     page.click(f"[data-keys='3-{part}']")
     page.wait()
+    assert page.js(top) == place
     _, whole, before = seen(params, config, tokens)
     _, bits, after = seen(params, config, tokens, without(part))
     np.testing.assert_allclose(page.bits(), bits, atol=2e-3)
-    assert f"intact {whole.mean():.2f}, touched {bits.mean():.2f} bits" in page.text("#loss")
+    assert f"{whole.mean():.2f} → {bits.mean():.2f} bits" in page.text("#loss")
     changed = page.js("return [...document.querySelectorAll('#cells span')].map(x => x.classList.contains('changed'))")
     assert changed == (before.argmax(-1) != after.argmax(-1)).tolist()
     label = f"offset {part}" if part.isdigit() else part
     assert page.text("#changes").startswith(f"Off: layer 3 {label}. At {sum(changed)} of")
+    said = " ".join(page.js("choose(arguments[0]); return $('guess').textContent", 40).split())
+    letters = []
+    for logits in (before[40], after[40]):
+        p, k = np.exp(logits - logits.max()), logits.argmax()
+        letters.append((chr(extra["vocab"][k]).replace("\n", "↵").replace(" ", "␣"), 100 * p[k] / p.sum()))
+    found = re.fullmatch(r"Here likeliest: (.) ([\d.]+)% → (.) ([\d.]+)%", said)
+    assert [found[1], found[3]] == [letters[0][0], letters[1][0]]
+    assert [float(found[2]), float(found[4])] == pytest.approx([letters[0][1], letters[1][1]], abs=0.6)
     page.click("#jump")
     assert changed[page.js("return explorer.state.at")] or not any(changed)
     page.click("#mend")
     page.wait()
     np.testing.assert_allclose(page.bits(), whole, atol=2e-3)
-    assert page.text("#loss") == f"Loss: {whole.mean():.2f} bits a character"
+    assert page.text("#loss") == f"Loss: {whole.mean():.2f} bits a character."
 
 
 def test_what_a_memory_reads_its_switch_and_what_it_holds(explore, random_model):
@@ -268,12 +349,12 @@ def test_what_a_memory_reads_its_switch_and_what_it_holds(explore, random_model)
     assert np.abs(bits - whole).max() > 0.1 and page.text("#changes").startswith("Off: layer 2 memory.")
     page.click("#start")
     page.wait("document.getElementById('counter').textContent.length > 0")
-    assert f"remembers {(3 + 2) * 6 + 2 * 15} numbers" in " ".join(page.text("#counter").split())
+    assert f"this model remembers {(3 + 2) * 6 + 2 * 15}" in page.text("#counter")
 
 
 def test_a_switch_for_all_layers_and_both_continuations(explore):
     page = explore(PAGE, hash=f"#text={quote(TEXT)}&tab=touch")
-    page.click("[aria-label='offset 1 of all layers']")
+    page.click("[aria-label='offset 1 of all layers at once']")
     assert page.js("return [...explorer.state.off].join()") == "1-1,2-1,3-1,4-1"
     assert page.text("#changes").startswith("Off: layer 1 offset 1, layer 2 offset 1,")
     assert page.js("return document.querySelector(\"[data-keys='4-1']\").getAttribute('aria-checked')") == "false"
@@ -288,12 +369,62 @@ def test_writing_starts_stops_and_counts(explore):
     page.wait("document.getElementById('written').textContent.length > 20")
     page.click("#start")
     written = page.text("#written")
-    assert page.text("#start") == "Start"
+    assert page.text("#start") == "Start anew"
     assert page.text("#written") == written == page.js("return write(shown().letters(), arguments[0])", len(written))
-    count = int(re.match(r"(\d+) characters", page.text("#counter"))[1])
+    count = int(re.match(r"characters (\d+)", page.text("#counter"))[1])
     assert count == len(written)
-    assert "remembers 896 numbers" in " ".join(page.text("#counter").split())
-    assert f"{2 * 4 * 128 * (len(TEXT) + count):,} by now" in " ".join(page.text("#counter").split())
+    assert "this model remembers 896" in page.text("#counter")
+    assert f"would keep by now {2 * 4 * 128 * (len(TEXT) + count):,}" in page.text("#counter")
+
+
+def test_writing_ends_goes_on_and_begins_anew(explore, browser):
+    page = explore(PAGE, hash=f"#text={quote(TEXT)}&tab=write")
+    page.js("$('fast').checked = true; $('length').value = 70")
+    assert page.text("#prompt") == TEXT[-60:]
+    displayed = "return [$('more').checkVisibility(), $('written').textContent.length, $('start').textContent]"
+    assert page.js(displayed) == [False, 0, "Start"]
+    for length in (70, 140):  # the second time it goes on where it ended
+        page.click("#start" if length == 70 else "#more")
+        page.wait(f"$('written').textContent.length >= {length} && $('start').textContent !== 'Stop'")
+        assert page.js(displayed) == [True, length, "Start anew"]
+    assert page.text("#written") == page.js("return write(shown().letters(), 140)")
+    page.click("#start")
+    page.wait("$('start').textContent !== 'Stop'")
+    assert page.js(displayed) == [True, 70, "Start anew"]
+    page.type("To be, or €")  # another text: nothing to go on with
+    assert page.js(displayed) == [False, 0, "Start"]
+    assert page.text("#prompt") == "To be, or "
+    assert browser.find_element("css selector", "#write .note").text == "Skipped, as the model has never seen them: €"
+
+
+def test_on_a_phone_the_text_stays_small_and_controls_in_place(explore, browser):
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                            {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
+    try:
+        page = explore(PAGE, hash="#tab=touch")
+        page.wait()
+        switch, place = "[data-keys='3-wedge']", "return document.querySelector(arguments[0]).getBoundingClientRect().top"
+        page.js(f"document.querySelector(\"{switch}\").scrollIntoView({{block: 'center'}})")
+        before = page.js(place, switch)
+        page.click(switch)
+        page.wait()
+        assert page.js(place, switch) == pytest.approx(before, abs=2)
+        top = browser.find_element("id", "top")
+        assert page.js(place, "#top") == 0 and top.rect["height"] <= 0.2 * 844
+        assert top.rect["width"] == 390 and "→" in top.text and "Here likeliest" in top.text
+        assert page.js("return document.documentElement.scrollWidth") == 390
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_line_end_is_as_visible_as_a_letter(explore):
+    page = explore(PAGE, hash=f"#text={quote(TEXT)}&at=9")
+    page.wait()
+    style = "return ['outlineWidth', 'outlineStyle', 'color'].map(x => getComputedStyle(cells[9], '::before')[x])"
+    chosen = page.js(style)
+    assert chosen[:2] == ["2px", "solid"]
+    page.js("choose(3)")
+    assert page.js(style)[1] == "none" and page.js(style)[2] != chosen[2]
 
 
 def test_keys_and_pointer_choose_characters(explore, browser):
@@ -324,7 +455,7 @@ def test_tab_reaches_every_control_and_each_has_a_name(explore, browser):
     for _ in range(40):
         ActionChains(browser).send_keys(Keys.TAB).perform()
         reached.add(page.js("return document.activeElement.id || document.activeElement.value"))
-    assert {"text", "write", "start", "temperature", "top-k", "seed", "fast", "written"} <= reached
+    assert {"text", "write", "start", "temperature", "top-k", "seed", "fast", "length", "output"} <= reached
     nameless = page.js("""return [...document.querySelectorAll("button, input, textarea, select, [role], svg")].filter(
         node => !(node.getAttribute("aria-label") || node.getAttribute("aria-labelledby") || node.closest("label")
                   || node.textContent.trim() || node.getAttribute("role") === "status")).map(node => node.outerHTML)""")
