@@ -409,7 +409,7 @@ function explain(event) {  // what a term means, beside it, with a link into the
   const term = event.target.closest("a[title]"), gloss = $("gloss"), [says, link] = gloss.children;
   if (!term || event.ctrlKey || event.metaKey) return;
   event.preventDefault(); [says.textContent, link.href] = [term.title, term.href];
-  gloss.showPopover({ source: term });
+  gloss.hidePopover(); gloss.showPopover({ source: term });
 }
 function listen() {
   const alone = () => box.selectionStart === box.selectionEnd;

@@ -130,6 +130,10 @@ def test_a_term_explains_itself_and_leads_to_the_lesson_in_another_tab(explore, 
         assert 0 <= box["y"] - place["y"] <= 60 and box["x"] + box["width"] <= 1280
         browser.switch_to.active_element.send_keys(Keys.ESCAPE)
         assert not link.is_displayed() and page.js("return document.activeElement === arguments[0]", term)
+    for term in terms[:2]:  # one after the other, without closing it
+        term.send_keys(Keys.ENTER)
+        gloss = browser.find_element("id", "gloss").rect
+        assert gloss["x"] <= term.rect["x"] + 2 and 0 <= gloss["y"] - term.rect["y"] <= 60
     said = " ".join(page.js("return [...document.querySelectorAll('a[title]')].map(node => node.title)"))
     for word in ("State", "Plane", "Wedge", "Partner", "share", "Gate", "Principal angles", "2.22", "±", "Grassmannian"):
         assert word in said
@@ -185,6 +189,14 @@ def test_numbers_on_the_page_are_those_of_python(explore, shipped, t):
         terms = np.array([np.linalg.norm(params[f"blocks.{i}.mix.taps"][k] * z[t - n]) if n <= t else 0
                           for k, n in enumerate(config.offsets[i])])
         np.testing.assert_allclose(look["share"], terms / max(terms.sum(), 1e-9), atol=1e-3)
+        lengths = np.array([[np.linalg.norm(params[f"blocks.{i}.mix.taps"][k] * z[u - n]) if n <= u else 0
+                             for k, n in enumerate(config.offsets[i])] for u in range(len(tokens))])
+        means = 100 * (lengths / lengths.sum(1, keepdims=True).clip(1e-9)).mean(0)
+        card = page.js("return document.querySelectorAll('.card')[arguments[0]].textContent", i)
+        said = re.findall(r"(\d+) back ([\d.]+)%", card.split("shares, mean over the text:")[1])
+        assert [int(n) for n, _ in said] == list(config.offsets[i])
+        assert [float(x) for _, x in said] == pytest.approx(means, abs=0.51)
+        assert ("here nothing is there, so no plane; the mixer adds own state and a bias" in card) == (t == 0)
         if t > 1:
             expected = angles(basis(z[t - 1], s[t - 1]), basis(z[t], s[t]))
             np.testing.assert_allclose(look["angles"], expected, atol=1e-3)
