@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -437,3 +438,17 @@ def test_the_tables_in_results_follow_from_the_runs(tmp_path, monkeypatch, secti
         assert shown == ("" if end is ends[0] else gap)
         if question.text is None:
             assert bits == f"{math.log2(math.e) * loss:.3f}"
+
+@pytest.mark.parametrize("page", ["tutorial.md", "experiments/README.md"])
+def test_the_losses_that_a_page_shows_are_those_of_the_results(page):
+    """Each row of its table stands in compare.md, less the columns that the page leaves out."""
+    text = (RESULTS.parent.parent / page).read_text(encoding="utf-8")
+    table = re.search(r"\| model \| learning rate \| test loss, nats .*\n(?:\|.*\n)+", text)[0]
+    first, full = SECTIONS[0], []
+    for line in first.splitlines():
+        full.append([cell.strip() for cell in line.strip("|").split("|")])
+    rows = table.splitlines()[2:]
+    assert first.startswith("1. ") and len(rows) == len(QUESTIONS[0].models) + 1
+    for line in rows:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert any(row[0] == cells[0] and set(cells) <= set(row) for row in full), line
