@@ -159,7 +159,7 @@ def thread() -> plt.Figure:
     ends = []
     for k, (name, losses) in enumerate((n, c) for n, c in names["curves"].items() if n != "trained"):
         smooth = np.convolve(losses, np.full(15, 1 / 15), "valid")
-        dotted = name.startswith(("average", "one layer", "one of"))
+        dotted = name.startswith(("average", "one layer", "one of rotary"))
         axes.plot(np.arange(len(smooth)) + 8, smooth, lw=1.4, color=f"C{k}", ls=":" if dotted else "-")
         ends.append([smooth[-1], name, f"C{k}"])
     height = math.inf
