@@ -278,7 +278,7 @@ def evaluate(run: Run, text: Text, params: Params, test: bool) -> float | list[f
     """The loss on what is held out to choose on, or for the test; on a task the list of `accuracy`."""
     if task := tasks.TASKS.get(name := run.spec["data"]):
         rng = np.random.default_rng((run.training.seed, run.training.iters + test))  # never trained on
-        held_out = task(rng, 64, run.config.context)
+        held_out = task(rng, 512, run.config.context)
         return tasks.accuracy(params, run.config, *held_out, tasks.GROUPS[name])
     tokens = text.test if test else text.val
     if not run.spec.get("test"):

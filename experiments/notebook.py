@@ -34,7 +34,8 @@ def notebook() -> NotebookNode:
 
 def run(made: NotebookNode) -> NotebookNode:
     """The same with outputs. Raises nbclient's CellExecutionError."""
-    NotebookClient(made, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    where = {"metadata": {"path": str(ROOT)}}
+    NotebookClient(made, timeout=600, resources=where, coalesce_streams=True).execute()
     for cell in made.cells:
         cell.metadata.pop("execution", None)  # when it ran
     return made

@@ -154,7 +154,10 @@ def test_a_step_on_a_task_has_texts_of_its_own_and_the_accuracy_others(task):
     params, others = grassmann.init_params(run.config), np.random.default_rng((3, 2))  # no step
     expected = tasks.accuracy(params, run.config, *tasks.TASKS[task](others, 512, 128),
                               tasks.GROUPS[task])
-    np.testing.assert_array_equal(evaluate(run, None, params), expected)
+    np.testing.assert_array_equal(evaluate(run, None, params, False), expected)
+    again = tasks.TASKS[task](np.random.default_rng((3, 3)), 512, 128)  # other texts for the test
+    expected = tasks.accuracy(params, run.config, *again, tasks.GROUPS[task])
+    np.testing.assert_array_equal(evaluate(run, None, params, True), expected)
 
 @pytest.mark.parametrize("offsets", [None, UP_TO_212])
 def test_how_far_a_grassmann_model_sees(ordinary_params, offsets):
