@@ -11,8 +11,7 @@ tokens may come in parts, shape (blocks, …), which are added at the end (`gath
 All arrays are CuPy arrays, except tokens, which may lie on either side. Batches and initial weights
 are drawn on the host, the same numbers as in grassmann.py; dropout is drawn on the device, from
 keys that the host draws. The loss stays on the device until somebody looks at it. A checkpoint of
-either module loads in the other. A token outside the vocabulary goes unnoticed. All of this is for
-one device and one thread.
+either module loads in the other. A token outside the vocabulary goes unnoticed. One thread only.
 
 To start a kernel costs the host more than a small one costs the card. The pass forward and back,
 a hundred of them, is therefore recorded as a CUDA graph, in its second run.
@@ -372,9 +371,8 @@ def loss_and_grads(
     params.tokens = inputs[0].size
     if seed is not None and config.dropout:
         keys = numpy.random.default_rng(seed).integers(2**63, size=2 * config.n_layer + 1)
-        before = getattr(seed, "first", 0) * x.shape[1] * config.d_model  # elements of earlier rows
-        step = numpy.uint64(before * 0x9E3779B97F4A7C15 % 2**64)  # the kernel's, from one to the next
-        inputs.append(cp.asarray((keys.view(numpy.uint64) + step).view(numpy.int64)))
+        before = getattr(seed, "first", 0) * x.shape[1] * config.d_model * 0x9E3779B97F4A7C15 % 2**64
+        inputs.append(cp.asarray((keys.view("u8") + numpy.uint64(before)).view("i8")))  # see `dropped`
     function = functools.partial(_forward_and_backward, params, config, share)
     layer = MIXERS[config.mixer], BLOCKS[config.block]  # somebody may have put in their own
     stacks = config.mixer == "attention" or config.memory
@@ -431,8 +429,7 @@ def validation_loss(params: Params, config: Config, tokens: Array, each: Callabl
         x, y = chunk
         return cross_entropy_forward(forward(params, config, x), y)[0] * y.size
 
-    totals = [*each(total, chunks)]  # with mpiexec numbers, of all ranks
-    return math.fsum(map(float, totals)) / targets
+    return math.fsum(map(float, [*each(total, chunks)])) / targets
 
 # ---- streaming and sampling ----------------------------------------------------------------------
 
