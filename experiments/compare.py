@@ -198,8 +198,7 @@ QUESTIONS = [
            SMALL, tasks=True),
     survey(18, "Recall with memory, first round", "At the rate that was best for the others; one seed.",
            [(f"recall, {label}", changes | {"data": "recall"})
-            for label, changes in (ATTENTION, GRASSMANN, MEMORY, HYBRID)],
-           SMALL, tasks=True, rates=(1e-3,)),
+            for label, changes in (MEMORY, HYBRID)], SMALL, tasks=True, rates=(1e-3,)),
     survey(18, "How much a memory holds, first round", "As question 9, at one rate.",
            [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
                ATTENTION, ("with memory, rank 16", MEMORY[1]), ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
