@@ -575,8 +575,8 @@ dropout (so short a run does not overfit), models of one size. Of a text nine te
 the rest the first half (validation) chooses learning rates and the order of the n-gram, the second \
 (test) is what is reported. Learning rates: the best of {LEARNING_RATES[0]:g} and {LEARNING_RATES[1]:g} in \
 runs of full length, of one seed; while it is the smallest or the largest tried, half or twice of it is \
-tried, too. A survey (validation loss, one seed) has rates from a tenth of the steps, and all that is \
-held out is its validation. A loss with two more in brackets is the mean of several seeds, with the \
+tried, too. A survey (validation loss) has rates from a tenth of the steps, one seed where nothing else is \
+said, and all that is held out is its validation. A loss with two more in brackets is the mean of several seeds, with the \
 lowest and the highest; inf: diverged. Gap: how much higher the perplexity per token is. Parameters: \
 those that act. Milliseconds: medians on all cores, by turns; what is not in grassmann.py is not \
 written for speed."""
@@ -657,8 +657,9 @@ def main() -> None:
     add = parser.add_argument
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: Python's own documentation)")
     add("--out", type=Path, default="compare", help="folder to write into (default: compare)")
-    add("--quick", action="store_true", help=f"question 1 in short: three models, {QUICK_STEPS:,} steps, one seed")
-    add("--only", type=number(int, 1, 18), nargs="+", metavar="QUESTION", help="some of 1 to 18")
+    which = parser.add_mutually_exclusive_group().add_argument
+    which("--quick", action="store_true", help=f"question 1 in short: three models, {QUICK_STEPS:,} steps, one seed")
+    which("--only", type=number(int, 1, 18), nargs="+", metavar="QUESTION", help="some of 1 to 18")
     add("--seeds", type=number(int, 1, 1000), help="per model (default: what a question says)")
     add("--jobs", type=number(int, 1, 1024), default=cli.available_cores(),
         help="runs at a time, which changes no result (default: one per core)")

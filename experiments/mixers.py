@@ -3,7 +3,7 @@
 Each is a triple (forward, backward, shapes) as in grassmann.MIXERS, every backward by hand. `install`
 puts them there, so that Config(mixer="rotary attention with taps") is a model like any other.
 
-    attention     with rotary positions, with learned taps on its input (a short convolution), both
+    attention     with rotary positions; and with learned taps on its input (a short convolution)
     convolution   gated, at full width: (a ⊙ (b + taps(b))) W
     features      of z and its partner s in place of the wedge and W_plu:
                   an MLP on [z ; s], all products z_i s_j, the one-sided product (z·x_k)(s·y_k), and
@@ -37,8 +37,8 @@ def rotate(x: Array, sign: int = 1) -> Array:
     u, v, odd_one = np.split(x, [half, 2 * half], -1)  # (an odd d_h has one without a partner)
     return np.concatenate([u * cos - v * sin, u * sin + v * cos, odd_one], -1)
 
-def attention(rotary: bool, taps: bool) -> tuple:
-    """Causal attention on h + Σ_Δ w_Δ ⊙ h_{t-Δ} (taps), with rotary positions (rotary), or neither."""
+def rotary_attention(taps: bool) -> tuple:
+    """Causal attention with rotary positions, on h or (taps) on h + Σ_Δ w_Δ ⊙ h_{t-Δ}."""
 
     def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
         cache = {}
@@ -48,8 +48,7 @@ def attention(rotary: bool, taps: bool) -> tuple:
         (B, L, d), n_head = h.shape, config.n_head
         qkv, cache["qkv"] = G.linear_forward(h, w["W_qkv"], w["b_qkv"])
         q, k, v = qkv.reshape(B, L, 3, n_head, -1).transpose(2, 0, 3, 1, 4)  # (B, n_head, L, d_h)
-        if rotary:
-            q, k = rotate(q), rotate(k)
+        q, k = rotate(q), rotate(k)
         scores = q @ k.swapaxes(-1, -2) / math.sqrt(d // n_head)
         np.copyto(scores, -np.inf, where=~np.tri(L, dtype=bool))
         a = np.exp(scores - scores.max(-1, keepdims=True))
@@ -67,8 +66,7 @@ def attention(rotary: bool, taps: bool) -> tuple:
         da, dv = do @ v.swapaxes(-1, -2), a.swapaxes(-1, -2) @ do
         dscores = a * (da - G.dot(a, da)) / math.sqrt(d_h)
         dq, dk = dscores @ k, dscores.swapaxes(-1, -2) @ q
-        if rotary:
-            dq, dk = rotate(dq, -1), rotate(dk, -1)
+        dq, dk = rotate(dq, -1), rotate(dk, -1)
         dqkv = np.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4).reshape(B, L, -1)
         dh, grads["W_qkv"], grads["b_qkv"] = G.linear_backward(dqkv, cache["qkv"])
         if taps:
@@ -348,9 +346,8 @@ def hybrid(attention_layer: int, other: str) -> tuple:
 WEDGE = wedge_forward, wedge_backward, wedge_shapes
 ONE_SIDED = one_sided_forward, one_sided_backward, lambda d, r: {"X": (r, d), "Y": (r, d), "b_plu": (d,)}
 MIXERS = {
-    "rotary attention": attention(rotary=True, taps=False),
-    "attention with taps": attention(rotary=False, taps=True),
-    "rotary attention with taps": attention(rotary=True, taps=True),
+    "rotary attention": rotary_attention(taps=False),
+    "rotary attention with taps": rotary_attention(taps=True),
     "gated convolution": (convolution_forward, convolution_backward, convolution_shapes),
     "MLP on [z ; s]": with_features((mlp_forward, mlp_backward, mlp_shapes)),
     "outer product": with_features((outer_forward, outer_backward, outer_shapes)),

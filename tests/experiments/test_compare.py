@@ -326,7 +326,7 @@ def test_killed_in_the_middle_of_a_line(tmp_path):
     assert first == whole and torn and second.startswith(torn) and json.loads(second)
 
 @pytest.mark.parametrize("options, reason", [
-    (["--only", 19], "--only"), (["--seeds", 0], "--seeds"),
+    (["--only", 19], "--only"), (["--quick", "--only", 2], "--quick"), (["--seeds", 0], "--seeds"),
     (["--data", "absent.txt"], "absent.txt"), (["--data", os.devnull], "text has 0 characters")])
 def test_options_that_make_no_sense_get_one_line(program, options, reason):
     program(*options, error=2)
