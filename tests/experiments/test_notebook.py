@@ -1,10 +1,19 @@
-"""The notebook is the page."""
+"""The notebook is the page, and on any page a Markdown renderer hands on each formula as it is written."""
+
+import re
+from html import unescape
 
 import pytest
 
 pytest.importorskip("jupytext", reason="no jupytext")
 jupytext, notebook = pytest.importorskip("jupytext"), pytest.importorskip("experiments.notebook")
+markdown_it = pytest.importorskip("markdown_it")  # which jupytext needs
 SAVED = notebook.ROOT / "tutorial.ipynb"
+PAGES = [notebook.ROOT / "tutorial.md", *sorted((notebook.ROOT / "docs").glob("*.md"))]
+CODE = r"<(code|pre)\b.*?</\1>"
+
+def words(text: str) -> str:
+    return " ".join(unescape(text).split())
 
 def test_it_is_in_step_with_the_page_and_has_outputs():
     saved, made = jupytext.read(SAVED), notebook.notebook()
@@ -19,3 +28,12 @@ def test_it_runs_cell_by_cell():
     for cell, saved in zip(ran.cells, jupytext.read(SAVED).cells, strict=True):
         if cell.cell_type == "code":
             assert [out.output_type for out in cell.outputs] == [out.output_type for out in saved.outputs]
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_formula_is_taken_for_markdown(page):
+    r"""GitHub's renderer comes before MathJax: it takes the backslash off \, and \\, and pairs of _ for emphasis."""
+    source = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    formulas = re.findall(r"\$\$.+?\$\$|\$[^$]+\$", source, re.DOTALL)
+    html = markdown_it.MarkdownIt("commonmark").enable("table").render(page.read_text("utf-8"))
+    shown = words(re.sub(CODE, "", html, flags=re.DOTALL))
+    assert formulas and [formula for formula in formulas if words(formula) not in shown] == []
