@@ -116,7 +116,7 @@ FEATURES = Question(
      mixer("one-sided product", rank=64), mixer("wedge without a gate"),
      mixer("learned planes", rank=64), mixer("learned planes without a gate", rank=64),
      mixer("learned planes and z·s", rank=64), mixer("learned trivectors", rank=64),
-     mixer("learned planes and trivectors", rank=64)], seeds=3)
+     mixer("learned planes and trivectors", rank=64), mixer("rotors", rank=64)], seeds=3)
 LAYER = Question(
     3, "The paper's layer", "One offset per layer, or the average of all in every layer? Normalised or not? "
     "In the paper's block?",

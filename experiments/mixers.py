@@ -1,13 +1,15 @@
 """Mixers for the comparison: what a sceptic would put beside the Grassmann layer, and its relatives.
 
 Each is a triple (forward, backward, shapes) as in grassmann.MIXERS, every backward by hand. `install`
-puts them there, so that Config(mixer="rotary attention with taps") is a model like any other.
+puts them there, so that Config(mixer="rotary attention with taps") is a model like any other; only
+that, but for "rotary attention", they read texts whole and cannot write (`reads_whole`).
 
     attention     with rotary positions; and with learned taps on its input (a short convolution)
     convolution   gated, at full width: (a ⊙ (b + taps(b))) W
     features      of z and its partner s in place of the wedge and W_plu:
                   an MLP on [z ; s], all products z_i s_j, the one-sided product (z·x_k)(s·y_k), and
-                  learned planes, (z ∧ s)·(x_k ∧ y_k), of grade 2 and 3 and their sums; without a gate
+                  learned planes, (z ∧ s)·(x_k ∧ y_k), of grade 2 and 3 and their sums, the rotation
+                  in the plane of z and s; without a gate
     memories      the Grassmann layer with a memory that forgets, and with two
     hybrid        attention in one layer, the Grassmann layer in the others
 """
@@ -25,14 +27,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 # ---- attention, with what a reader of today expects -----------------------------------------------
 
-def rotate(x: Array, sign: int = 1) -> Array:
+def rotate(x: Array, sign: int = 1, start: int = 0) -> Array:
     """Rotary positions: pairs of coordinates of x (B, heads, L, d_h) turned by t times their frequency.
 
     A rotary position is a rotor: the rotation of R^{d_h} that moves token t. Its backward is the
     rotation by the opposite angle, sign=-1. The score of two tokens then depends on their distance.
+    `start` is the position of the first.
     """
     half = x.shape[-1] // 2
-    angles = np.arange(x.shape[2])[:, None] * 10000.0 ** (-np.arange(half) / half)  # (L, d_h / 2)
+    angles = np.arange(start, start + x.shape[2])[:, None] * 10000.0 ** (-np.arange(half) / half)  # (L, d_h / 2)
     cos, sin = np.cos(angles).astype(x.dtype), (sign * np.sin(angles)).astype(x.dtype)
     u, v, odd_one = np.split(x, [half, 2 * half], -1)  # (an odd d_h has one without a partner)
     return np.concatenate([u * cos - v * sin, u * sin + v * cos, odd_one], -1)
@@ -48,9 +51,14 @@ def rotary_attention(taps: bool) -> tuple:
         (B, L, d), n_head = h.shape, config.n_head
         qkv, cache["qkv"] = G.linear_forward(h, w["W_qkv"], w["b_qkv"])
         q, k, v = qkv.reshape(B, L, 3, n_head, -1).transpose(2, 0, 3, 1, 4)  # (B, n_head, L, d_h)
-        q, k = rotate(q), rotate(k)
+        start = past["k"].shape[2] if past else 0
+        q, k = rotate(q, start=start), rotate(k, start=start)
+        if past is not None:
+            if past:
+                k, v = np.concatenate([past["k"], k], 2), np.concatenate([past["v"], v], 2)
+            past["k"], past["v"] = k, v
         scores = q @ k.swapaxes(-1, -2) / math.sqrt(d // n_head)
-        np.copyto(scores, -np.inf, where=~np.tri(L, dtype=bool))
+        np.copyto(scores, -np.inf, where=~np.tri(L, k.shape[2], start, dtype=bool))
         a = np.exp(scores - scores.max(-1, keepdims=True))
         a /= a.sum(-1, keepdims=True)
         heads = (a @ v).swapaxes(1, 2).reshape(B, L, d)
@@ -293,6 +301,40 @@ def one_sided_backward(dg: Array, cache: tuple) -> tuple:
     (dz, ds), (dX, dY) = dots_backward([[dg * M[1][1], zero], [zero, dg * M[0][0]]], vectors, learned)
     return dz, [ds], {"X": dX, "Y": dY, "b_plu": dg.sum((0, 1))}
 
+def unit_forward(u: Array) -> tuple[Array, tuple]:
+    """û = u / sqrt(|u|² + ε), of length 1 but for u near 0."""
+    inverse = (1 / np.sqrt(G.dot(u, u) + 1e-6)).astype(u.dtype)
+    return u * inverse, (u * inverse, inverse)
+
+def unit_backward(du: Array, cache: tuple) -> Array:
+    """du = (dû - û (û·dû)) / sqrt(|u|² + ε)."""
+    unit, inverse = cache
+    return (du - unit * G.dot(unit, du)) * inverse
+
+def rotor_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
+    """g_k = r x_k · R(y_k), R the rotation in the plane of z and s by twice the angle from z to s.
+
+    Its rotor is the geometric product ŝ ẑ: R is the reflection along ẑ and then that along ŝ,
+
+        x · R(y) = x·y - 2 (ẑ·x)(ẑ·y) - 2 (ŝ·x)(ŝ·y) + 4 (ẑ·ŝ)(ŝ·x)(ẑ·y),
+
+    of which x·y is constant, a part of b. The factor r makes features as large as the others' are.
+    """
+    (z, c_z), (s, c_s) = unit_forward(z), unit_forward(partners[0])
+    vectors, learned, r = [z, s], [w["X"], w["Y"]], z.shape[-1]
+    M, c = dots_forward(vectors, learned), G.dot(z, s)
+    (zx, zy), (sx, sy) = M
+    return r * (4 * c * sx * zy - 2 * zx * zy - 2 * sx * sy) + w["b_plu"], (M, c, vectors, learned, c_z, c_s)
+
+def rotor_backward(dg: Array, cache: tuple) -> tuple:
+    """The product rule, for each of the four dot products with learned vectors and for ẑ·ŝ."""
+    ((zx, zy), (sx, sy)), c, (z, s), learned, c_z, c_s = cache
+    db, dg = dg.sum((0, 1)), dg * z.shape[-1]
+    dM = [[-2 * zy * dg, (4 * c * sx - 2 * zx) * dg], [(4 * c * zy - 2 * sy) * dg, -2 * sx * dg]]
+    (dz, ds), (dX, dY) = dots_backward(dM, [z, s], learned)
+    dc = 4 * G.dot(dg, sx * zy)
+    return unit_backward(dz + dc * s, c_z), [unit_backward(ds + dc * z, c_s)], {"X": dX, "Y": dY, "b_plu": db}
+
 # ---- memories that forget --------------------------------------------------------------------------
 
 def recall_forward(h: Array, z: Array, w: Scope, decay: float) -> tuple[Array, tuple]:
@@ -343,8 +385,19 @@ def hybrid(attention_layer: int, other: str) -> tuple:
 
     return forward, backward, shapes
 
+def reads_whole(mixer: tuple) -> tuple:
+    """A mixer that keeps no `past`: it refuses to write one token at a time. Raises ValueError."""
+    forward, backward, shapes = mixer
+
+    def whole(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
+        G.check(past is None, "this mixer is for comparison only: it reads texts whole", config.mixer)
+        return forward(h, w, config, layer)
+
+    return whole, backward, shapes
+
 WEDGE = wedge_forward, wedge_backward, wedge_shapes
 ONE_SIDED = one_sided_forward, one_sided_backward, lambda d, r: {"X": (r, d), "Y": (r, d), "b_plu": (d,)}
+ROTOR = rotor_forward, rotor_backward, ONE_SIDED[2]
 MIXERS = {
     "rotary attention": rotary_attention(taps=False),
     "rotary attention with taps": rotary_attention(taps=True),
@@ -358,6 +411,7 @@ MIXERS = {
     "learned planes and z·s": with_features(both(SCALAR, blades(2))),
     "learned trivectors": with_features(blades(3), n_partners=2),
     "learned planes and trivectors": with_features(both(blades(2), blades(3)), n_partners=2),
+    "rotors": with_features(ROTOR),
     "a memory that forgets": with_features(WEDGE, memories=(0.97,)),
     "two memories, one forgets": with_features(WEDGE, memories=(1.0, 0.97)),
     "hybrid": hybrid(1, "rotary attention with taps"),
@@ -365,7 +419,8 @@ MIXERS = {
 
 def install() -> None:
     """Let Config know them."""
-    G.MIXERS.update(MIXERS)
+    G.MIXERS.update({name: mixer if name == "rotary attention" else reads_whole(mixer)
+                     for name, mixer in MIXERS.items()})
 
 def scale_learned_vectors(params: Params) -> None:
     """X, Y, Z from N(0, 0.2/r) in place of N(0, 0.02²), in place: the dot products with z have a size."""

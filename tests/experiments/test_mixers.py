@@ -31,6 +31,16 @@ def test_causality(config, ordinary_params):
         changed = np.abs(grassmann.forward(params, config, later) - logits).max(-1)
         assert changed[:, : t + 1].max() < 1e-12 < 1e-3 < changed[:, t + 1].min()
 
+def test_it_writes_what_it_reads_or_refuses(config, ordinary_params):
+    params, tokens, stream = ordinary_params(config), np.arange(9) % 11, grassmann.stream_init(None, config)
+    if config.mixer != "rotary attention":
+        with pytest.raises(ValueError, match="reads texts whole"):
+            grassmann.stream_step(params, config, stream, 1)
+        return
+    for t, logits in enumerate(grassmann.forward(params, config, tokens[None])[0]):
+        one_by_one, stream = grassmann.stream_step(params, config, stream, tokens[t])
+        np.testing.assert_allclose(one_by_one, logits, rtol=1e-9)
+
 def test_without_forgetting_it_is_the_memory_of_the_reference(tiny_config, ordinary_params, rng):
     w = grassmann.Scope(ordinary_params(tiny_config(memory=True)), "blocks.0.mix.")
     h, z = rng.standard_normal((2, 9, len(w["W_red"]))), rng.standard_normal((2, 9, w["W_red"].shape[1]))
@@ -63,3 +73,15 @@ def test_a_rotation_by_the_opposite_angle_undoes_it(rng, width):
     np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-12)
     np.testing.assert_allclose(mixers.rotate(turned, -1), x, rtol=1e-12)
     assert width == 1 or not np.allclose(turned[:, :, 1:], x[:, :, 1:])
+
+def test_a_rotor_rotates(rng):
+    """By twice the angle from z to s, in their plane; what is orthogonal to both stays."""
+    z, s, x, y = rng.standard_normal((4, 5))
+    basis = np.linalg.qr(np.stack([z, s, *rng.standard_normal((3, 5))], 1))[0].T  # two of the plane, three of the rest
+    first, second = (basis @ v / np.linalg.norm(v) for v in (z, s))
+    angle = 2 * (np.arctan2(second[1], second[0]) - np.arctan2(first[1], first[0]))
+    R = np.eye(5)
+    R[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    w = grassmann.Scope({"X": x[:, None], "Y": y[:, None], "b_plu": np.array([5 * x @ y])})
+    g, _ = mixers.rotor_forward(z[None, None], [s[None, None]], w)
+    assert g.item() == pytest.approx(5 * x @ (basis.T @ R @ basis) @ y, rel=1e-4)
