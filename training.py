@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,7 +63,12 @@ def train_step(
 
 @lru_cache
 def pool(threads: int) -> ThreadPoolExecutor:
-    """So many threads, kept: new ones for every step would each take memory of their own anew."""
+    """So many threads, kept: new ones for every step would each take memory of their own anew.
+
+    They hand the interpreter lock over at every array operation. By default one that waits for it may
+    miss its turn for 5 ms, as long as a dozen of those; so ask for it more often.
+    """
+    sys.setswitchinterval(1e-4)
     return ThreadPoolExecutor(threads)
 
 def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
