@@ -1,0 +1,121 @@
+"""What learns most in so many seconds of one core: how `train_char.py --preset best` was chosen.
+
+  python -m experiments.budget --data shakespeare          all that is in PLANS, an hour and a half
+  python -m experiments.budget --data shakespeare --only "width 160" --out results
+
+Each plan trains on the first 95% of the training text, for its seconds of processor time (not of the clock:
+others may use the machine, too), with the rate going to 0 along a cosine over just that time. It is
+measured on the last 5%, in windows of 256, as nanoGPT's are: its weights, and two running means of them.
+What train_char.py validates on is not touched. A line per plan goes into --out/budget.jsonl, and the
+same command goes on where it was stopped.
+"""
+
+import cli  # noqa: I001  (before NumPy)
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+import grassmann as G
+from grassmann import Array, Config, Params
+from text import read_corpus
+
+OFFSETS = ((1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 6, 8), (1, 2, 4, 8, 12, 16), (1, 2, 4, 8, 16, 32, 64))
+MODEL = {"n_layer": 6, "offsets": OFFSETS, "context": 1024, "d_model": 224, "dropout": 0.25}
+HOW = {"seconds": 450, "lr": 3e-3, "batch_size": 2, "muon": False}
+WIDTH_160 = {"seconds": 800, "d_model": 160, "dropout": 0.15, "lr": 4e-3}
+SLOWER = WIDTH_160 | {"lr": 2.5e-3}
+PLANS = {  # what differs from MODEL and HOW
+    "width 224": {},
+    "width 224, Muon": {"muon": True},
+    "width 224, longer": {"seconds": 800, "dropout": 0.15},
+    "width 160": WIDTH_160,
+    "width 160, half the batch": WIDTH_160 | {"context": 512},
+    "width 160, lower rate": SLOWER,
+    "the same, half the batch, context 256": SLOWER | {"context": 256, "batch_size": 4},
+    "the same, dropout 0.08": SLOWER | {"context": 256, "batch_size": 4, "dropout": 0.08},
+}
+DECAYS = (0.99, 0.998)  # of the running means
+
+def orthogonal(M: Array, steps: int = 5) -> Array:
+    """A matrix with the singular vectors of M and singular values near 1, by Newton and Schulz.
+
+    X ← a X + (b A + c A²) X with A = X Xᵀ acts on each singular value alone; these a, b, c are Muon's
+    (Jordan, kellerjordan.github.io/posts/muon): quick, and content with values from 0.7 to 1.2.
+    """
+    X = M.T if len(M) > M.shape[1] else M
+    X = X / (np.linalg.norm(X) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * (A @ A)) @ X
+    return X.T if len(M) > M.shape[1] else X
+
+def muon_step(params: Params, grads: Params, state: dict, step: int, lr: float) -> None:
+    """Muon on the matrices inside the blocks, as large as AdamW's steps are (Liu, arXiv 2502.16982); AdamW else."""
+    inside = {name for name in params if name.startswith("blocks") and params[name].ndim == 2 and "taps" not in name}
+    G.adamw_step({name: p for name, p in params.items() if name not in inside}, grads, state, step, lr)
+    for name in inside:
+        theta, g, m = params[name], grads[name], state["adam_m"][name]
+        m += 0.05 * (g - m)
+        theta *= 1 - lr * 0.1
+        theta -= lr * 0.2 * math.sqrt(max(theta.shape)) * orthogonal(0.05 * g + 0.95 * m)
+
+def train(plan: dict, text: Array, vocab_size: int) -> list[list]:
+    """[step, loss of the weights, loss of each running mean] at each quarter of the plan's time."""
+    plan, cut = HOW | plan, len(text) * 95 // 100
+    config = Config(vocab_size, **MODEL | {k: v for k, v in plan.items() if k not in HOW})
+    params, step, lost, found = G.init_params(config), 0, 0.0, []
+    state, means = G.adamw_init(params), [{name: p.copy() for name, p in params.items()} for _ in DECAYS]
+    advance, started = muon_step if plan["muon"] else G.adamw_step, time.process_time()
+    while len(found) < 4:
+        done = (time.process_time() - started - lost) / plan["seconds"]  # of its time
+        if done >= (len(found) + 1) / 4:
+            before = time.process_time()
+            windows = replace(config, context=256)
+            found.append([step, *(G.validation_loss(w, windows, text[cut:]) for w in (params, *means))])
+            lost += time.process_time() - before
+            continue
+        x, y = G.get_batch(text[:cut], plan["batch_size"], config.context, 0, step)
+        _, grads = G.loss_and_grads(params, config, x, y, (0, step, 0))
+        G.clip_grads(grads, 1.0)
+        rate = max(done, 6e-4) / 0.03 if done < 0.03 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.03) / 0.97)
+        advance(params, grads, state, step, plan["lr"] * rate)
+        for mean, decay in zip(means, DECAYS, strict=True):
+            decay = min(decay, (step + 1) / (step + 10))
+            for name, value in mean.items():
+                value += (1 - decay) * (params[name] - value)
+        step += 1
+    return found
+
+def main() -> None:
+    cli.plain_output()
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--data", help="a UTF-8 text file, or 'shakespeare' (default: Python's own documentation)")
+    parser.add_argument("--only", nargs="+", choices=PLANS, metavar="PLAN", default=[*PLANS], help="some of them, by name")
+    parser.add_argument("--seconds", type=cli.number(float, 0, 10**6, above=True), help="for each, in place of its own")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of budget.jsonl (default: out)")
+    args = parser.parse_args()
+    with cli.short_errors(parser, args.out):
+        corpus = read_corpus(args.data, 1024)
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / "budget.jsonl"
+        finished = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        known = {(run["plan"], run["seconds"], run["text"]): run["found"] for run in finished}
+        print("| plan | seconds | steps | loss at a quarter, half, three quarters | in the end | its running means |\n" + "|---" * 6 + "|")
+        for name in args.only:
+            plan = HOW | PLANS[name] | ({"seconds": args.seconds} if args.seconds else {})
+            key = name, plan["seconds"], corpus.sha256
+            if key not in known:
+                known[key] = train(plan, corpus.train, len(corpus.vocab))
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(dict(zip(("plan", "seconds", "text"), key, strict=True), found=known[key])) + "\n")
+            *before, (steps, loss, *means) = known[key]
+            print(f"| {name} | {plan['seconds']:g} | {steps:,} | {', '.join(f'{row[1]:.3f}' for row in before)} "
+                  f"| {loss:.3f} | {', '.join(f'{mean:.3f}' for mean in means)} |", flush=True)
+
+if __name__ == "__main__":
+    main()
