@@ -110,12 +110,11 @@ CONTROLS = Question(
 FEATURES = Question(
     2, "Is it the geometry?", "Other features of a token and its partner, at equal size: products that are "
     "no wedge, none at all; learned planes and trivectors, which are determinants of dot products; "
-    "and whether the gate is worth its parameters.",
+    "rotations in the token's plane; and whether the gate is worth its parameters.",
     [GRASSMANN, ("no product", {"product": "concatenation"}), mixer("MLP on [z ; s]"),
      ("symmetric product", {"product": "symmetric"}), mixer("outer product"),
      mixer("one-sided product", rank=64), mixer("wedge without a gate"),
-     mixer("learned planes", rank=64), mixer("learned planes without a gate", rank=64),
-     mixer("learned planes and z·s", rank=64), mixer("learned trivectors", rank=64),
+     mixer("learned planes", rank=64), mixer("learned planes and z·s", rank=64), mixer("learned trivectors", rank=64),
      mixer("learned planes and trivectors", rank=64), mixer("rotors", rank=64)], seeds=3)
 LAYER = Question(
     3, "The paper's layer", "One offset per layer, or the average of all in every layer? Normalised or not? "

@@ -407,7 +407,6 @@ MIXERS = {
     "one-sided product": with_features(ONE_SIDED),
     "wedge without a gate": with_features(WEDGE, gate=False),
     "learned planes": with_features(blades(2)),
-    "learned planes without a gate": with_features(blades(2), gate=False),
     "learned planes and z·s": with_features(both(SCALAR, blades(2))),
     "learned trivectors": with_features(blades(3), n_partners=2),
     "learned planes and trivectors": with_features(both(blades(2), blades(3)), n_partners=2),
