@@ -1,4 +1,4 @@
-"""What learns most in so many seconds of one core: how `train_char.py --preset best` was chosen.
+"""What learns most in so many seconds of one core: the way to a `--preset best` of a quarter of an hour.
 
   python -m experiments.budget --data shakespeare          all that is in PLANS, an hour and a half
   python -m experiments.budget --data shakespeare --only "width 160" --out results
@@ -91,6 +91,12 @@ def train(plan: dict, text: Array, vocab_size: int) -> list[list]:
         step += 1
     return found
 
+def row(name: str, seconds: float, found: list[list]) -> str:
+    """Of the table."""
+    *before, (steps, loss, *means) = found
+    return (f"| {name} | {seconds:g} | {steps:,} | {', '.join(f'{quarter[1]:.3f}' for quarter in before)} "
+            f"| {loss:.3f} | {', '.join(f'{mean:.3f}' for mean in means)} |")
+
 def main() -> None:
     cli.plain_output()
     parser = cli.Parser(__doc__)
@@ -113,9 +119,7 @@ def main() -> None:
                 known[key] = train(plan, corpus.train, len(corpus.vocab))
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(dict(zip(("plan", "seconds", "text"), key, strict=True), found=known[key])) + "\n")
-            *before, (steps, loss, *means) = known[key]
-            print(f"| {name} | {plan['seconds']:g} | {steps:,} | {', '.join(f'{row[1]:.3f}' for row in before)} "
-                  f"| {loss:.3f} | {', '.join(f'{mean:.3f}' for mean in means)} |", flush=True)
+            print(row(name, plan["seconds"], known[key]), flush=True)
 
 if __name__ == "__main__":
     main()

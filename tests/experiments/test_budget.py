@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +31,12 @@ def test_a_table_and_not_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(budget, "train", None)  # would be an error
     budget.main()
     assert capsys.readouterr().out == table
+
+def test_the_table_on_the_page_is_that_of_the_results():
+    folder = Path(budget.__file__).parent
+    runs = [json.loads(line) for line in (folder / "results" / "budget.jsonl").read_text("utf-8").splitlines()]
+    rows = "\n".join(budget.row(run["plan"], run["seconds"], run["found"]) for run in runs)
+    assert [run["plan"] for run in runs] == [*budget.PLANS] and rows in (folder / "README.md").read_text("utf-8")
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
 def test_orthogonal_keeps_the_directions_and_evens_the_lengths(rng, shape):
