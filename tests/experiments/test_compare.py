@@ -452,3 +452,14 @@ def test_the_losses_that_a_page_shows_are_those_of_the_results(page):
     for line in rows:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert any(row[0] == cells[0] and set(cells) <= set(row) for row in full), line
+
+def test_the_features_that_the_tutorial_compares_are_those_of_the_results():
+    """The names and losses of its second table, all rows of question 2."""
+    def rows(table: str, *columns: int) -> list:
+        cells = [line.strip("| ").split(" | ") for line in table.splitlines()]
+        return [[row[k] for k in columns] for row in cells]
+
+    page = (RESULTS.parent.parent / "tutorial.md").read_text(encoding="utf-8")
+    table = re.search(r"\| features \| .*\n\|---.*\n((?:\|.*\n)+)", page)[1]
+    (section,) = (section for section in SECTIONS if section.startswith("2. "))
+    assert rows(table, 0, 2) == rows(section.partition("|---|")[2].partition("\n")[2], 0, 2)
