@@ -1,8 +1,8 @@
 """Mixers for the comparison: what a sceptic would put beside the Grassmann layer, and its relatives.
 
 Each is a triple (forward, backward, shapes) as in grassmann.MIXERS, every backward by hand. `install`
-puts them there, so that Config(mixer="rotary attention with taps") is a model like any other; only
-that, but for "rotary attention", they read texts whole and cannot write (`reads_whole`).
+puts them there, so that Config(mixer="rotary attention with taps") is a model like any other. All but
+"rotary attention" read texts whole and cannot write one token at a time.
 
     attention     with rotary positions; and with learned taps on its input (a short convolution)
     convolution   gated, at full width: (a ⊙ (b + taps(b))) W
