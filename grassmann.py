@@ -167,9 +167,8 @@ def plucker_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
     """
     u, v, shape = cache
     i, j = pairs(len(u))
-    A = np.zeros((len(u), *u.shape), u.dtype)  # (r, r, T)
-    A[i, j] = dp.reshape(-1, len(i)).T  # (..., n) -> (n, T)
-    A[j, i] = -A[i, j]
+    A, dp = np.zeros((len(u), *u.shape), u.dtype), dp.reshape(-1, len(i)).T  # (r, r, T), (n, T)
+    A[i, j], A[j, i] = dp, -dp
     du, dv = np.einsum("ijt,jt->it", A, v), -np.einsum("ijt,jt->it", A, u)  # (r, T)
     return tuple(np.ascontiguousarray(a.T).reshape(*shape, len(u)) for a in (du, dv))
 

@@ -200,7 +200,8 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
     """Microseconds per token of a training step by the length of its windows, on at most 2 threads
 
     Every step has the same number of tokens, from 512 windows of 64 to 2 of 16,384. Beside our
-    model the same with attention (mixer="attention"), as far as its length x length tables go.
+    model the same with a memory, and with attention (mixer="attention"), as far as its length x
+    length tables go.
     """
     tokens = tokens // 8 if setup.quick else tokens
     lengths, runs = [2**k for k in range(6, 20) if 2**k <= tokens // 2], {}
@@ -208,12 +209,12 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
         training = replace(setup.training, batch_size=tokens // L)
         own = replace(setup, training=training, threads=min(2, setup.threads))
         runs[L, "grassmann"] = Ours(own, setup.config(context=L)).step
+        runs[L, "memory"] = Ours(own, setup.config(memory=True, context=L)).step
         attention = Ours(own, setup.config(mixer="attention", context=L)).step
         runs[L, "attention"] = attention if longest_table >= L else None
     times = alternate(setup, runs, 3, 1)
     return [{"length": L, "windows": tokens // L,
-             "grassmann": 1e6 / tokens * median(times[L, "grassmann"]),
-             "attention": 1e6 / tokens * median(times[L, "attention"]),
+             **{mixer: 1e6 / tokens * median(times[L, mixer]) for mixer in ("grassmann", "memory", "attention")},
              "x ours": quotient(times[L, "attention"], times[L, "grassmann"])} for L in lengths]
 
 def training_memory(setup: Setup, ours: bool) -> float:

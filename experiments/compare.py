@@ -120,34 +120,36 @@ LAYER = Question(
     3, "The paper's layer", "One offset per layer, or the average of all in every layer? Normalised or not? "
     "In the paper's block?",
     [BEST_ATTENTION, ("the paper's model", PAPER), UNIT, ONE, ("average of six, normalised", UNIT[1] | SIX),
-     ("average of six", ONE[1] | SIX), ("taps for the six", SIX), ("taps, normalised", {"normalize": True}),
-     ("taps, paper's block", {"block": "paper"}), ("taps, positions", {"positions": True}), GRASSMANN],
-    seeds=3)
-SUBWORDS = [BEST_ATTENTION, GRASSMANN, ONE, ("average of six, normalised", UNIT[1] | SIX),
-            ("the paper's model", PAPER)]
+     GRASSMANN], seeds=3)
+SUBWORDS = [BEST_ATTENTION, GRASSMANN, ("the paper's model", PAPER)]
+
+def on_bible(title: str, settings: dict, rates_of: Question | None = None) -> Question:
+    return Question(5, title, "Does the lead last as models grow, and as training does? On the King James Bible, "
+                    "which is four times as long; one seed.", [BEST_ATTENTION, GRASSMANN], settings,
+                    text=("bible", 0), rates_of=rates_of)
+
+TENTH = {"n_layer": 3, "d_model": 64, "rank": 16}  # 0.1 million
+LONGER = on_bible("0.1 million, 8,000 steps", TENTH | {"iters": 8000})
+MILLION = on_bible("1 million", {"n_layer": 5, "d_model": 144, "rank": 32})
 QUESTIONS = [
     CONTROLS, FEATURES, LAYER,
     Question(4, "A second text", "The same on Python's documentation; rates of the first text.",
-             [BEST_ATTENTION, mixer("gated convolution"), GRASSMANN, ("no product", {"product": "concatenation"}),
-              ("symmetric product", {"product": "symmetric"}), mixer("one-sided product", rank=64),
-              mixer("learned planes", rank=64)], text=(None, 0), rates_of=CONTROLS, seeds=3),
-    *(Question(5, f"Size: {size}", "Does the lead last as models grow? On the King James Bible, which is "
-               "four times as long; one seed.", [BEST_ATTENTION, GRASSMANN], settings, text=("bible", 0))
-      for size, settings in (("0.1 million", {"n_layer": 3, "d_model": 64, "rank": 16}),
-                             ("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}),
-                             ("1 million", {"n_layer": 5, "d_model": 144, "rank": 32}),
-                             ("3 million", {"n_layer": 6, "d_model": 240, "rank": 40}))),
+             [BEST_ATTENTION, mixer("gated convolution"), GRASSMANN, mixer("learned planes", rank=64),
+              ("no product", {"product": "concatenation"})], text=(None, 0), rates_of=CONTROLS, seeds=3),
+    on_bible("0.1 million", TENTH), on_bible("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}), MILLION,
+    on_bible("3 million, rates of 1 million", {"n_layer": 6, "d_model": 240, "rank": 40}, MILLION), LONGER,
+    on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000}, LONGER),
     Question(6, "Subwords: 1,024 byte pairs", "The paper's regime: what of this holds on pieces of words?",
              SUBWORDS, text=("shakespeare", 1024), seeds=3),
     Question(6, "Subwords: 4,096 byte pairs", "The same on the King James Bible; one seed.",
              SUBWORDS, text=("bible", 4096)),
     Question(7, "Context 256", "With as many windows a step as at 64; rates of the first table, one seed.",
              [BEST_ATTENTION, GRASSMANN, MEMORY, HYBRID], {"context": 256}, rates_of=CONTROLS),
-    Question(8, "A far token", "Recall and matching brackets: how far back can an answer lie? Accuracy "
-             f"against distance, {1 / tasks.ANSWERS:.1%} by chance.",
-             [(f"{task}, {label}", changes | {"data": task}) for task in ("recall", "brackets")
-              for label, changes in (ATTENTION, GRASSMANN, MEMORY, HYBRID)],
-             SMALL, tasks=True, seeds=3, rates=(1e-3, 4e-3)),
+    *(Question(8, title, f"How far back can an answer lie? Accuracy against distance, {1 / tasks.ANSWERS:.1%} by chance."
+               + more, [(f"{task}, {label}", changes | {"data": task})
+                        for label, changes in (ATTENTION, GRASSMANN, MEMORY, HYBRID)],
+               SMALL, tasks=True, seeds=seeds, rates=(1e-3,))
+      for task, title, more, seeds in (("recall", "A far token", "", 3), ("brackets", "Brackets", " One seed.", 1))),
     Question(9, "How much a memory holds", "2, 4, 8 or 16 keys, each under a name: which one is it "
              "that is asked for? To answer with the most frequent of them is right in 56, 41, 33 and "
              "26% of the cases. Context 128, 4,000 steps; the sizes differ.",
