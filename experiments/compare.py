@@ -106,12 +106,14 @@ CONTROLS = Question(
     [ATTENTION, mixer("rotary attention", **WIDE), BEST_ATTENTION,
      ("the same, larger W_qkv", {"mixer": "rotary attention with taps", "larger": ("W_qkv",), **WIDE}),
      mixer("gated convolution"), ("the same, larger W_in", {"mixer": "gated convolution", "larger": ("W_in",)}),
+     ("attention with taps and our gate", {"mixer": "rotary attention with taps and our gate", "larger": ("W_out",)}),
+     ("convolution with our gate", {"mixer": "gated convolution with our gate", "larger": ("W_in", "W_out")}),
      GRASSMANN, HYBRID], seeds=3, ngrams=True)
 FEATURES = Question(
     2, "Is it the geometry?", "Other features of a token and its partner, at equal size: products that are "
     "no wedge, none at all; learned planes and trivectors, which are determinants of dot products; "
     "rotations in the token's plane; and whether the gate is worth its parameters.",
-    [GRASSMANN, ("no product", {"product": "concatenation"}), mixer("MLP on [z ; s]"),
+    [GRASSMANN, ("no product", {"product": "concatenation"}), ("no product, rank 64", {"mixer": "sum", "rank": 64}), mixer("MLP on [z ; s]"),
      ("symmetric product", {"product": "symmetric"}), mixer("outer product"),
      mixer("one-sided product", rank=64), mixer("wedge without a gate"),
      mixer("learned planes", rank=64), mixer("learned planes and z·s", rank=64), mixer("learned trivectors", rank=64),
@@ -263,7 +265,7 @@ def batch(run: Run, text: Text, step: int) -> tuple[Array, Array]:
 def steps(run: Run, text: Text, threads: int = 1) -> Iterator[tuple[Params, float]]:
     """Train for ever: parameters and loss after every step."""
     params, scale = grassmann.init_params(run.config, run.training.seed), run.spec["W_red_scale"]
-    mixers.scale_learned_vectors(params)
+    mixers.scale_features(params)
     for name in params:
         if name.endswith(".W_red") and scale:
             params[name] *= scale * math.sqrt(run.config.d_model)  # instead of 1/sqrt(d_model)

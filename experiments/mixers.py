@@ -6,7 +6,8 @@ puts them there, so that Config(mixer="rotary attention with taps") is a model l
 
     attention     with rotary positions; and with learned taps on its input (a short convolution)
     convolution   gated, at full width: (a ⊙ (b + taps(b))) W
-    features      of z and its partner s in place of the wedge and W_plu:
+    gate          our gate around either of the two
+    features      of z and its partner s in place of the wedge and W_plu: the sum z·x_k + s·y_k,
                   an MLP on [z ; s], all products z_i s_j, the one-sided product (z·x_k)(s·y_k), and
                   learned planes, (z ∧ s)·(x_k ∧ y_k), of grade 2 and 3 and their sums, the rotation
                   in the plane of z and s; without a gate
@@ -46,7 +47,7 @@ def rotary_attention(taps: bool) -> tuple:
     def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
         cache = {}
         if taps:
-            s, cache["taps"] = G.partner_forward(h, w["taps"], G.WIDENING[layer % 4], False)
+            s, cache["taps"] = G.partner_forward(h, w["taps"], config.offsets[layer], False)
             h = h + s
         (B, L, d), n_head = h.shape, config.n_head
         qkv, cache["qkv"] = G.linear_forward(h, w["W_qkv"], w["b_qkv"])
@@ -83,7 +84,7 @@ def rotary_attention(taps: bool) -> tuple:
         return dh, grads
 
     def shapes(config: Config, layer: int) -> Shapes:
-        own = {"taps": (len(G.WIDENING[layer % 4]), config.d_model)} if taps else {}
+        own = {"taps": (len(config.offsets[layer]), config.d_model)} if taps else {}
         return own | G.attention_shapes(config, layer)
 
     return forward, backward, shapes
@@ -112,6 +113,28 @@ def convolution_shapes(config: Config, layer: int) -> Shapes:
     d = config.d_model
     return {"W_in": (d, 2 * d), "b_in": (2 * d,), "taps": (len(config.offsets[layer]), d),
             "W_out": (d, d), "b_out": (d,)}
+
+# ---- our gate around another mixer -------------------------------------------------------------------
+
+def gated(mixer: tuple) -> tuple:
+    """mix = gate(h, mixer(h)): what is ours but for the reduction and the wedge."""
+    inner_forward, inner_backward, inner_shapes = mixer
+
+    def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
+        g, c_inner = inner_forward(h, w, config, layer)
+        mix, c_gate = G.gate_forward(h, g, w["W_gate"], w["b_gate"])
+        return mix, {"inner": c_inner, "gate": c_gate}
+
+    def backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
+        dh, dg, dW, db = G.gate_backward(dmix, cache["gate"])
+        dh_inner, grads = inner_backward(dg, cache["inner"])
+        return dh + dh_inner, grads | {"W_gate": dW, "b_gate": db}
+
+    def shapes(config: Config, layer: int) -> Shapes:
+        d = config.d_model
+        return inner_shapes(config, layer) | {"W_gate": (2 * d, d), "b_gate": (d,)}
+
+    return forward, backward, shapes
 
 # ---- features of z and its partner -----------------------------------------------------------------
 
@@ -301,6 +324,16 @@ def one_sided_backward(dg: Array, cache: tuple) -> tuple:
     (dz, ds), (dX, dY) = dots_backward([[dg * M[1][1], zero], [zero, dg * M[0][0]]], vectors, learned)
     return dz, [ds], {"X": dX, "Y": dY, "b_plu": dg.sum((0, 1))}
 
+def sum_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
+    """g_k = z·x_k + s·y_k + b_k: no product."""
+    M = dots_forward([z, *partners], [w["X"], w["Y"]])
+    return M[0][0] + M[1][1] + w["b_plu"], ([z, *partners], [w["X"], w["Y"]])
+
+def sum_backward(dg: Array, cache: tuple) -> tuple:
+    zero = np.zeros_like(dg)
+    (dz, ds), (dX, dY) = dots_backward([[dg, zero], [zero, dg]], *cache)
+    return dz, [ds], {"X": dX, "Y": dY, "b_plu": dg.sum((0, 1))}
+
 def unit_forward(u: Array) -> tuple[Array, tuple]:
     """û = u / sqrt(|u|² + ε), of length 1 but for u near 0."""
     inverse = (1 / np.sqrt(G.dot(u, u) + 1e-6)).astype(u.dtype)
@@ -397,13 +430,18 @@ def reads_whole(mixer: tuple) -> tuple:
 
 WEDGE = wedge_forward, wedge_backward, wedge_shapes
 ONE_SIDED = one_sided_forward, one_sided_backward, lambda d, r: {"X": (r, d), "Y": (r, d), "b_plu": (d,)}
+SUM = sum_forward, sum_backward, ONE_SIDED[2]
 ROTOR = rotor_forward, rotor_backward, ONE_SIDED[2]
+CONVOLUTION = convolution_forward, convolution_backward, convolution_shapes
 MIXERS = {
     "rotary attention": rotary_attention(taps=False),
     "rotary attention with taps": rotary_attention(taps=True),
-    "gated convolution": (convolution_forward, convolution_backward, convolution_shapes),
+    "rotary attention with taps and our gate": gated(rotary_attention(taps=True)),
+    "gated convolution": CONVOLUTION,
+    "gated convolution with our gate": gated(CONVOLUTION),
     "MLP on [z ; s]": with_features((mlp_forward, mlp_backward, mlp_shapes)),
     "outer product": with_features((outer_forward, outer_backward, outer_shapes)),
+    "sum": with_features(SUM),
     "one-sided product": with_features(ONE_SIDED),
     "wedge without a gate": with_features(WEDGE, gate=False),
     "learned planes": with_features(blades(2)),
@@ -421,8 +459,10 @@ def install() -> None:
     G.MIXERS.update({name: mixer if name == "rotary attention" else reads_whole(mixer)
                      for name, mixer in MIXERS.items()})
 
-def scale_learned_vectors(params: Params) -> None:
-    """X, Y, Z from N(0, 0.2/r) in place of N(0, 0.02²), in place: the dot products with z have a size."""
+def scale_features(params: Params) -> None:
+    """X, Y, Z from N(0, 0.2/r), the MLP's matrices from N(0, 1/in), in place: features as large as the wedge's."""
     for name, value in params.items():
         if name.split(".")[-1] in LEARNED:
             value *= math.sqrt(0.2 / len(value)) / 0.02
+        elif ".mlp.W" in name:
+            value /= math.sqrt(len(value)) * value.std()
