@@ -495,11 +495,11 @@ class Laboratory:
         return rows
 
     def counting(self, question: Question) -> Row:
-        """The n-gram of the best order, a run like any other."""
-        text = self.text(question)
-        spec = {"data": text.sha256, "ngrams": True, "iters": 1}
+        """The n-gram of the best order, in the networks' windows, a run like any other."""
+        text, window = self.text(question), question.settings.get("context", Config.context)
+        spec = {"data": text.sha256, "ngrams": True, "iters": 1, "window": window}
         if digest(spec) not in self.runs.finished:
-            order, val, test = best_ngram(text)
+            order, val, test = best_ngram(text, window)
             self.runs.add({"label": f"{order}-gram, counted", "spec": spec, "curve": [[1, val]], "test": test,
                            "bytes_per_token": text.bytes_per_token})
         result = self.runs.finished[digest(spec)]
@@ -563,6 +563,8 @@ def loss_table(question: Question, rows: list[Row], counted: Row | None = None) 
             "learning rate": f"{result['spec']['lr']:g}" if trained else "",
             f"{part} loss, nats per {unit}": f"{loss:.3f}{spread if len(losses) > 1 else ''}",
             "bits per byte": f"{loss / math.log(2) / result.get('bytes_per_token', 1):.3f}",
+            **({} if question.survey else {
+                "validation": f"{fmean(final(each, test=False) for each in row.results):.3f}"}),
             "parameters": f"{result['parameters']:,}" if trained else "",
             "ms per step": f"{row.ms:.1f}" if trained else "",
             f"gap to {rows[0].label}": "" if row is rows[0] else f"{100 * np.expm1(loss - first):+.1f}%",

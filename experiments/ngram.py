@@ -1,6 +1,7 @@
 """Interpolated n-grams (Witten and Bell), what counting alone can do: python -m experiments.ngram
 
-Prints the loss of orders 1 to 7 on the two parts of what is held out (texts.py).
+Prints the loss of orders 1 to 7 on the two parts of what is held out (texts.py), in windows of the
+default context, as the networks are validated, and without.
 """
 
 from __future__ import annotations
@@ -9,20 +10,22 @@ import numpy as np
 
 import cli
 from experiments.texts import Text, read_text
-from grassmann import Array
+from grassmann import Array, Config
 
 
-def ngram_loss(train: Array, test: Array, order: int, vocab_size: int) -> float:
+def ngram_loss(train: Array, test: Array, order: int, vocab_size: int, window: int | None = None) -> float:
     """Mean nats per token of `test` (but its first `order - 1`), given counts of `train`.
 
         P_n(c | context) = (N(context c) + T(context) P_{n-1}(c | shorter context)) / (N(context) + T(context))
 
     N counts occurrences in the training text, T how many different tokens follow the context there;
-    P_0 is uniform. Raises ValueError if a context of that order has no number of 63 bits.
+    P_0 is uniform. `window`: look no farther back than to the beginning of one of so many tokens, as a
+    network's validation does. Raises ValueError if a context of that order has no number of 63 bits.
     """
     if order * np.log2(vocab_size) > 63:
         raise ValueError(f"{order}-grams of {vocab_size} tokens are too many to number")
-    p = np.full(len(test) - order + 1, 1 / vocab_size)
+    p, before = np.full(len(test) - order + 1, 1 / vocab_size), np.arange(order - 2, len(test) - 1)
+    before = before % window + 1 if window else before + 1  # tokens that may be looked at
     for n in range(1, order + 1):
         contexts, grams = numbered(train, n, vocab_size)
         seen, counts = np.unique(grams, return_counts=True)  # grams = context * V + token
@@ -32,7 +35,7 @@ def ngram_loss(train: Array, test: Array, order: int, vocab_size: int) -> float:
         contexts, grams = (x[order - n :] for x in numbered(test, n, vocab_size))
         N_gram = look_up(grams, seen, counts)
         N, T = look_up(contexts, per_context, total), look_up(contexts, per_context, different)
-        p = np.where(N > 0, (N_gram + T * p) / np.maximum(N + T, 1), p)
+        p = np.where((N > 0) & (n - 1 <= before), (N_gram + T * p) / np.maximum(N + T, 1), p)
     return float(-np.log(p).mean())
 
 def numbered(tokens: Array, n: int, vocab_size: int) -> tuple[Array, Array]:
@@ -47,11 +50,11 @@ def look_up(keys: Array, known: Array, values: Array) -> Array:
     place = np.searchsorted(known, keys).clip(max=len(known) - 1)
     return np.where(known[place] == keys, values[place], 0)
 
-def best_ngram(text: Text) -> tuple[int, float, float]:
+def best_ngram(text: Text, window: int) -> tuple[int, float, float]:
     """The order, 1 to 7, that is best on one part of what is held out, and its loss there and on the other."""
-    losses = {n: ngram_loss(text.train, text.val, n, text.vocab_size) for n in range(1, 8)}
+    losses = {n: ngram_loss(text.train, text.val, n, text.vocab_size, window) for n in range(1, 8)}
     best = min(losses, key=losses.get)
-    return best, losses[best], ngram_loss(text.train, text.test, best, text.vocab_size)
+    return best, losses[best], ngram_loss(text.train, text.test, best, text.vocab_size, window)
 
 def main() -> None:
     cli.plain_output()
@@ -61,8 +64,10 @@ def main() -> None:
     with cli.short_errors(parser, args.data):
         text = read_text(args.data, context=7)
         for order in range(1, 8):
-            losses = (ngram_loss(text.train, part, order, text.vocab_size) for part in (text.val, text.test))
-            print("order {}: {:.3f} nats on the validation part, {:.3f} on the test part".format(order, *losses))
+            losses = (ngram_loss(text.train, part, order, text.vocab_size, window)
+                      for part in (text.val, text.test) for window in (Config.context, None))
+            print("order {}: validation part {:.3f} nats in windows, {:.3f} without; test part {:.3f} and {:.3f}".format(
+                order, *losses))
 
 if __name__ == "__main__":
     main()

@@ -47,9 +47,10 @@ def test_without_forgetting_it_is_the_memory_of_the_reference(tiny_config, ordin
     m, _ = mixers.recall_forward(h, z, w, 1.0)
     np.testing.assert_allclose(m, grassmann.memory_forward(h, z, w)[0], rtol=1e-9)
 
+@pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("order", [1, 2, 4])
-def test_ngrams_are_the_formula(rng, order):
-    """Witten and Bell, counted one by one."""
+def test_ngrams_are_the_formula(rng, order, window):
+    """Witten and Bell, counted one by one; and what a network in windows would see of the past."""
     train, test, V = rng.integers(0, 3, 60), rng.integers(0, 4, 30), 4
     text, losses = train.tolist(), []
 
@@ -63,8 +64,9 @@ def test_ngrams_are_the_formula(rng, order):
         return (after.count(token) + different * shorter) / (len(after) + different) if after else shorter
 
     for t in range(order - 1, len(test)):
-        losses.append(-np.log(probability(test[:t].tolist(), test[t], order)))
-    assert ngram_loss(train, test, order, V) == pytest.approx(np.mean(losses), rel=1e-12)
+        seen = test[(t - 1) // window * window : t] if window and t else test[:t]
+        losses.append(-np.log(probability(seen.tolist(), test[t], min(order, len(seen) + 1))))
+    assert ngram_loss(train, test, order, V, window) == pytest.approx(np.mean(losses), rel=1e-12)
 
 @pytest.mark.parametrize("width", [1, 4, 5])
 def test_a_rotation_by_the_opposite_angle_undoes_it(rng, width):
