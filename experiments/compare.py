@@ -113,9 +113,10 @@ FEATURES = Question(
     2, "Is it the geometry?", "Other features of a token and its partner, at equal size: products that are "
     "no wedge, none at all; learned planes and trivectors, which are determinants of dot products; "
     "rotations in the token's plane; and whether the gate is worth its parameters.",
-    [GRASSMANN, ("no product", {"product": "concatenation"}), ("no product, rank 64", {"mixer": "sum", "rank": 64}), mixer("MLP on [z ; s]"),
-     ("symmetric product", {"product": "symmetric"}), mixer("outer product"),
-     mixer("one-sided product", rank=64), mixer("wedge without a gate"),
+    [GRASSMANN, ("no product", {"product": "concatenation"}), ("no product, rank 64", {"mixer": "sum", "rank": 64}),
+     mixer("MLP on [z ; s]"), ("symmetric product", {"product": "symmetric"}), mixer("outer product"),
+     ("elementwise product", {"product": "elementwise"}), mixer("one-sided product", rank=64),
+     mixer("wedge without a gate"),
      mixer("learned planes", rank=64), mixer("learned planes and z·s", rank=64), mixer("learned trivectors", rank=64),
      mixer("learned planes and trivectors", rank=64), mixer("rotors", rank=64)], seeds=3)
 LAYER = Question(
@@ -159,50 +160,34 @@ QUESTIONS = [
                  ATTENTION, ("with memory, rank 16", MEMORY[1]), mixer("a memory that forgets"),
                  mixer("two memories, one forgets"), ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
              KEYS, same_size=False, tasks=True, seeds=3, rates=(1e-3, 2e-3)),
-    survey(10, "Plain attention, larger model", "0.8 million parameters, three seeds.",
-           [ATTENTION, GRASSMANN], {"d_model": 144}, seeds=3),
-    survey(11, "The paper's block", "What does LayerNorm after each half, as in the paper, cost?",
-           [ATTENTION, ("attention, paper's block", ATTENTION[1] | {"block": "paper"}),
-            GRASSMANN, ("Grassmann, paper's block", {"block": "paper"}),
-            ("the paper's model, d_ff = 2 d_model", PAPER | {"ratio": 2})]),
-    survey(12, "Offsets", "One offset per layer, or the average of all in every layer?",
-           [ATTENTION, UNIT, ONE, ("average of six, normalised", UNIT[1] | SIX), ("average of six", ONE[1] | SIX),
-            ("taps for the six", SIX), ("taps", {}), ("taps, normalised", {"normalize": True})]),
-    survey(13, "Products", "What is left with another product, or none, in place of the wedge?",
-           [ATTENTION, ("wedge", {}), ("symmetric product", {"product": "symmetric"}),
-            ("elementwise product", {"product": "elementwise"}),
-            ("no product", {"product": "concatenation"})]),
-    survey(14, "Positions, rank", "Does a model with offsets need to be told where it is? How many "
-           "dimensions do the planes need?",
-           [ATTENTION, ("positions", {"positions": True}), *((f"rank {r}", {"rank": r}) for r in (4, 8, 16, 32, 64))]),
-    survey(15, "What each default is worth",
+    Question(10, "Rank", "How many dimensions do the planes need? One seed.",
+             [("rank 32", {}), *((f"rank {r}", {"rank": r}) for r in (8, 16, 64))]),
+    survey(11, "What each default is worth",
            "One thing changed at a time, its parameters not made up for by others.",
-           [("default", {}), ("d_ff = 4 d_model", WIDE),
-            ("no taps, one offset", {"taps": False}), ("normalised", {"normalize": True}),
+           [("default", {}), ("d_ff = 4 d_model", WIDE), ("no taps, one offset", {"taps": False}),
             ("positions", {"positions": True}), ("paper's block", {"block": "paper"}),
-            ("offsets 1 to 4 in every layer", {"offsets": ((1, 2, 3, 4),) * Config.n_layer}),
-            ("rank 16", {"rank": 16}), ("rank 48", {"rank": 48}),
+            ("offsets 1 to 4 in every layer", {"offsets": ((1, 2, 3, 4),) * Config.n_layer}), ("rank 48", {"rank": 48}),
             ("W_red from N(0, 0.02²)", {"W_red_scale": 0.02}), ("dropout 0.1", {"dropout": 0.1})],
            same_size=False),
-    survey(16, "Planes between words and lines", "Is the end of the previous word or line worth a "
+    survey(12, "Planes between words and lines", "Is the end of the previous word or line worth a "
            "partner? Context 256, which holds several lines.",
            [GRASSMANN, ("+ previous word", {"landmarks": ("word",)}),
             ("+ last two words", {"landmarks": ("word", "second word")}),
             ("+ previous word and line", {"landmarks": ("word", "line")}),
             ("+ two offsets, near", {"offsets": NEAR}), ("+ two offsets, far", {"offsets": FAR})],
            {"context": 256, "batch_size": 3}),  # as many tokens as the others
-    survey(17, "Larger and longer", "Plain attention and ours, 6,000 steps of 1,536 characters, dropout 0.2 "
+    survey(13, "Larger and longer", "Plain attention and ours, 6,000 steps of 1,536 characters, dropout 0.2 "
            "against overfitting.", [ATTENTION, GRASSMANN],
            {"n_layer": 6, "d_model": 256, "context": 128, "dropout": 0.2, "iters": 6000}, rates=(1e-3, 2e-3)),
-    survey(18, "A far token, first round", "As question 8; rates of 1e-3 to 8e-3, recall with memory and "
+    survey(14, "A far token, first round", "As question 8; rates of 1e-3 to 8e-3, recall with memory and "
            "hybrid at that of the others.",
            [(f"{task}, {label}", changes | {"data": task}) for task in ("recall", "brackets")
             for label, changes in (ATTENTION, GRASSMANN, ("Grassmann, far offsets", {"offsets": UP_TO_212}))],
            SMALL, tasks=True),
-    survey(18, "Recall with memory, first round", "At the rate that was best for the others; one seed.",
+    survey(14, "Recall with memory, first round", "At the rate that was best for the others; one seed.",
            [(f"recall, {label}", changes | {"data": "recall"})
             for label, changes in (MEMORY, HYBRID)], SMALL, tasks=True, rates=(1e-3,)),
-    survey(18, "How much a memory holds, first round", "As question 9, at one rate.",
+    survey(14, "How much a memory holds, first round", "As question 9, at one rate.",
            [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
                ATTENTION, ("with memory, rank 16", MEMORY[1]), ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
            KEYS, same_size=False, tasks=True, rates=(2e-3,)),
@@ -635,7 +620,7 @@ def plot_sizes(path: Path, answers: Answers) -> None:
 
 def compare(args) -> None:
     """Answer the questions. Raises ValueError and OSError."""
-    asked = [q for q in QUESTIONS if q.number in ([1] if args.quick else args.only or range(1, 19))]
+    asked = [q for q in QUESTIONS if q.number in ([1] if args.quick else args.only or range(1, 15))]
     args.out.mkdir(parents=True, exist_ok=True)
     runs = Runs(args.out / "runs.jsonl")
     lab = Laboratory(args.data, runs, args.quick, args.seeds)
@@ -664,7 +649,7 @@ def main() -> None:
     add("--out", type=Path, default="compare", help="folder to write into (default: compare)")
     which = parser.add_mutually_exclusive_group().add_argument
     which("--quick", action="store_true", help=f"question 1 in short: three models, {QUICK_STEPS:,} steps, one seed")
-    which("--only", type=number(int, 1, 18), nargs="+", metavar="QUESTION", help="some of 1 to 18")
+    which("--only", type=number(int, 1, 14), nargs="+", metavar="QUESTION", help="some of 1 to 14")
     add("--seeds", type=number(int, 1, 1000), help="per model (default: what a question says)")
     add("--jobs", type=number(int, 1, 1024), default=cli.available_cores(),
         help="runs at a time, which changes no result (default: one per core)")
