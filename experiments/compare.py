@@ -88,8 +88,13 @@ def mixer(name: str, **more) -> tuple[str, dict]:
 
 WIDE = {"ratio": 4}  # d_ff = 4 d_model, as usual with attention and in the paper
 ATTENTION = mixer("attention", positions=True)
-BEST_ATTENTION = mixer("rotary attention with taps", **WIDE)
+ROTARY_TAPS = mixer("rotary attention with taps", **WIDE)
+BEST_ATTENTION = ("attention with taps and our gate",
+                  {"mixer": "rotary attention with taps and our gate", "larger": ("W_out",)})
+BEST_CONVOLUTION = ("convolution with our gate",
+                    {"mixer": "gated convolution with our gate", "larger": ("W_in", "W_out")})
 GRASSMANN = ("Grassmann", {})
+NO_PRODUCT = ("no product, rank 64", {"mixer": "sum", "rank": 64})
 ONE = ("one offset per layer", {"taps": False})
 UNIT = ("one per layer, normalised", {"taps": False, "normalize": True})
 PAPER = {"block": "paper", "taps": False, "normalize": True, "positions": True, **WIDE}
@@ -102,18 +107,16 @@ KEYS = SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE, "context": 128, "iters": 40
 UP_TO_212 = ((1, 2, 3, 4), (4, 8, 12, 16), (16, 32, 48, 64), (64, 128))  # they reach every distance
 CONTROLS = Question(
     1, "Grassmann or attention", "Which predicts text better at equal size, when attention has rotary "
-    "positions, a short convolution (taps) before it, and first weights as large as ours?",
-    [ATTENTION, mixer("rotary attention", **WIDE), BEST_ATTENTION,
+    "positions, a short convolution (taps) before it, larger first weights, and our gate around it?",
+    [ATTENTION, mixer("rotary attention", **WIDE), ROTARY_TAPS,
      ("the same, larger W_qkv", {"mixer": "rotary attention with taps", "larger": ("W_qkv",), **WIDE}),
      mixer("gated convolution"), ("the same, larger W_in", {"mixer": "gated convolution", "larger": ("W_in",)}),
-     ("attention with taps and our gate", {"mixer": "rotary attention with taps and our gate", "larger": ("W_out",)}),
-     ("convolution with our gate", {"mixer": "gated convolution with our gate", "larger": ("W_in", "W_out")}),
-     GRASSMANN, HYBRID], seeds=3, ngrams=True)
+     BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, HYBRID], seeds=3, ngrams=True)
 FEATURES = Question(
     2, "Is it the geometry?", "Other features of a token and its partner, at equal size: products that are "
     "no wedge, none at all; learned planes and trivectors, which are determinants of dot products; "
     "rotations in the token's plane; and whether the gate is worth its parameters.",
-    [GRASSMANN, ("no product", {"product": "concatenation"}), ("no product, rank 64", {"mixer": "sum", "rank": 64}),
+    [GRASSMANN, ("no product", {"product": "concatenation"}), NO_PRODUCT,
      mixer("MLP on [z ; s]"), ("symmetric product", {"product": "symmetric"}), mixer("outer product"),
      ("elementwise product", {"product": "elementwise"}), mixer("one-sided product", rank=64),
      mixer("wedge without a gate"),
@@ -124,11 +127,11 @@ LAYER = Question(
     "In the paper's block?",
     [BEST_ATTENTION, ("the paper's model", PAPER), UNIT, ONE, ("average of six, normalised", UNIT[1] | SIX),
      GRASSMANN], seeds=3)
-SUBWORDS = [BEST_ATTENTION, GRASSMANN, ("the paper's model", PAPER)]
+SUBWORDS = [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, ("the paper's model", PAPER)]
 
 def on_bible(title: str, settings: dict, rates_of: Question | None = None) -> Question:
     return Question(5, title, "Does the lead last as models grow, and as training does? On the King James Bible, "
-                    "which is four times as long; one seed.", [BEST_ATTENTION, GRASSMANN], settings,
+                    "which is four times as long; one seed.", [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN], settings,
                     text=("bible", 0), rates_of=rates_of)
 
 TENTH = {"n_layer": 3, "d_model": 64, "rank": 16}  # 0.1 million
@@ -137,13 +140,12 @@ MILLION = on_bible("1 million", {"n_layer": 5, "d_model": 144, "rank": 32})
 QUESTIONS = [
     CONTROLS, FEATURES, LAYER,
     Question(4, "A second text", "The same on Python's documentation; rates of the first text.",
-             [BEST_ATTENTION, mixer("gated convolution"), GRASSMANN, mixer("learned planes", rank=64),
-              ("no product", {"product": "concatenation"})], text=(None, 0), rates_of=CONTROLS, seeds=3),
+             [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, NO_PRODUCT], text=(None, 0), rates_of=CONTROLS, seeds=3),
     on_bible("0.1 million", TENTH), on_bible("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}), MILLION,
     on_bible("3 million, rates of 1 million", {"n_layer": 6, "d_model": 240, "rank": 40}, MILLION), LONGER,
     on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000}, LONGER),
-    Question(6, "Subwords: 1,024 byte pairs", "The paper's regime: what of this holds on pieces of words?",
-             SUBWORDS, text=("shakespeare", 1024), seeds=3),
+    Question(6, "Subwords: 1,024 byte pairs", "The paper's regime: what of this holds on pieces of words? One seed.",
+             SUBWORDS, text=("shakespeare", 1024)),
     Question(6, "Subwords: 4,096 byte pairs", "The same on the King James Bible; one seed.",
              SUBWORDS, text=("bible", 4096)),
     Question(7, "Context 256", "With as many windows a step as at 64; rates of the first table, one seed.",
@@ -157,7 +159,7 @@ QUESTIONS = [
              "that is asked for? To answer with the most frequent of them is right in 56, 41, 33 and "
              "26% of the cases. Context 128, 4,000 steps; the sizes differ.",
              [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
-                 ATTENTION, ("with memory, rank 16", MEMORY[1]), mixer("a memory that forgets"),
+                 BEST_ATTENTION, ("with memory, rank 16", MEMORY[1]), mixer("a memory that forgets"),
                  mixer("two memories, one forgets"), ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
              KEYS, same_size=False, tasks=True, seeds=3, rates=(1e-3, 2e-3)),
     Question(10, "Rank", "How many dimensions do the planes need? One seed.",
@@ -192,7 +194,7 @@ QUESTIONS = [
                ATTENTION, ("with memory, rank 16", MEMORY[1]), ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
            KEYS, same_size=False, tasks=True, rates=(2e-3,)),
 ]
-QUICK = [BEST_ATTENTION, GRASSMANN, mixer("gated convolution")]  # of question 1, and one seed
+QUICK = [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN]  # of question 1, and one seed
 
 # ---- one run -------------------------------------------------------------------------------------
 
