@@ -182,12 +182,12 @@ def generation(setup: Setup, positions: tuple[int, ...] = (100, 20_000)) -> list
     """Characters written per second on one thread, after as many as the position says"""
     if torch:
         torch.set_num_threads(1)
-    rows, config = [], setup.config()
+    rows, config, memory = [], setup.config(), setup.config(memory=True)
     calls = 2 * (config.context - config.context // 2 + 1)  # twice from a full cache to a full one
     for position in positions[:1] if setup.quick else positions:
-        text, params = np.resize(setup.corpus.train, position), grassmann.init_params(config)
-        writer = grassmann.generate(params, config, text, 10**9, temperature=0.8)
-        runs = {"ours": writer.__next__}
+        text = np.resize(setup.corpus.train, position)
+        runs = {name: grassmann.generate(grassmann.init_params(own), own, text, 10**9, temperature=0.8).__next__
+                for name, own in (("ours", config), ("with memory", memory))}
         for name, cache in (("GPT re-reading", False), ("GPT with cache", True)):
             runs[name] = torch and gpt_writer(setup, text, cache)
         times = alternate(setup, runs, 20, calls)
@@ -201,10 +201,11 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
 
     Every step has the same number of tokens, from 512 windows of 64 to 2 of 16,384. Beside our
     model the same with a memory, and with attention (mixer="attention"), as far as its length x
-    length tables go.
+    length tables go; how many times as long as the shortest each takes.
     """
     tokens = tokens // 8 if setup.quick else tokens
-    lengths, runs = [2**k for k in range(6, 20) if 2**k <= tokens // 2], {}
+    columns = "grassmann", "memory", "attention"
+    lengths, runs = [2**k for k in range(6, 20, 2) if 2**k <= tokens // 2], {}
     for L in lengths:
         training = replace(setup.training, batch_size=tokens // L)
         own = replace(setup, training=training, threads=min(2, setup.threads))
@@ -212,10 +213,11 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
         runs[L, "memory"] = Ours(own, setup.config(memory=True, context=L)).step
         attention = Ours(own, setup.config(mixer="attention", context=L)).step
         runs[L, "attention"] = attention if longest_table >= L else None
-    times = alternate(setup, runs, 3, 1)
+    times = alternate(setup, runs, 5, 1)
     return [{"length": L, "windows": tokens // L,
-             **{mixer: 1e6 / tokens * median(times[L, mixer]) for mixer in ("grassmann", "memory", "attention")},
-             "x ours": quotient(times[L, "attention"], times[L, "grassmann"])} for L in lengths]
+             **{mixer: 1e6 / tokens * median(times[L, mixer]) for mixer in columns},
+             **{f"{mixer} x": quotient(times[L, mixer], times[lengths[0], mixer]) for mixer in columns}}
+            for L in lengths]
 
 def training_memory(setup: Setup, ours: bool) -> float:
     """What 30 training steps and a validation add to the peak memory of this process, in MB."""
