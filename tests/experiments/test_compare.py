@@ -402,7 +402,10 @@ def test_what_the_table_says():
     assert first["validation loss, nats per character"] == "inf" and second["gap to diverged"] == "+nan%"
 
 # By which runs.jsonl knows its texts, and how many different tokens they have.
-TEXTS = {None: ("86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 65)}
+TEXTS = {
+    None: ("86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 65),
+    (None, 0): ("2a95af4ac93f5b719944030ce3769070ddf827d847cba42192afa8da989e5dc4", 103),
+    ("bible", 0): ("b5c4940bcfeee072c0935b5200d0f9d88a00a0199cb0961d16133458fcdfae5d", 63)}
 HEAD, *SECTIONS = (RESULTS / "compare.md").read_text(encoding="utf-8").strip().split("\n\n## ")
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.partition("\n")[0])
