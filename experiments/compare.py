@@ -606,16 +606,20 @@ def plot(path: Path, answers: Answers) -> None:
     figure.savefig(path, dpi=110)
 
 def plot_sizes(path: Path, answers: Answers) -> None:
-    """Bits against parameters, a line per model."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    """Bits against parameters, and those of the smallest against steps; a line per model."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for rows in zip(*(rows for _, rows in answers), strict=True):
-        sizes = [row.results[0]["parameters"] for row in rows]
-        bits = [fmean(map(final, row.results)) / math.log(2) for row in rows]
-        axes.semilogx(sizes, bits, "o-", label=rows[0].label)
-    axes.set(xlabel="parameters", ylabel="test loss, bits per character", title="Size")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        runs = [row.results[0] for row in rows]
+        points = [(run["parameters"], run["spec"]["iters"], final(run) / math.log(2)) for run in runs]
+        (smallest, shortest, _), style = min(points), {"marker": "o", "label": rows[0].label}
+        left.semilogx(*zip(*[(size, bits) for size, steps, bits in points if steps == shortest], strict=True), **style)
+        right.semilogx(*zip(*[(steps, bits) for size, steps, bits in points if size == smallest], strict=True), **style)
+    left.set(xlabel="parameters", ylabel="test loss, bits per character", title=f"{shortest:,} steps")
+    right.set(xlabel="steps", title=f"{smallest:,} parameters")
+    left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 # ---- the program ---------------------------------------------------------------------------------
