@@ -59,7 +59,7 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("pairs", "np.triu_indices(r, 1)", "np.tril_indices(r, -1)[::-1]"),
     ("pairs", "np.triu_indices(r, 1)", "np.triu_indices(r, 0)"),
     ("plucker_forward", "u.take(j, 0) * v.take(i, 0)", "-u.take(j, 0) * v.take(i, 0)"),
-    ("plucker_backward", "= dp, -dp", "= dp, dp"),
+    ("plucker_backward", "-dp", "dp"),
     ("plucker_backward", "A[i, j], A[j, i] = dp, -dp", "A[j, i], A[i, j] = dp, -dp"),
     ("plucker_backward", '-np.einsum("ijt,jt->it", A, u)', 'np.einsum("ijt,jt->it", A, u)'),
     ("unit_area_forward", "1e-5", "1e-4"),
