@@ -150,11 +150,10 @@ QUESTIONS = [
              SUBWORDS, text=("bible", 4096)),
     Question(7, "Context 256", "With as many windows a step as at 64; rates of the first table, one seed.",
              [BEST_ATTENTION, GRASSMANN, MEMORY, HYBRID], {"context": 256}, rates_of=CONTROLS),
-    *(Question(8, title, f"How far back can an answer lie? Accuracy against distance, {1 / tasks.ANSWERS:.1%} by chance."
-               + more, [(f"{task}, {label}", changes | {"data": task})
-                        for label, changes in (ATTENTION, GRASSMANN, MEMORY, HYBRID)],
-               SMALL, tasks=True, seeds=seeds, rates=(1e-3,))
-      for task, title, more, seeds in (("recall", "A far token", "", 3), ("brackets", "Brackets", " One seed.", 1))),
+    Question(8, "A far token", f"How far back can an answer lie? Accuracy against distance, {1 / tasks.ANSWERS:.1%} by "
+             "chance.", [(f"recall, {label}", changes | {"data": "recall"})
+                         for label, changes in (ATTENTION, GRASSMANN, MEMORY, HYBRID)],
+             SMALL, tasks=True, seeds=3, rates=(1e-3,)),
     Question(9, "How much a memory holds", "2, 4, 8 or 16 keys, each under a name: which one is it "
              "that is asked for? To answer with the most frequent of them is right in 56, 41, 33 and "
              "26% of the cases. Context 128, 4,000 steps; the sizes differ.",
@@ -181,15 +180,11 @@ QUESTIONS = [
     survey(13, "Larger and longer", "Plain attention and ours, 6,000 steps of 1,536 characters, dropout 0.2 "
            "against overfitting.", [ATTENTION, GRASSMANN],
            {"n_layer": 6, "d_model": 256, "context": 128, "dropout": 0.2, "iters": 6000}, rates=(1e-3, 2e-3)),
-    survey(14, "A far token, first round", "As question 8; rates of 1e-3 to 8e-3, recall with memory and "
-           "hybrid at that of the others.",
-           [(f"{task}, {label}", changes | {"data": task}) for task in ("recall", "brackets")
+    survey(14, "Brackets", "Which bracket does this one close? Rates of 1e-3 to 8e-3, one seed.",
+           [(f"brackets, {label}", changes | {"data": "brackets"})
             for label, changes in (ATTENTION, GRASSMANN, ("Grassmann, far offsets", {"offsets": UP_TO_212}))],
            SMALL, tasks=True),
-    survey(14, "Recall with memory, first round", "At the rate that was best for the others; one seed.",
-           [(f"recall, {label}", changes | {"data": "recall"})
-            for label, changes in (MEMORY, HYBRID)], SMALL, tasks=True, rates=(1e-3,)),
-    survey(14, "How much a memory holds, first round", "As question 9, at one rate.",
+    survey(14, "How much a memory holds, first round", "As question 9, at one rate, and plain attention.",
            [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
                ATTENTION, ("with memory, rank 16", MEMORY[1]), ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
            KEYS, same_size=False, tasks=True, rates=(2e-3,)),

@@ -103,7 +103,7 @@ def plot(path: Path, answers: list) -> None:
     rows = [row for _, some in answers for row in some]
     found = [task for task in TASKS if any(row.label.startswith(task) for row in rows)]
     figure = Figure(figsize=(6 * len(found), 4.2), layout="constrained")
-    for task, axes in zip(found, figure.subplots(1, len(found), sharey=True), strict=True):
+    for task, axes in zip(found, figure.subplots(1, len(found), sharey=True, squeeze=False)[0], strict=True):
         groups = GROUPS[task]
         for k, row in enumerate(row for row in rows if row.label.startswith(task)):
             label, color = row.label.removeprefix(f"{task}, "), f"C{k}"

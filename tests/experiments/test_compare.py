@@ -401,6 +401,11 @@ def test_what_the_table_says():
     first, second = compare.loss_table(survey, [diverged, attention])
     assert first["validation loss, nats per character"] == "inf" and second["gap to diverged"] == "+nan%"
 
+def test_a_figure_of_a_single_task(tmp_path):
+    run = {"spec": {"lr": 0.001, "mixer": "attention"}, "curve": [[3, [0.5, 0.4, 0.3, 0.2]]]}
+    tasks.plot(tmp_path / "one.png", [(FAR, [Row("keys, far", [run, run])])])
+    assert (tmp_path / "one.png").stat().st_size > 10_000
+
 # By which runs.jsonl knows its texts, and how many different tokens they have.
 TEXTS = {
     None: ("86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 65),
