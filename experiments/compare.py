@@ -140,7 +140,8 @@ MILLION = on_bible("1 million", {"n_layer": 5, "d_model": 144, "rank": 32})
 QUESTIONS = [
     CONTROLS, FEATURES, LAYER,
     Question(4, "A second text", "The same on Python's documentation; rates of the first text.",
-             [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, NO_PRODUCT], text=(None, 0), rates_of=CONTROLS, seeds=3),
+             [ATTENTION, BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, NO_PRODUCT], text=(None, 0), rates_of=CONTROLS,
+             seeds=3),
     on_bible("0.1 million", TENTH), on_bible("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}), MILLION,
     on_bible("3 million, rates of 1 million", {"n_layer": 6, "d_model": 240, "rank": 40}, MILLION), LONGER,
     on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000}, LONGER),
