@@ -393,9 +393,9 @@ def test_what_the_table_says():
     first, second, third = compare.loss_table(question, [attention, slow], counted)
     assert third == {
         "model": "slow", "learning rate": "0.004", "parameters": "1,234", "ms per step": "160.0",
-        "test loss, nats per token": "1.300 (1.200 to 1.400)", "bits per byte": "0.938",
+        "test loss, nats per token": "1.300 (1.200 to 1.400)", "bits per byte": "0.938", "validation": "9.900",
         "gap to attention": "-18.1%"}  # exp(1.3 - 1.5) - 1
-    assert [*first.values()] == ["4-gram", "", "1.500", "1.082", "", "", "+0.0%"]
+    assert [*first.values()] == ["4-gram", "", "1.500", "1.082", "9.900", "", "", "+0.0%"]
     assert second["gap to attention"] == ""
     diverged, survey = row("diverged", 30.0, 0.9, step=3), Question(1, "", "", [], survey=True)
     first, second = compare.loss_table(survey, [diverged, attention])
@@ -408,7 +408,7 @@ def test_a_figure_of_a_single_task(tmp_path):
 
 # By which runs.jsonl knows its texts, and how many different tokens they have.
 TEXTS = {
-    None: ("86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 65),
+    ("shakespeare", 0): ("86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 65),
     (None, 0): ("2a95af4ac93f5b719944030ce3769070ddf827d847cba42192afa8da989e5dc4", 103),
     ("bible", 0): ("b5c4940bcfeee072c0935b5200d0f9d88a00a0199cb0961d16133458fcdfae5d", 63)}
 HEAD, *SECTIONS = (RESULTS / "compare.md").read_text(encoding="utf-8").strip().split("\n\n## ")
@@ -421,9 +421,8 @@ def test_the_tables_in_results_follow_from_the_runs(tmp_path, monkeypatch, secti
     timing = json.loads((RESULTS / "timing.json").read_text(encoding="utf-8"))
     monkeypatch.setattr(compare, "machine", lambda: timing["machine"])
     (question,) = (q for q in QUESTIONS if section.startswith(f"{q.number}. {q.title}\n\n{q.asks}"))
-    sha256, size = TEXTS[question.text]
-    text = replace(text_of(np.zeros(99, int), vocab_size=size), sha256=sha256)
-    lab = Laboratory(None, runs, texts={question.text or (None, 0): text})
+    lab = Laboratory("shakespeare", runs, texts={which: replace(text_of(np.zeros(99, int), vocab_size=size), sha256=sha256)
+                                                 for which, (sha256, size) in TEXTS.items()})
     rows = lab.answer(question)
     assert not runs.missing and len(rows) == len(question.models) and timing["machine"] in HEAD
     if not question.tasks:
@@ -440,7 +439,9 @@ def test_the_tables_in_results_follow_from_the_runs(tmp_path, monkeypatch, secti
             continue
         loss = sum(end) / len(end)
         gap = f"{100 * (math.exp(loss) / math.exp(first) - 1):+.1f}%"
-        _, _, nats, bits, parameters, _, shown = cells.values()
+        _, _, nats, bits, *validation, parameters, _, shown = cells.values()
+        chosen_on = [run["curve"][-1][1] for run in row.results]
+        assert validation == [f"{sum(chosen_on) / len(end):.3f}"] * (not question.survey)
         assert nats.split()[0] == f"{loss:.3f}"
         assert parameters == f"{count_params(Run(row.results[0]['spec'])):,}"
         assert shown == ("" if end is ends[0] else gap)
