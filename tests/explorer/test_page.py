@@ -566,6 +566,14 @@ def least_seconds(browser, code, tries=5):
     return min(times)
 
 
+def seconds_of_a_loop(browser, page):
+    """What 200 times the default model's multiply-adds take in a plain loop: so fast is this machine."""
+    page.js("""W = new Float32Array(677440).fill(0.5); v = new Float32Array(128).fill(0.25);
+        loop = () => { let sum = 0; for (let t = 0; t < 200; t++) for (let i = 0; i < W.length; i++)
+            sum += W[i] * v[i & 127]; return sum; }; loop()""")
+    return least_seconds(browser, "loop()", tries=10)
+
+
 LETTER = "'ae'[box.value.length % 2]"  # another one each time, so that nothing stays
 EDITS = {"at the end": f"box.value + {LETTER}", "at the start": f"{LETTER} + box.value",
          "at the end, anew": f"box.value.slice(0, -2) + {LETTER} + box.value.at(-1) + {LETTER}",
@@ -579,10 +587,10 @@ def test_speed(explore, browser):
     assert metrics(browser) < 1
     page.wait()
     page.js("letters = explorer.shown().letters(); write(letters, 1000)")
-    assert 200 / least_seconds(browser, "write(letters, 200)", tries=30) > 2000
+    assert least_seconds(browser, "write(letters, 200)", tries=30) < 2 * seconds_of_a_loop(browser, page)
     page.type((TEXT * 5)[:500])
     for edit in EDITS.values():
-        assert least_seconds(browser, f"box.value = {edit}; box.oninput()") < 0.05
+        assert least_seconds(browser, f"box.value = {edit}; box.oninput()") < seconds_of_a_loop(browser, page)
         assert page.js("return explorer.done()")
 
 
@@ -597,7 +605,7 @@ def test_a_new_picture_at_once_where_all_that_follows_is_read_anew(explore, brow
     place = {"at the start": 0, "in the middle": 250}.get(edit, 498)
     page.js("choose(arguments[0])", place)
     code = f"box.value = {EDITS[edit]}; box.oninput(); clearTimeout(timers.slow)"  # the first picture
-    assert least_seconds(browser, code) < 0.05
+    assert least_seconds(browser, code) < seconds_of_a_loop(browser, page)
     page.js("refresh()")
     page.wait()
     page.js("choose(arguments[0])", place)
