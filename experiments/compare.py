@@ -161,8 +161,9 @@ QUESTIONS = [
              "that is asked for? To answer with the most frequent of them is right in 56, 41, 33 and "
              "26% of the cases. Context 128, 4,000 steps; the sizes differ.",
              [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
-                 BEST_ATTENTION, ("with memory, rank 16", MEMORY[1]), mixer("a memory that forgets"),
-                 mixer("two memories, one forgets"), ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
+                 BEST_ATTENTION, ("with memory, rank 16", MEMORY[1]), mixer("a memory that is no plane"),
+                 mixer("a memory that forgets"), mixer("two memories, one forgets"),
+                 ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
              KEYS, same_size=False, tasks=True, seeds=3, rates=(1e-3, 2e-3)),
     Question(10, "Rank", "How many dimensions do the planes need? One seed.",
              [("rank 32", {}), *((f"rank {r}", {"rank": r}) for r in (8, 16, 64))]),

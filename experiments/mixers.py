@@ -11,7 +11,7 @@ puts them there, so that Config(mixer="rotary attention with taps") is a model l
                   an MLP on [z ; s], all products z_i s_j, the one-sided product (z·x_k)(s·y_k), and
                   learned planes, (z ∧ s)·(x_k ∧ y_k), of grade 2 and 3 and their sums, the rotation
                   in the plane of z and s; without a gate
-    memories      the Grassmann layer with a memory that forgets, and with two
+    memories      the Grassmann layer with a memory that forgets, with two, and with linear attention
     hybrid        attention in one layer, the Grassmann layer in the others
 """
 
@@ -138,12 +138,14 @@ def gated(mixer: tuple) -> tuple:
 
 # ---- features of z and its partner -----------------------------------------------------------------
 
-def with_features(features: tuple, n_partners: int = 1, gate: bool = True, memories: tuple = ()) -> tuple:
+def with_features(
+    features: tuple, n_partners: int = 1, gate: bool = True, memories: tuple = (), planes: bool = True
+) -> tuple:
     """The Grassmann layer with other features: reduce, look back, features, gate (or none: mix = g).
 
     `features` is a triple: forward(z, partners, w) -> (g, cache), backward(dg, cache) -> (dz,
     dpartners, grads), shapes(d, r). A second partner has taps of its own, taps_2. `memories`: with as
-    many of `recall_forward`, each with its decay.
+    many of `recall_forward`, each with its decay, of planes or not.
     """
     features_forward, features_backward, features_shapes = features
     names = ["taps", "taps_2"][:n_partners]
@@ -154,7 +156,7 @@ def with_features(features: tuple, n_partners: int = 1, gate: bool = True, memor
         g, c_features = features_forward(z, [s for s, _ in found], w)
         cache = {"red": c_red, "partners": [c for _, c in found], "features": c_features, "memories": []}
         for k, decay in enumerate(memories):
-            m, c_memory = recall_forward(h, z, w.scope(f"memory {k}."), decay)
+            m, c_memory = recall_forward(h, z, w.scope(f"memory {k}."), decay, planes)
             g = g + m
             cache["memories"].append(c_memory)
         if gate:
@@ -370,27 +372,28 @@ def rotor_backward(dg: Array, cache: tuple) -> tuple:
 
 # ---- memories that forget --------------------------------------------------------------------------
 
-def recall_forward(h: Array, z: Array, w: Scope, decay: float) -> tuple[Array, tuple]:
+def recall_forward(h: Array, z: Array, w: Scope, decay: float, planes: bool = True) -> tuple[Array, tuple]:
     """grassmann.py's memory with M_t = γ M_{t-1} + a_t ∧ b_t, all at once, as a table (L, L):
 
         c_t = Σ_{i<=t} D_ti ((z_t·a_i) b_i - (z_t·b_i) a_i),   D_ti = γ^(t-i) / sqrt(Σ_j γ^(2(t-j))).
 
-    With γ = 1 the root is sqrt(t): what the layer of the reference does.
+    With γ = 1 the root is sqrt(t): what the layer of the reference does. Without `planes` the first
+    product stands alone, a_t ⊗ b_t in place of a_t ∧ b_t: linear attention, not antisymmetrised.
     """
     r, t = z.shape[-1], np.arange(z.shape[1])
     D = np.tril(decay ** np.maximum(t[:, None] - t, 0.0))  # (L, L)
     D = (D / np.linalg.norm(D, axis=1, keepdims=True)).astype(z.dtype)
     ab, c_ab = G.linear_forward(h, w["W_ab"], w["b_ab"])
     a, b = ab[..., :r], ab[..., r:]
-    P, Q = z @ a.swapaxes(1, 2) * D, z @ b.swapaxes(1, 2) * D  # (B, L, L)
+    P, Q = z @ a.swapaxes(1, 2) * D, z @ b.swapaxes(1, 2) * (D * planes)  # (B, L, L)
     c = P @ b - Q @ a
-    return c @ w["W_mem"], (z, a, b, c, P, Q, D, w["W_mem"], c_ab)
+    return c @ w["W_mem"], (z, a, b, c, P, Q, D, planes, w["W_mem"], c_ab)
 
 def recall_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Params]:
     """A product X Y passes dX = dout Yᵀ and dY = Xᵀ dout; D is a constant."""
-    z, a, b, c, P, Q, D, W_mem, c_ab = cache
+    z, a, b, c, P, Q, D, planes, W_mem, c_ab = cache
     dc = dm @ W_mem.T
-    dP, dQ = dc @ b.swapaxes(1, 2) * D, dc @ a.swapaxes(1, 2) * -D
+    dP, dQ = dc @ b.swapaxes(1, 2) * D, dc @ a.swapaxes(1, 2) * (-D * planes)
     dz = dP @ a + dQ @ b
     da = dP.swapaxes(1, 2) @ z - Q.swapaxes(1, 2) @ dc
     db = dQ.swapaxes(1, 2) @ z + P.swapaxes(1, 2) @ dc
@@ -451,6 +454,7 @@ MIXERS = {
     "rotors": with_features(ROTOR),
     "a memory that forgets": with_features(WEDGE, memories=(0.97,)),
     "two memories, one forgets": with_features(WEDGE, memories=(1.0, 0.97)),
+    "a memory that is no plane": with_features(WEDGE, memories=(1.0,), planes=False),
     "hybrid": hybrid(1, "rotary attention with taps"),
 }
 
