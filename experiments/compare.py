@@ -56,6 +56,7 @@ QUICK_STEPS = 1500
 BASE = {"iters": 2000, "dropout": 0.0, "product": "wedge", "landmarks": (), "W_red_scale": None,
         "larger": (),  # kinds of matrices that start from N(0, 1/d) instead of N(0, 0.02²), as W_red does
         "test": True}  # choose on one half of what is held out, report on the other
+ON_THE_WAY = 2**16  # tokens to validate on before the end, all that a short text has
 LEARNING_RATES, SURVEY_RATES = (2e-3, 4e-3), (1e-3, 2e-3, 4e-3, 8e-3)  # tried first, see best_lr
 mixers.install()  # in every process: Config then takes their names
 
@@ -262,8 +263,10 @@ def steps(run: Run, text: Text, threads: int = 1) -> Iterator[tuple[Params, floa
         x, y = batch(run, text, step)
         yield params, train_step(grassmann, params, *state, step, x, y, threads)
 
-def evaluate(run: Run, text: Text, params: Params, test: bool) -> float | list[float]:
-    """The loss on what is held out to choose on, or for the test; on a task the list of `accuracy`."""
+def evaluate(run: Run, text: Text, params: Params, test: bool, most: int | None = None) -> float | list[float]:
+    """The loss on what is held out to choose on, or for the test, or on at most so many tokens of it; on a
+    task the list of `accuracy`.
+    """
     if task := tasks.TASKS.get(name := run.spec["data"]):
         rng = np.random.default_rng((run.training.seed, run.training.iters + test))  # never trained on
         held_out = task(rng, 512, run.config.context)
@@ -271,7 +274,7 @@ def evaluate(run: Run, text: Text, params: Params, test: bool) -> float | list[f
     tokens = text.test if test else text.val
     if not run.spec.get("test"):
         tokens = np.concatenate([text.val, text.test])
-    return grassmann.validation_loss(params, run.config, tokens)
+    return grassmann.validation_loss(params, run.config, tokens[:most])
 
 def cost(run: Run) -> int:
     """How long a step takes, in a unit of its own."""
@@ -279,8 +282,8 @@ def cost(run: Run) -> int:
 
 def train(label: str, run: Run, text: Text, tick: Callable[[int], object]) -> dict:
     """Train on one thread, with a tick(cost) after every step: a line of runs.jsonl. Its curve is a
-    [step, what `evaluate` says] every spec["eval_every"] steps and at the end, which a loss that is
-    not finite brings early; `test` is what it says on the test part then.
+    [step, what `evaluate` says] every spec["eval_every"] steps, on a part of a long text, and at the end,
+    which a loss that is not finite brings early; `test` is what it says on the test part then.
     """
     iters, step_cost, curve = run.training.iters, cost(run), []
     result = {"label": label, "spec": run.spec, "parameters": count_params(run), "curve": curve,
@@ -289,7 +292,7 @@ def train(label: str, run: Run, text: Text, tick: Callable[[int], object]) -> di
         for step, (params, loss) in enumerate(steps(run, text), 1):
             last = step == iters or not math.isfinite(loss)
             if last or step % run.spec["eval_every"] == 0:
-                curve.append([step, evaluate(run, text, params, False)])
+                curve.append([step, evaluate(run, text, params, False, None if last else ON_THE_WAY)])
             tick(step_cost)
             if last:
                 break
