@@ -149,6 +149,7 @@ QUESTIONS = [
     on_bible("0.3 million, rates of 1 million", {"n_layer": 4, "d_model": 96, "rank": 20}, MILLION), MILLION,
     on_bible("3 million, rates of 1 million", {"n_layer": 6, "d_model": 240, "rank": 40}, MILLION), LONGER,
     on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000}, LONGER),
+    on_bible("1 million, 8,000 steps, rates of 2,000", MILLION.settings | {"iters": 8000}, MILLION),
     PIECES,
     Question(6, "Subwords: 4,096 byte pairs", "The same on the King James Bible; rates of the 1,024, one seed.",
              SUBWORDS, text=("bible", 4096), rates_of=PIECES),
@@ -608,17 +609,22 @@ def plot(path: Path, answers: Answers) -> None:
     figure.savefig(path, dpi=110)
 
 def plot_sizes(path: Path, answers: Answers) -> None:
-    """Bits against parameters, and those of the smallest against steps; a line per model."""
+    """Bits against parameters after the fewest steps, and against steps; a colour per model, a line per size."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for rows in zip(*(rows for _, rows in answers), strict=True):
-        runs = [row.results[0] for row in rows]
-        points = [(run["parameters"], run["spec"]["iters"], final(run) / math.log(2)) for run in runs]
-        (smallest, shortest, _), style = min(points), {"marker": "o", "label": rows[0].label}
-        left.semilogx(*zip(*[(size, bits) for size, steps, bits in points if steps == shortest], strict=True), **style)
-        right.semilogx(*zip(*[(steps, bits) for size, steps, bits in points if size == smallest], strict=True), **style)
-    left.set(xlabel="parameters", ylabel="test loss, bits per character", title=f"{shortest:,} steps")
-    right.set(xlabel="steps", title=f"{smallest:,} parameters")
+    for k, rows in enumerate(zip(*(rows for _, rows in answers), strict=True)):
+        runs, look = [row.results[0] for row in rows], {"marker": "o", "color": f"C{k}"}
+        points = sorted((run["parameters"], run["spec"]["iters"], final(run) / math.log(2)) for run in runs)
+        shortest = min(steps for _, steps, _ in points)
+        left.semilogx(*zip(*[(size, bits) for size, steps, bits in points if steps == shortest], strict=True), **look,
+                      label=rows[0].label)
+        for size, longer in itertools.groupby(points, key=lambda point: point[0]):
+            _, steps, bits = zip(*longer, strict=True)
+            if len(steps) > 1:
+                right.semilogx(steps, bits, **look)
+                right.annotate(f"{size / 1e6:.1f} million", (steps[0], bits[0]))
+    left.set(xlabel="parameters", ylabel="test loss, bits per character", title=f"after {shortest:,} steps")
+    right.set(xlabel="steps", title="longer")
     left.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
