@@ -146,7 +146,7 @@ QUESTIONS = [
              [ATTENTION, BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, NO_PRODUCT], text=(None, 0), rates_of=CONTROLS,
              seeds=3),
     on_bible("0.1 million", TENTH),
-    on_bible("0.3 million, rates of 1 million", {"n_layer": 4, "d_model": 96, "rank": 20}, MILLION), MILLION,
+    on_bible("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}), MILLION,
     on_bible("3 million, rates of 1 million", {"n_layer": 6, "d_model": 240, "rank": 40}, MILLION), LONGER,
     on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000}, LONGER),
     on_bible("1 million, 8,000 steps, rates of 2,000", MILLION.settings | {"iters": 8000}, MILLION),
