@@ -462,6 +462,33 @@ def test_the_losses_that_a_page_shows_are_those_of_the_results(page):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert any(row[0] == cells[0] and set(cells) <= set(row) for row in full), line
 
+def cell(label: str, column: str, *sections: str) -> str:
+    """What a table of these sections says of a model, without the spread over seeds; "" if none does."""
+    for section in SECTIONS:
+        lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+        for line in lines if section.startswith(sections) else []:
+            if line[0] == label:
+                return dict(zip((name.partition(",")[0] for name in lines[0]), line, strict=False))[column].split()[0]
+    return ""
+
+def table(page: str, corner: str) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of the table with this first cell."""
+    text = (RESULTS.parent.parent / page).read_text(encoding="utf-8")
+    lines = re.search(rf"^\| {corner} \|.*\n(?:\|.*\n)+", text, re.MULTILINE)[0].splitlines()
+    heading, _, *rows = [[each.strip() for each in line[1:-1].split("|")] for line in lines]
+    return heading, rows
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+    sections = [("1. ", "2. ", "3. "), ("4. ",), ("5. 1 million\n",), ("5. 1 million, 8,000",), ("6. Subwords: 1,024",)]
+    _, rows = table("README.md", "test loss, bits per byte")
+    for label, *cells in rows:
+        assert cells == [cell(label, "bits per byte", *which) for which in sections] != [""] * 5
+
+def test_the_sizes_that_the_laboratory_compares_are_those_of_the_results():
+    (_, *models), rows = table("experiments/README.md", "King James Bible")
+    for size, *cells in rows:
+        assert cells == [cell(model, "test loss", f"5. {size}\n", f"5. {size}, rates") for model in models] != [""] * 3
+
 def test_the_features_that_the_tutorial_compares_are_those_of_the_results():
     """The names and losses of its second table, all rows of question 2."""
     def rows(table: str, *columns: int) -> list:
