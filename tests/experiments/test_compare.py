@@ -484,8 +484,8 @@ def test_the_table_of_the_readme_is_that_of_the_results():
     for label, *cells in rows:
         assert cells == [cell(label, "bits per byte", *which) for which in sections] != [""] * 5
 
-def test_the_sizes_that_the_laboratory_compares_are_those_of_the_results():
-    (_, *models), rows = table("experiments/README.md", "King James Bible")
+def test_the_sizes_that_the_tutorial_compares_are_those_of_the_results():
+    (_, *models), rows = table("tutorial.md", "King James Bible")
     for size, *cells in rows:
         assert cells == [cell(model, "test loss", f"5. {size}\n", f"5. {size}, rates") for model in models] != [""] * 3
 
