@@ -5,9 +5,9 @@
 
 The same for every model of a question: the number of parameters (within 2%, but where a question says so),
 the batches, the optimiser, the schedule, the validation. Every model gets the learning rate that is
-best for it in runs as long as those that count, without which no comparison is fair. What is chosen
-is chosen on one part of the text and reported on another. Runs use one thread each; steps are timed
-when all is done and quiet.
+best for it in runs as long as those that count, without which no comparison is fair; where a question
+takes those of another text, size or length instead, it says so. What is chosen is chosen on one part of
+the text and reported on another. Runs use one thread each; steps are timed when all is done and quiet.
 
 Writes into --out: compare.md (the tables), a figure per question, timing.json (measured again on
 another machine, or once deleted), and runs.jsonl, a line per finished run. After an interruption
