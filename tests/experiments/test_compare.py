@@ -410,7 +410,9 @@ def test_a_figure_of_a_single_task(tmp_path):
 TEXTS = {
     ("shakespeare", 0): ("86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 65),
     (None, 0): ("2a95af4ac93f5b719944030ce3769070ddf827d847cba42192afa8da989e5dc4", 103),
-    ("bible", 0): ("b5c4940bcfeee072c0935b5200d0f9d88a00a0199cb0961d16133458fcdfae5d", 63)}
+    ("bible", 0): ("b5c4940bcfeee072c0935b5200d0f9d88a00a0199cb0961d16133458fcdfae5d", 63),
+    ("shakespeare", 1024): ("fbb124daa102542530a51351947ee3802c29af34f529221ba49df174c6ade29d", 1024),
+    ("bible", 4096): ("f5ce40dd63dd80f29a136fbd169d6f321644def5f9520ed4fba07f0cc80512ed", 4096)}
 HEAD, *SECTIONS = (RESULTS / "compare.md").read_text(encoding="utf-8").strip().split("\n\n## ")
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.partition("\n")[0])
