@@ -132,21 +132,20 @@ SUBWORDS = [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, ("the paper's model", P
 PIECES = Question(6, "Subwords: 1,024 byte pairs", "The paper's regime: what of this holds on pieces of words? "
                   "One seed.", SUBWORDS, text=("shakespeare", 1024))
 
-def on_bible(title: str, settings: dict, rates_of: Question | None = None, seeds: int = 1) -> Question:
+def on_bible(title: str, settings: dict, rates_of: Question | None = None) -> Question:
     return Question(5, title, "Does the lead last as models grow, and as training does? On the King James Bible, "
-                    f"which is four times as long; {'three seeds' if seeds == 3 else 'one seed'}.",
-                    [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN], settings, text=("bible", 0), rates_of=rates_of,
-                    seeds=seeds)
+                    "which is four times as long; one seed.", [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN], settings,
+                    text=("bible", 0), rates_of=rates_of)
 
 TENTH = {"n_layer": 3, "d_model": 64, "rank": 16}  # 0.1 million
-LONGER = on_bible("0.1 million, 8,000 steps", TENTH | {"iters": 8000}, seeds=3)
+LONGER = on_bible("0.1 million, 8,000 steps", TENTH | {"iters": 8000})
 MILLION = on_bible("1 million", {"n_layer": 5, "d_model": 144, "rank": 32})
 QUESTIONS = [
     CONTROLS, FEATURES, LAYER,
     Question(4, "A second text", "The same on Python's documentation; rates of the first text.",
              [ATTENTION, BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, NO_PRODUCT], text=(None, 0), rates_of=CONTROLS,
              seeds=3),
-    on_bible("0.1 million", TENTH, seeds=3),
+    on_bible("0.1 million", TENTH),
     on_bible("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}), MILLION, LONGER,
     on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000}, LONGER),
     on_bible("1 million, 8,000 steps, rates of 2,000", MILLION.settings | {"iters": 8000}, MILLION),
