@@ -129,8 +129,6 @@ LAYER = Question(
     [BEST_ATTENTION, ("the paper's model", PAPER), UNIT, ONE, ("average of six, normalised", UNIT[1] | SIX),
      GRASSMANN], seeds=3)
 SUBWORDS = [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, ("the paper's model", PAPER)]
-PIECES = Question(6, "Subwords: 1,024 byte pairs", "The paper's regime: what of this holds on pieces of words? "
-                  "One seed.", SUBWORDS, text=("shakespeare", 1024))
 
 def on_bible(title: str, settings: dict, rates_of: Question | None = None) -> Question:
     return Question(5, title, "Does the lead last as models grow, and as training does? On the King James Bible, "
@@ -149,9 +147,10 @@ QUESTIONS = [
     on_bible("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}), MILLION, LONGER,
     on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000}, LONGER),
     on_bible("1 million, 8,000 steps, rates of 2,000", MILLION.settings | {"iters": 8000}, MILLION),
-    PIECES,
-    Question(6, "Subwords: 4,096 byte pairs", "The same on the King James Bible; rates of the 1,024, one seed.",
-             SUBWORDS, text=("bible", 4096), rates_of=PIECES),
+    Question(6, "Subwords: 1,024 byte pairs", "The paper's regime: what of this holds on pieces of words? One seed.",
+             SUBWORDS, text=("shakespeare", 1024)),
+    Question(6, "Subwords: 4,096 byte pairs", "The same on the King James Bible; one seed.",
+             SUBWORDS, text=("bible", 4096)),
     Question(7, "Context 256", "With as many windows a step as at 64; rates of the first table, one seed.",
              [BEST_ATTENTION, GRASSMANN, MEMORY, HYBRID], {"context": 256}, rates_of=CONTROLS),
     Question(8, "A far token", f"How far back can an answer lie? Accuracy against distance, {1 / tasks.ANSWERS:.1%} by "
