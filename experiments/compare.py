@@ -617,11 +617,14 @@ def plot_sizes(path: Path, answers: Answers) -> None:
             _, steps, bits = zip(*longer, strict=True)
             if len(steps) > 1:
                 right.semilogx(steps, bits, **look)
-                right.annotate(f"{size / 1e6:.1f} million", (steps[0], bits[0]))
+                if k == 0:
+                    right.annotate(f"  {size / 1e6:.1f} million", (steps[0], bits[0]))
     left.set(xlabel="parameters", ylabel="test loss, bits per character", title=f"after {shortest:,} steps")
     right.set(xlabel="steps", title="longer")
     left.legend()
-    for axes in (left, right):
+    for axes, values, unit in ((left, {size for size, *_ in points}, 1e6), (right, {steps for _, steps, _ in points}, 1)):
+        axes.set_xticks(sorted(values), [f"{value / unit:.1f} million" if unit > 1 else f"{value:,}" for value in sorted(values)])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
