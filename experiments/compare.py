@@ -622,8 +622,11 @@ def plot_sizes(path: Path, answers: Answers) -> None:
     left.set(xlabel="parameters", ylabel="test loss, bits per character", title=f"after {shortest:,} steps")
     right.set(xlabel="steps", title="longer")
     left.legend()
-    for axes, values, unit in ((left, {size for size, *_ in points}, 1e6), (right, {steps for _, steps, _ in points}, 1)):
-        axes.set_xticks(sorted(values), [f"{value / unit:.1f} million" if unit > 1 else f"{value:,}" for value in sorted(values)])
+    left.set_xticks([size for size, steps, _ in points if steps == shortest])
+    left.xaxis.set_major_formatter(lambda size, _: f"{size / 1e6:.1f} million")
+    right.set_xticks(sorted({steps for _, steps, _ in points}))
+    right.xaxis.set_major_formatter("{x:,.0f}")
+    for axes in (left, right):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
