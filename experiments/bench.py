@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -201,10 +202,16 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
 
     Every step has the same number of tokens, from 512 windows of 64 to 2 of 16,384. Beside our
     model the same with a memory, and with attention (mixer="attention"), as far as its length x
-    length tables go; how many times as long as the shortest each takes.
+    length tables go; and what it takes, with a memory, to read such a text as `sample.py` reads a
+    prompt, on one thread. How many times as long as the shortest each takes.
     """
+    def read(L: int) -> None:
+        for text in np.resize(setup.corpus.train, (tokens // L, L)):
+            grassmann.stream_read(params, config, grassmann.stream_init(params, config), text)
+
     tokens = tokens // 8 if setup.quick else tokens
-    columns = "grassmann", "memory", "attention"
+    columns, config = ("grassmann", "memory", "attention", "reading"), setup.config(memory=True)
+    params = grassmann.init_params(config)
     lengths, runs = [2**k for k in range(6, 20, 2) if 2**k <= tokens // 2], {}
     for L in lengths:
         training = replace(setup.training, batch_size=tokens // L)
@@ -213,6 +220,7 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
         runs[L, "memory"] = Ours(own, setup.config(memory=True, context=L)).step
         attention = Ours(own, setup.config(mixer="attention", context=L)).step
         runs[L, "attention"] = attention if longest_table >= L else None
+        runs[L, "reading"] = partial(read, L)
     times = alternate(setup, runs, 5, 1)
     return [{"length": L, "windows": tokens // L,
              **{mixer: 1e6 / tokens * median(times[L, mixer]) for mixer in columns},

@@ -163,6 +163,7 @@ def test_length():
     assert [(row["length"], row["windows"]) for row in rows] == [(64, 16), (256, 4)]
     assert [math.isnan(row["attention"]) for row in rows] == [False, True]
     assert rows[0]["grassmann x"] == rows[0]["memory x"] == 1 != rows[1]["memory x"]
+    assert rows[0]["reading"] > 0 and rows[0]["reading x"] == 1 != rows[1]["reading x"]
 
 def test_ranks(monkeypatch):
     """Two processes where there is an mpiexec: on the same batches, and they add up."""
