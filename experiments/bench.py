@@ -36,7 +36,7 @@ import numpy as np
 
 import grassmann
 from experiments import bench_gpu, bench_ranks
-from experiments.bench_models import (Model, Ours, Setup, Theirs, alternate, gpt_of_size,
+from experiments.bench_models import (Model, Ours, Setup, Theirs, alternate, cell, gpt_of_size,
                                       multiply_adds, n_parameters, products, quotient, torch)
 from text import read_corpus
 from training import in_threads
@@ -274,12 +274,6 @@ def header(setup: Setup, data: str | None) -> dict[str, object]:
         info["BLAS"] = [f"{blas['internal_api']} {blas['version']} {blas.get('architecture')}"
                         for blas in threadpool_info() if blas["user_api"] == "blas"]
     return info
-
-def cell(value: object) -> str:
-    """Whole numbers in full, others with four digits; a dash for nan."""
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:,.{max(0, 4 - len(str(int(value))))}f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 def print_table(rows: list[dict]) -> None:
     lines = [[*rows[0]]] + [[cell(value) for value in row.values()] for row in rows]

@@ -35,8 +35,8 @@ from statistics import median
 import numpy as np
 
 import grassmann
-from experiments.bench_models import (Ours, Setup, Tensor, Theirs, multiply_adds, n_parameters,
-                                      torch)
+from experiments.bench_models import (Ours, Setup, Tensor, Theirs, cell, multiply_adds,
+                                      n_parameters, torch)
 from grassmann import Config
 from text import read_corpus
 from training import Training, train_step
@@ -353,8 +353,6 @@ class Report:
 
     def run(self, name: str, data: str | None, rehearse: bool, limit: float) -> None:
         """A section, in a process that has so many seconds; prints and writes its rows."""
-        from experiments.bench import cell  # (which imports this module)
-
         function, own_limit = SECTIONS[name]
         section = self.sections[name] = {"rows": [], "notes": []}
         what = getattr(function, "func", function).__doc__.splitlines()[0]
@@ -409,8 +407,6 @@ class Report:
 
     def write(self) -> None:
         """Everything so far; the file is named after the card."""
-        from experiments.bench import cell
-
         if self.folder is None or not any(section["rows"] for section in self.sections.values()):
             return
         rows = self.sections.get("card", {"rows": []})["rows"]

@@ -1,6 +1,6 @@
 """What the benchmark measures: a model of grassmann.py or gpu.py in training; the PyTorch models it
-is compared with, as they are usually written, in the same loop; how much work a step is. And with
-what clock. Not a program of its own."""
+is compared with, as they are usually written, in the same loop; how much work a step is; with what
+clock; and how a table shows it. Not a program of its own."""
 
 import math
 import time
@@ -265,3 +265,9 @@ def alternate(setup: Setup, runs: dict, rounds: int, calls: int, finish=lambda: 
 def quotient(theirs: list[float], ours: list[float]) -> float:
     """Median of the quotients within a round."""
     return median(a / b for a, b in zip(theirs, ours, strict=True))
+
+def cell(value: object) -> str:
+    """As a table shows it: whole numbers in full, others with four digits; a dash for nan."""
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:,.{max(0, 4 - len(str(int(value))))}f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
