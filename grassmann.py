@@ -417,7 +417,7 @@ def attention_forward(h: Array, w: Scope, config: Config, layer: int, past=None)
     return out, {"q": q, "k": k, "v": v, "a": a, "qkv": c_qkv, "out": c_out}
 
 def attention_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
-    """softmax' for one row a of the table is diag(a) - a aᵀ: dscores = a ⊙ (da - Σ a ⊙ da). And
+    """softmax' for one row a of the table is diag(a) - aᵀ a: dscores = a ⊙ (da - Σ a ⊙ da). And
 
     o = a v:  da = do vᵀ, dv = aᵀ do;   with dqk = dscores / sqrt(d_h):  dq = dqk k, dk = dqkᵀ q.
     """
@@ -534,7 +534,8 @@ def default_offsets(n_layer: int, context: int, taps: bool) -> tuple[tuple[int, 
 class Config:
     """The sizes and variants of one model; the defaults are train_char.py's. Raises ValueError.
 
-    The paper's model: block="paper", taps=False, normalize=True, positions=True, d_ff=4*d_model.
+    The paper's model: block="paper", taps=False, normalize=True, positions=True, d_ff=4*d_model, and
+    for six layers offsets=((1,), (2,), (4,), (8,), (12,), (16,)).
     """
 
     vocab_size: int
@@ -803,9 +804,9 @@ def stream_step(params: Params, config: Config, state: dict, token: int) -> tupl
     return stream_read(params, config, state, [token])
 
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
-    """Draw from softmax(logits / temperature), among the top_k largest; temperature 0: the largest.
+    """Draw from softmax(logits / temperature), among the top_k largest and any equal to the last.
 
-    Raises ValueError if the logits are not finite, as those of a run that diverged.
+    Temperature 0: the largest. Raises ValueError if the logits are not finite, as those of a run that diverged.
     """
     if not np.isfinite(logits).all():
         raise ValueError("the model's logits are not finite")
