@@ -19,7 +19,9 @@ def test_a_table_and_not_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(budget, "time", SimpleNamespace(process_time=lambda: next(clock) / 100))
     monkeypatch.setattr(budget.G, "adamw_step", lambda *args: rates.append(args[-1]) or adamw_step(*args))
     monkeypatch.setattr(budget, "MODEL", {"n_layer": 1, "d_model": 8, "rank": 3, "context": 256, "offsets": ((1, 2),)})
-    monkeypatch.setattr(budget, "PLANS", {"plain": {"batch_size": 4}, "Muon": {"muon": True}})
+    seeds, loss_and_grads, lr = [], budget.G.loss_and_grads, budget.HOW["lr"]
+    monkeypatch.setattr(budget.G, "loss_and_grads", lambda *args: seeds.append(args[-1]) or loss_and_grads(*args))
+    monkeypatch.setattr(budget, "PLANS", {"plain": {"batch_size": 4, "undropped": 0.5}, "Muon": {"muon": True}})
     monkeypatch.setattr(sys, "argv", ["budget", "--data", str(text_file), "--seconds", "1", "--out", str(tmp_path)])
     budget.main()
     table = capsys.readouterr().out
@@ -30,8 +32,10 @@ def test_a_table_and_not_twice(tmp_path, monkeypatch, capsys):
         assert run["plan"] == name and np.shape(losses) == (4, 3)
         np.testing.assert_allclose(steps, [25, 50, 75, 100], rtol=0.08)  # quarters of the time (it looks between them, too)
         rate, rates = rates[: steps[-1]], rates[steps[-1] :]
-        assert 0.9 < max(rate) / 3e-3 <= 1 and rate.index(max(rate)) < 5 and rate[-1] < 0.003 * max(rate)
-        assert rate[steps[1]] == pytest.approx(1.5e-3, rel=0.1)  # half a cosine
+        assert 0.9 < max(rate) / lr <= 1 and rate.index(max(rate)) < 5 and rate[-1] < 0.003 * max(rate)
+        assert rate[steps[1]] == pytest.approx(lr / 2, rel=0.1)  # half a cosine
+        dropped, seeds = [seed is not None for seed in seeds[: steps[-1]]], seeds[steps[-1] :]
+        assert sum(dropped) == steps[-1] - (steps[1] if name == "plain" else 0) and dropped == sorted(dropped)
         assert losses[-1][0] < losses[0][0] and f"| {name} | 1 | {steps[-1]:,} | " in table
     monkeypatch.setattr(budget, "train", None)  # would be an error
     budget.main()
