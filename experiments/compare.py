@@ -162,7 +162,7 @@ QUESTIONS = [
              "26% of the cases. Context 128, 4,000 steps; the sizes differ; one seed.",
              [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
                  BEST_ATTENTION, ("with memory, rank 16", MEMORY[1]), mixer("a memory that is no plane"),
-                 mixer("a memory that forgets"), mixer("two memories, one forgets"),
+                 mixer("two memories, one forgets"),
                  ("with memory, rank 32", MEMORY[1] | {"rank": 32}))],
              KEYS, same_size=False, tasks=True, rates=(1e-3, 2e-3)),
     Question(10, "Rank", "How many dimensions do the planes need? One seed.",

@@ -11,7 +11,7 @@ puts them there, so that Config(mixer="rotary attention with taps") is a model l
                   an MLP on [z ; s], all products z_i s_j, the one-sided product (z·x_k)(s·y_k), and
                   learned planes, (z ∧ s)·(x_k ∧ y_k), of grade 2 and 3 and their sums, the rotation
                   in the plane of z and s; without a gate
-    memories      the Grassmann layer with a memory that forgets, with two, and with linear attention
+    memories      the Grassmann layer with a second memory that forgets, and with linear attention
     hybrid        attention in one layer, the Grassmann layer in the others
 """
 
@@ -452,7 +452,6 @@ MIXERS = {
     "learned trivectors": with_features(blades(3), n_partners=2),
     "learned planes and trivectors": with_features(both(blades(2), blades(3)), n_partners=2),
     "rotors": with_features(ROTOR),
-    "a memory that forgets": with_features(WEDGE, memories=(0.97,)),
     "two memories, one forgets": with_features(WEDGE, memories=(1.0, 0.97)),
     "a memory that is no plane": with_features(WEDGE, memories=(1.0,), planes=False),
     "hybrid": hybrid(1, "rotary attention with taps"),

@@ -492,6 +492,14 @@ def test_the_sizes_that_the_tutorial_compares_are_those_of_the_results():
     for size, *cells in rows:
         assert cells == [cell(model, "test loss", f"5. {size}\n", f"5. {size}, rates") for model in models] != [""] * 3
 
+@pytest.mark.parametrize(("section", "corner"), [("8. ", r"model \| 1 to 2"), ("9. ", r"model \| 2 keys")])
+def test_the_accuracies_that_the_tutorial_shows_are_those_of_the_results(section, corner):
+    _, rows = table("tutorial.md", corner)
+    (found,) = (each for each in SECTIONS if each.startswith(section))
+    lines = [line.strip("| ").split(" | ") for line in found.splitlines() if line.startswith("|")]
+    told = {model: [share.split()[0] for share in shares] for _, model, _, *shares in lines[2:]}
+    assert {model.removeprefix("Grassmann "): shares for model, *shares in rows} == told
+
 def test_the_features_that_the_tutorial_compares_are_those_of_the_results():
     """The names and losses of its second table, all rows of question 2."""
     def rows(table: str, *columns: int) -> list:
