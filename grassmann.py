@@ -806,7 +806,8 @@ def stream_step(params: Params, config: Config, state: dict, token: int) -> tupl
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
     """Draw from softmax(logits / temperature), among the top_k largest and any equal to the last.
 
-    Temperature 0: the largest. Raises ValueError if the logits are not finite, as those of a run that diverged.
+    Temperature 0: the largest. Raises ValueError if the logits are not finite, as those of a run
+    that diverged.
     """
     if not np.isfinite(logits).all():
         raise ValueError("the model's logits are not finite")

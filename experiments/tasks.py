@@ -115,8 +115,13 @@ def plot(path: Path, answers: list) -> None:
             if spec["mixer"] == "grassmann" and not spec.get("memory"):  # others see all
                 label = f"{label}: sees {reach(spec['offsets'])} back"
                 axes.axvline(reach(spec["offsets"]) + 0.5, color=color, ls="--", lw=1, label=label)
-        axes.axhline(1 / ANSWERS, color="gray", ls=":", label="chance")
-        unit = "distance, tokens" if groups is DISTANCES else "keys to remember"
+        unit, look = "distance, tokens", {"color": "gray", "ls": ":"}
+        if groups is DISTANCES:
+            axes.axhline(1 / ANSWERS, **look, label="chance")
+        else:
+            unit, rng = "keys to remember", np.random.default_rng(0)
+            often = [rng.multinomial(n, [1 / ANSWERS] * ANSWERS, 100_000).max(1).mean() / n for n, _ in groups]
+            axes.semilogx([n for n, _ in groups], often, **look, label="the most frequent key")
         axes.set(title=task, xlabel=unit, ylabel="accuracy", ylim=(0, 1.05))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)

@@ -6,6 +6,7 @@ import platform
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -157,13 +158,16 @@ def test_race(has_torch):
         steps = share * others[0]["seconds"] / (ours["seconds"] / 60)
         assert row["steps"] == max(1, round(steps))
 
-def test_length():
-    """Lengths of 64 and 256 in 1,024 tokens, with attention only as far as its tables go."""
+def test_length(monkeypatch):
+    """Lengths of 64 and 256 in 1,024 tokens, all of them read, with attention only as far as its tables go."""
+    read, stream_read = Counter(), bench.grassmann.stream_read
+    monkeypatch.setattr(bench.grassmann, "stream_read",
+                        lambda *args: read.update([len(args[-1])]) or stream_read(*args))
     rows = bench.length(tiny(threads=3), tokens=1024, longest_table=128)
     assert [(row["length"], row["windows"]) for row in rows] == [(64, 16), (256, 4)]
     assert [math.isnan(row["attention"]) for row in rows] == [False, True]
     assert rows[0]["grassmann x"] == rows[0]["memory x"] == 1 != rows[1]["memory x"]
-    assert rows[0]["reading"] > 0 and rows[0]["reading x"] == 1 != rows[1]["reading x"]
+    assert rows[0]["reading x"] == 1 != rows[1]["reading x"] and read.keys() == {64, 256} and read[64] == 4 * read[256]
 
 def test_ranks(monkeypatch):
     """Two processes where there is an mpiexec: on the same batches, and they add up."""

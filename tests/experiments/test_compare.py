@@ -464,13 +464,18 @@ def test_the_losses_that_a_page_shows_are_those_of_the_results(page):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert any(row[0] == cells[0] and set(cells) <= set(row) for row in full), line
 
+def table_in(section: str) -> list[list[str]]:
+    """Heading and rows of the table of a section of compare.md."""
+    heading, _, *rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    return [heading, *rows]
+
 def cell(label: str, column: str, *sections: str) -> str:
     """What a table of these sections says of a model, without the spread over seeds; "" if none does."""
     for section in SECTIONS:
-        lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
-        for line in lines if section.startswith(sections) else []:
-            if line[0] == label:
-                return dict(zip((name.partition(",")[0] for name in lines[0]), line, strict=False))[column].split()[0]
+        heading, *rows = table_in(section) if section.startswith(sections) else [[]]
+        for row in rows:
+            if row[0] == label:
+                return dict(zip((name.partition(",")[0] for name in heading), row, strict=False))[column].split()[0]
     return ""
 
 def table(page: str, corner: str) -> tuple[list[str], list[list[str]]]:
@@ -496,17 +501,11 @@ def test_the_sizes_that_the_tutorial_compares_are_those_of_the_results():
 def test_the_accuracies_that_the_tutorial_shows_are_those_of_the_results(section, corner):
     _, rows = table("tutorial.md", corner)
     (found,) = (each for each in SECTIONS if each.startswith(section))
-    lines = [line.strip("| ").split(" | ") for line in found.splitlines() if line.startswith("|")]
-    told = {model: [share.split()[0] for share in shares] for _, model, _, *shares in lines[2:]}
+    told = {model: [share.split()[0] for share in shares] for _, model, _, *shares in table_in(found)[1:]}
     assert {model.removeprefix("Grassmann "): shares for model, *shares in rows} == told
 
 def test_the_features_that_the_tutorial_compares_are_those_of_the_results():
     """The names and losses of its second table, all rows of question 2."""
-    def rows(table: str, *columns: int) -> list:
-        cells = [line.strip("| ").split(" | ") for line in table.splitlines()]
-        return [[row[k] for k in columns] for row in cells]
-
-    page = (RESULTS.parent.parent / "tutorial.md").read_text(encoding="utf-8")
-    table = re.search(r"\| features \| .*\n\|---.*\n((?:\|.*\n)+)", page)[1]
+    _, rows = table("tutorial.md", "features")
     (section,) = (section for section in SECTIONS if section.startswith("2. "))
-    assert rows(table, 0, 2) == rows(section.partition("|---|")[2].partition("\n")[2], 0, 2)
+    assert [(row[0], row[2]) for row in rows] == [(row[0], row[2]) for row in table_in(section)[1:]]
