@@ -121,7 +121,7 @@ def plot(path: Path, answers: list) -> None:
         else:
             unit, rng = "keys to remember", np.random.default_rng(0)
             often = [rng.multinomial(n, [1 / ANSWERS] * ANSWERS, 100_000).max(1).mean() / n for n, _ in groups]
-            axes.semilogx([n for n, _ in groups], often, **look, label="the most frequent key")
+            axes.plot([n for n, _ in groups], often, **look, label="the most frequent key")
         axes.set(title=task, xlabel=unit, ylabel="accuracy", ylim=(0, 1.05))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
