@@ -27,13 +27,16 @@ from text import read_corpus
 
 OFFSETS = ((1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 6, 8), (1, 2, 4, 8, 12, 16), (1, 2, 4, 8, 16, 32, 64))
 MODEL = {"n_layer": 6, "offsets": OFFSETS, "context": 256, "d_model": 160, "dropout": 0.2}
-HOW = {"seconds": 1500, "lr": 2.5e-3, "batch_size": 4, "muon": False, "undropped": 0.0}  # (part of its time)
+HOW = {"seconds": 1500, "lr": 2.5e-3, "batch_size": 4, "muon": False, "undropped": 0.0,
+       "decay": 0.1}  # (part of its time)
 SHORT = {"seconds": 150, "dropout": 0.0}
 PLANS = {  # what differs from MODEL and HOW
     "width 160": {},
     "half the rate": {"lr": 1.25e-3},
     "dropout from the middle on": {"undropped": 0.5},
     "one layer of attention": {"mixer": "hybrid"},
+    "five times the decay": {"decay": 0.5},
+    "fifteen times the decay": {"decay": 1.5},
     "a tenth of the time": SHORT,
     "a tenth of the time, Muon": SHORT | {"muon": True},
 }
@@ -53,14 +56,15 @@ def orthogonal(M: Array, steps: int = 5) -> Array:
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * (A @ A)) @ X
     return X.T if len(M) > M.shape[1] else X
 
-def muon_step(params: Params, grads: Params, state: dict, step: int, lr: float) -> None:
+def muon_step(params: Params, grads: Params, state: dict, step: int, lr: float, weight_decay: float) -> None:
     """Muon on the matrices inside the blocks, as large as AdamW's steps are (Liu, arXiv 2502.16982); AdamW else."""
     inside = {name for name in params if name.startswith("blocks") and params[name].ndim == 2 and "taps" not in name}
-    G.adamw_step({name: p for name, p in params.items() if name not in inside}, grads, state, step, lr)
+    G.adamw_step({name: p for name, p in params.items() if name not in inside}, grads, state, step, lr,
+                 weight_decay=weight_decay)
     for name in inside:
         theta, g, m = params[name], grads[name], state["adam_m"][name]
         m += 0.05 * (g - m)
-        theta *= 1 - lr * 0.1
+        theta *= 1 - lr * weight_decay
         theta -= lr * 0.2 * math.sqrt(max(theta.shape)) * orthogonal(0.05 * g + 0.95 * m)
 
 def train(plan: dict, text: Array, vocab_size: int) -> list[list]:
@@ -82,7 +86,7 @@ def train(plan: dict, text: Array, vocab_size: int) -> list[list]:
         _, grads = G.loss_and_grads(params, config, x, y, (0, step) if done >= plan["undropped"] else None)
         G.clip_grads(grads, 1.0)
         rate = max(done, 6e-4) / 0.03 if done < 0.03 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.03) / 0.97)
-        advance(params, grads, state, step, plan["lr"] * rate)
+        advance(params, grads, state, step, plan["lr"] * rate, weight_decay=plan["decay"])
         for mean, decay in zip(means, DECAYS, strict=True):
             decay = min(decay, (step + 1) / (step + 10))
             for name, value in mean.items():

@@ -170,14 +170,16 @@ def test_length(monkeypatch):
     assert rows[0]["reading x"] == 1 != rows[1]["reading x"] and read.keys() == {64, 256} and read[64] == 4 * read[256]
 
 def test_ranks(monkeypatch):
-    """Two processes where there is an mpiexec: on the same batches, and they add up."""
+    """Two processes where there is an mpiexec: on the same batches, and they add up. The GPTs with PyTorch."""
     for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
         monkeypatch.setenv(name, "1")
     rows = bench_ranks.ranks(tiny(quick=True))
     found = bool(bench_ranks.MPIEXEC)
-    assert [row["with"] for row in rows] == ["one thread", "two threads", "two processes"][: 2 + found]
+    gpts = ["GPT, equal width", "GPT, equal parameters"] if bench.torch else []
+    assert [row["with"] for row in rows] == ["one thread", "two threads", *["two processes"] * found, *gpts]
     assert all(row["ms"] > 0 for row in rows) and rows[0]["x one thread"] == 1
-    assert [row["of which the sum"] > 0 for row in rows] == [False, False, True][: 2 + found]
+    assert [row["with"] for row in rows if row["of which the sum"] > 0] == ["two processes"] * found
+    assert [row[f"/ {row['with']}"] for row in rows[-2:] if gpts] == [1] * len(gpts)
 
 def test_machines(monkeypatch):
     """A model of known size, whose step takes a known time: 8 machines, 14/8 of 4 bytes a number."""
