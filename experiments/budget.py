@@ -33,6 +33,8 @@ SHORT = {"seconds": 150, "dropout": 0.0}
 PLANS = {  # what differs from MODEL and HOW
     "width 160": {},
     "half the rate": {"lr": 1.25e-3},
+    "twice the rate": {"lr": 5e-3},
+    "with memory": {"memory": True},
     "dropout from the middle on": {"undropped": 0.5},
     "one layer of attention": {"mixer": "hybrid"},
     "five times the decay": {"decay": 0.5},

@@ -130,20 +130,21 @@ LAYER = Question(
      GRASSMANN], seeds=3)
 SUBWORDS = [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, ("the paper's model", PAPER)]
 
-def on_bible(title: str, settings: dict, rates_of: Question | None = None) -> Question:
+def on_bible(title: str, settings: dict, rates_of: Question | None = None, seeds: int = 1) -> Question:
     return Question(5, title, "Does the lead last as models grow, and as training does? On the King James Bible, "
-                    "which is four times as long; one seed.", [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN], settings,
-                    text=("bible", 0), rates_of=rates_of)
+                    f"which is four times as long; {'one seed' if seeds == 1 else 'three seeds'}.",
+                    [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN], settings, text=("bible", 0), rates_of=rates_of,
+                    seeds=seeds)
 
 TENTH = {"n_layer": 3, "d_model": 64, "rank": 16}  # 0.1 million
-LONGER = on_bible("0.1 million, 8,000 steps", TENTH | {"iters": 8000})
+LONGER = on_bible("0.1 million, 8,000 steps", TENTH | {"iters": 8000}, seeds=3)
 MILLION = on_bible("1 million", {"n_layer": 5, "d_model": 144, "rank": 32})
 QUESTIONS = [
     CONTROLS, FEATURES, LAYER,
     Question(4, "A second text", "The same on Python's documentation; rates of the first text.",
              [ATTENTION, BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, NO_PRODUCT], text=(None, 0), rates_of=CONTROLS,
              seeds=3),
-    on_bible("0.1 million", TENTH),
+    on_bible("0.1 million", TENTH, seeds=3),
     on_bible("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}), MILLION, LONGER,
     on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000}, LONGER),
     on_bible("1 million, 8,000 steps, rates of 2,000", MILLION.settings | {"iters": 8000}, MILLION),
@@ -607,8 +608,9 @@ def plot_sizes(path: Path, answers: Answers) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for k, rows in enumerate(zip(*(rows for _, rows in answers), strict=True)):
-        runs, look = [row.results[0] for row in rows], {"marker": "o", "color": f"C{k}"}
-        points = sorted((run["parameters"], run["spec"]["iters"], final(run) / math.log(2)) for run in runs)
+        look = {"marker": "o", "color": f"C{k}"}
+        points = sorted((row.results[0]["parameters"], row.results[0]["spec"]["iters"],
+                         fmean(map(final, row.results)) / math.log(2)) for row in rows)
         shortest = min(steps for _, steps, _ in points)
         left.semilogx(*zip(*[(size, bits) for size, steps, bits in points if steps == shortest], strict=True), **look,
                       label=rows[0].label)
