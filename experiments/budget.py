@@ -1,6 +1,6 @@
-"""What learns most in so many seconds of one core: the way to a `--preset best` of a quarter of an hour.
+"""What learns most in so many seconds of one core: towards a `--preset best` of a quarter of an hour.
 
-  python -m experiments.budget --data shakespeare          all that is in PLANS, two hours
+  python -m experiments.budget --data shakespeare          all that is in PLANS, five hours
   python -m experiments.budget --data shakespeare --only "width 160"
 
 Each plan trains on the first 95% of the training text, for its seconds of processor time (not of the clock:
@@ -26,21 +26,40 @@ from grassmann import Array, Config, Params
 from text import read_corpus
 
 OFFSETS = ((1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 6, 8), (1, 2, 4, 8, 12, 16), (1, 2, 4, 8, 16, 32, 64))
-MODEL = {"n_layer": 6, "offsets": OFFSETS, "context": 256, "d_model": 160, "dropout": 0.2}
-HOW = {"seconds": 1500, "lr": 2.5e-3, "batch_size": 4, "muon": False, "undropped": 0.0,
-       "decay": 0.1}  # (part of its time)
-SHORT = {"seconds": 150, "dropout": 0.0}
+MODEL = {"context": 256, "d_model": 160, "dropout": 0.2}
+HOW = {"seconds": 1500, "lr": 2.5e-3, "batch_size": 4, "muon": False, "decay": 0.1,
+       "undropped": 0.0}  # for so much of its time no dropout
+
+def layers(*which: int, **changes) -> dict:
+    """A model of as many layers, with the offsets of these."""
+    return {"n_layer": len(which), "offsets": tuple(OFFSETS[k] for k in which), **changes}
+
+SIX, SHORT = layers(*range(6)), {"seconds": 150, "dropout": 0.0}
 PLANS = {  # what differs from MODEL and HOW
-    "width 160": {},
-    "half the rate": {"lr": 1.25e-3},
-    "twice the rate": {"lr": 5e-3},
-    "with memory": {"memory": True},
-    "dropout from the middle on": {"undropped": 0.5},
-    "one layer of attention": {"mixer": "hybrid"},
-    "five times the decay": {"decay": 0.5},
-    "fifteen times the decay": {"decay": 1.5},
-    "a tenth of the time": SHORT,
-    "a tenth of the time, Muon": SHORT | {"muon": True},
+    "six layers of 160": SIX,
+    "half the rate": SIX | {"lr": 1.25e-3},
+    "twice the rate": SIX | {"lr": 5e-3},
+    "five times the decay": SIX | {"decay": 0.5},
+    "fifteen times the decay": SIX | {"decay": 1.5},
+    "dropout from the middle on": SIX | {"undropped": 0.5},
+    "with memory": SIX | {"memory": True},
+    "one layer of attention": SIX | {"mixer": "hybrid"},
+    "eight layers of 136": layers(0, 1, 2, 2, 3, 3, 4, 5, d_model=136),
+    "four layers of 208, rank 24": layers(0, 1, 3, 5, d_model=208, rank=24),
+    "four layers of 256, rank 24": layers(0, 1, 3, 5, d_model=256, rank=24),
+    "short": SHORT | SIX,
+    "short, Muon": SHORT | SIX | {"muon": True},
+    "short, twice the rate": SHORT | SIX | {"lr": 5e-3},
+    "short, with memory": SHORT | SIX | {"memory": True},
+    "short, half the batch": SHORT | SIX | {"batch_size": 2, "lr": 2e-3},
+    "short, twice the batch": SHORT | SIX | {"batch_size": 8, "lr": 3.5e-3},
+    "short, rank 24": SHORT | SIX | {"rank": 24},
+    "short, eight layers of 136": SHORT | layers(0, 1, 2, 2, 3, 3, 4, 5, d_model=136),
+    "short, four layers of 200": SHORT | layers(0, 1, 3, 5, d_model=200),
+    "short, the same, more near offsets": SHORT | layers(1, 2, 3, 5, d_model=200),
+    "short, four layers of 208, rank 24": SHORT | layers(0, 1, 3, 5, d_model=208, rank=24),
+    "short, four layers of 256": SHORT | layers(0, 1, 3, 5, d_model=256),
+    "short, three layers of 236": SHORT | layers(0, 2, 5, d_model=236),
 }
 mixers.install()
 DECAYS = (0.99, 0.998)  # of the running means
@@ -58,7 +77,7 @@ def orthogonal(M: Array, steps: int = 5) -> Array:
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * (A @ A)) @ X
     return X.T if len(M) > M.shape[1] else X
 
-def muon_step(params: Params, grads: Params, state: dict, step: int, lr: float, weight_decay: float) -> None:
+def muon_step(params: Params, grads: Params, state: dict, step: int, lr: float, weight_decay: float = 0.1) -> None:
     """Muon on the matrices inside the blocks, as large as AdamW's steps are (Liu, arXiv 2502.16982); AdamW else."""
     inside = {name for name in params if name.startswith("blocks") and params[name].ndim == 2 and "taps" not in name}
     G.adamw_step({name: p for name, p in params.items() if name not in inside}, grads, state, step, lr,

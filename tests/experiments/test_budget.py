@@ -15,13 +15,15 @@ from experiments import budget
 def test_a_table_and_not_twice(tmp_path, monkeypatch, capsys):
     """On a small model, and by a clock on which every look takes a hundredth of a second."""
     text_file, clock, rates, adamw_step = tmp_path / "text.txt", itertools.count(), [], budget.G.adamw_step
+    decays = []
     text_file.write_text("abcdefg, hijklmn. " * 400, encoding="utf-8")
     monkeypatch.setattr(budget, "time", SimpleNamespace(process_time=lambda: next(clock) / 100))
-    monkeypatch.setattr(budget.G, "adamw_step", lambda *args: rates.append(args[-1]) or adamw_step(*args))
+    monkeypatch.setattr(budget.G, "adamw_step", lambda *args, weight_decay: (
+        rates.append(args[-1]), decays.append(weight_decay), adamw_step(*args, weight_decay=weight_decay)))
     monkeypatch.setattr(budget, "MODEL", {"n_layer": 1, "d_model": 8, "rank": 3, "context": 256, "offsets": ((1, 2),)})
     seeds, loss_and_grads, lr = [], budget.G.loss_and_grads, budget.HOW["lr"]
     monkeypatch.setattr(budget.G, "loss_and_grads", lambda *args: seeds.append(args[-1]) or loss_and_grads(*args))
-    monkeypatch.setattr(budget, "PLANS", {"plain": {"batch_size": 4, "undropped": 0.5}, "Muon": {"muon": True}})
+    monkeypatch.setattr(budget, "PLANS", {"plain": {"batch_size": 4, "undropped": 0.5}, "Muon": {"muon": True, "decay": 0.3}})
     monkeypatch.setattr(sys, "argv", ["budget", "--data", str(text_file), "--seconds", "1", "--out", str(tmp_path)])
     budget.main()
     table = capsys.readouterr().out
@@ -32,6 +34,8 @@ def test_a_table_and_not_twice(tmp_path, monkeypatch, capsys):
         assert run["plan"] == name and np.shape(losses) == (4, 3)
         np.testing.assert_allclose(steps, [25, 50, 75, 100], rtol=0.08)  # quarters of the time (it looks between them, too)
         rate, rates = rates[: steps[-1]], rates[steps[-1] :]
+        assert {*decays[: steps[-1]]} == {0.1 if name == "plain" else 0.3}
+        decays = decays[steps[-1] :]
         assert 0.9 < max(rate) / lr <= 1 and rate.index(max(rate)) < 5 and rate[-1] < 0.003 * max(rate)
         assert rate[steps[1]] == pytest.approx(lr / 2, rel=0.1)  # half a cosine
         dropped, seeds = [seed is not None for seed in seeds[: steps[-1]]], seeds[steps[-1] :]
