@@ -43,7 +43,7 @@ def ranks(setup: Setup) -> list[dict]:
     """Milliseconds per training step: one thread, two threads, two processes with half the batch each
 
     By turns, each in new processes; PyTorch's GPTs on two threads. The sum is that of all gradients, in
-    shared memory. And the time over that of each GPT.
+    shared memory; "/ GPT" is the time over that of a GPT.
     """
     own = setup.config()
     ways = {"one thread": ([], 1, own), "two threads": ([], 2, own)}
