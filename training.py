@@ -114,7 +114,7 @@ def loss_and_grads(
 
     def shard(rows: Array) -> tuple[float, Params]:
         own, part = slice(rows[0], rows[-1] + 1), len(rows) / len(x)
-        rng = None if seed is None else RowsOfBatch([*seed, 0], int(rows[0]), len(x))  # not get_batch's
+        rng = None if seed is None else RowsOfBatch([*seed, 1], int(rows[0]), len(x))  # 1: not get_batch's
         return model.loss_and_grads(params, config, x[own], y[own], rng, part)
 
     results = in_threads(shard, np.array_split(mine, min(n_shards, len(mine))), threads)

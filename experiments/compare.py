@@ -152,15 +152,16 @@ QUESTIONS = [
              SUBWORDS, text=("shakespeare", 1024)),
     Question(6, "Subwords: 4,096 byte pairs", "The same on the King James Bible; one seed.",
              SUBWORDS, text=("bible", 4096)),
-    Question(7, "Context 256", "With as many windows a step as at 64; rates of the first table, one seed.",
+    Question(7, "Context 256", "With as many windows a step as at 64; the rates of that, one seed.",
              [BEST_ATTENTION, GRASSMANN, MEMORY, HYBRID], {"context": 256}, rates_of=CONTROLS),
     Question(8, "A far token", f"How far back can an answer lie? Accuracy against distance, {1 / tasks.ANSWERS:.1%} by "
-             "chance.", [(f"recall, {label}", changes | {"data": "recall"})
-                         for label, changes in (ATTENTION, GRASSMANN, MEMORY, HYBRID)],
+             "chance. The mean of three seeds, in brackets the lowest; rates from 0.001.",
+             [(f"recall, {label}", changes | {"data": "recall"})
+              for label, changes in (ATTENTION, GRASSMANN, MEMORY, HYBRID)],
              SMALL, tasks=True, seeds=3, rates=(1e-3,)),
     Question(9, "How much a memory holds", "2, 4, 8 or 16 keys, each under a name: which one is it "
              "that is asked for? To answer with the most frequent of them is right in 56, 41, 32 and "
-             "26% of the cases. Context 128, 4,000 steps; the sizes differ; one seed.",
+             "26% of the cases. Context 128, 4,000 steps; the sizes differ; one seed, rates from 0.001 and 0.002.",
              [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
                  BEST_ATTENTION, ("with memory, rank 16", MEMORY[1]), mixer("a memory that is no plane"),
                  mixer("two memories, one forgets"),

@@ -1,4 +1,4 @@
-"""Solutions of the exercises in tutorial.md, in their order."""
+"""Solutions of the exercises in docs/exercises.md, in their order."""
 
 import numpy as np
 

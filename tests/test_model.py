@@ -276,7 +276,7 @@ def test_initial_weights(tiny_config, variant):
     assert not np.array_equal(G.init_params(config, seed=4)["E"], params["E"])
 
 def test_the_first_loss_is_that_of_guessing(variant):
-    """At the default size every token is equally likely at first: ln V nats."""
+    """At the default size about ln V nats. (The token just read is likelier than others: the head is E.)"""
     config, text = G.Config(65, **variant), random_text((4, 65), vocab_size=65)
     loss, _ = G.loss_and_grads(G.init_params(config), config, text[:, :-1], text[:, 1:])
     assert loss == pytest.approx(math.log(65), rel=0.05)
