@@ -1,4 +1,4 @@
-"""The same model on a CUDA GPU, with CuPy: the names of grassmann.py, in the same order.
+"""The same model on a CUDA GPU, with CuPy: nearly all names of grassmann.py, in the same order.
 
 Here is only what differs on a GPU. What is plain array code there is the same code here:
 `_borrowed` gives a function of grassmann.py this module's names, so that its `np` is CuPy and the

@@ -113,14 +113,15 @@ def build_parser() -> Parser:
     add("--d-ff", "inner width of the FFN (default: 2 d_model; 4 d_model with attention)", size)
     add("--rank", "width of the reduced states that span the planes", number(int, 2, 10**4))
     add("--offsets", 'how far back each layer looks, e.g. "1,2;1,2;4;8" (default: from 1,2 in the '
-        "first layers to 1,2,4,8,12,16 in the last; without taps 1;2;4;8;1;…)", parse_offsets)
+        "first layers to 1,2,4,8,12,16 in the last; without taps 1;2;4;8;1;…, as --paper 1;2;4;8;12;16)",
+        parse_offsets)
     add("--block", "residual block, or the paper's", choices=["prenorm", "paper"])
     add("--taps", "learned weights per offset, or their plain average")
     add("--normalize", "divide bivectors by their length")
     add("--positions", "learned position vectors; beyond the context sampling re-reads its last half")
     add("--mixer", "what mixes the tokens", choices=["grassmann", "attention"])
     add("--n-head", "attention heads", size)
-    add("--memory", "a bivector in every layer that all earlier tokens have written")
+    add("--memory", "a bivector in every layer that all tokens so far have written")
     return parser
 
 def paper(n_layer: int, d_model: int, context: int) -> dict:
@@ -207,14 +208,15 @@ def make_run(args: argparse.Namespace) -> Run:
     """A new run, or with --resume the one in last.npz. Raises ValueError and OSError."""
     model, last = cli.backend(args.gpu, args.precision), args.out / "last.npz"
     preset = PRESETS[args.preset][1] if args.preset else {}
-    given = preset | {k: v for k, v in vars(args).items() if k in DEFAULTS}
-    if given.get("data"):
-        given["data"] = [name if name == "shakespeare" else os.path.abspath(name) for name in given["data"]]
+    typed = {k: v for k, v in vars(args).items() if k in DEFAULTS}
+    if typed.get("data"):
+        typed["data"] = [name if name == "shakespeare" else os.path.abspath(name) for name in typed["data"]]
     saved = resume_point(model, last) if args.resume else {"settings": {}}
+    given = preset | typed
     settings = DEFAULTS | saved["settings"] | given  # what is typed counts most
     if args.paper:
-        own = paper(settings["n_layer"], settings["d_model"], settings["context"])
-        given, settings = own | given, settings | own | given
+        given |= paper(settings["n_layer"], settings["d_model"], settings["context"]) | typed
+        settings |= given
     if settings["min_lr"] is not None and settings["min_lr"] > settings["lr"]:
         raise ValueError(f"--min-lr ({settings['min_lr']}) must not exceed --lr ({settings['lr']})")
     if args.resume:

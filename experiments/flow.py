@@ -89,7 +89,7 @@ class Flow:
     text: str
     z: Array  # (N, T, r)  reduced states
     s: Array  # (N, T, r)  their partners
-    gate: Array  # (N, T)  mean of α over the width: 1 keeps the token's state, 0 takes the plane's
+    gate: Array  # (N, T)  mean of α over the width: 1 lets out the token's own, 0 the plane's
 
     def __post_init__(self) -> None:
         self.planes = plane(self.z, self.s)  # (N, T, r, 2)
@@ -225,6 +225,9 @@ def draw_coastline(measured: dict[str, list[Array]], random_step: float) -> plt.
 
 # ---- the program ---------------------------------------------------------------------------------
 
+LEGEND = ("ruler k: every k-th plane. block k, word, line: the plane nearest to the sum of its bivectors. slope: of log "
+          "length over log ruler, 0 if smooth, -1/2 of a random walk, -1 of noise. turn: π less the angle between two steps.")
+
 def held_out(checkpoint: Path, context: int, extra: dict) -> str:
     """The text a run was validated on, from the start of a paragraph. Raises ValueError."""
     settings, sha256 = extra.get("settings"), extra.get("text_sha256")
@@ -316,7 +319,7 @@ def measure_and_draw(checkpoint: Path, texts: list[str | Path], out: Path) -> No
     steps = [by_kind(text, f.step) for f in (flow, untrained)]
     gates, all_steps = by_kind(text, flow.gate), [np.nanmean(f.step, 1) for f in (flow, untrained)]
     print(f"{len(text)} characters. Steps: 0 to {np.pi / np.sqrt(2):.2f}, random planes "
-          f"{random_step:.2f}")
+          f"{random_step:.2f}. {LEGEND}")
     print_table("mean step to: trained / untrained", [("all", beside(*all_steps)), *(
         (kind, beside(*(means[kind] for means in steps))) for kind in steps[0])])
     print_table("mean gate α at", ((kind, beside(gates[kind])) for kind in gates))

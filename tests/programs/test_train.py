@@ -176,7 +176,7 @@ def test_every_other_option_reaches_the_settings(call, succeeded, text, tmp_path
 
 @pytest.mark.parametrize("preset", train_char.PRESETS)
 def test_presets(preset):
-    """Each is a line of a table; an option beside it wins."""
+    """Each is a line of a table; an option beside it wins, and so does the paper's model."""
     own = train_char.PRESETS[preset][1]
     args = train_char.build_parser().parse_args(["--preset", preset, "--rank", "4"])
     run = train_char.make_run(args)
@@ -184,6 +184,10 @@ def test_presets(preset):
     for name in expected.keys() - {"offsets", "d_ff"}:
         assert run.settings[name] == expected[name]
     assert run.config.offsets == own.get("offsets", default_offsets(4, 64, True))
+    args = train_char.build_parser().parse_args(["--paper", "--preset", preset, "--normalize", "--no-positions"])
+    run = train_char.make_run(args)
+    paper = train_char.paper(run.config.n_layer, run.config.d_model, run.config.context) | {"positions": False}
+    assert {name: getattr(run.config, name) for name in paper} == paper
 
 @pytest.mark.parametrize("context", [2, 99])
 def test_a_text_of_the_least_length_trains(call, succeeded, refused, tmp_path, context):
