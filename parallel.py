@@ -22,13 +22,14 @@ import numpy as np
 from cli import available_cores
 
 size = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
-rank, cores, caught, stops = 0, available_cores(), [], []  # signals: of this rank, of any
+rank, local_size, cores = 0, 1, available_cores()  # local_size: so many on this machine
+caught, stops = [], []  # signals: of this rank, of any
 if size > 1:  # Open MPI has started this process, or MPICH or a relative of it
     from mpi4py import MPI
 
     comm, machine = MPI.COMM_WORLD, MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    rank, cores = comm.rank, max(1, cores // machine.size)
-    cards = [*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))] or range(machine.size)
+    rank, local_size, cores = comm.rank, machine.size, max(1, cores // machine.size)
+    cards = [*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))] or range(local_size)
     os.environ["CUDA_VISIBLE_DEVICES"] = str(cards[machine.rank % len(cards)])  # before any is touched
 
 @cache

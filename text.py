@@ -65,7 +65,7 @@ def load_text(data: str | Sequence[str] | None) -> str:
         return "\n\n".join(text.strip() for _, text in sorted(topics.items())) + "\n"
     texts = []
     for name in [data] if isinstance(data, str) else data:
-        path = shakespeare() if name == "shakespeare" else Path(name)
+        path, before = shakespeare() if name == "shakespeare" else Path(name), len(texts)
         files = [path]
         if path.is_dir():  # all but what is hidden
             below = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
@@ -76,7 +76,7 @@ def load_text(data: str | Sequence[str] | None) -> str:
             except ValueError:
                 if not path.is_dir():  # in a folder there may be other things
                     raise
-        if not texts:
+        if len(texts) == before:
             raise ValueError(f"there is no UTF-8 text in {path}")
     return texts[0] if len(texts) == 1 else "".join(t if t.endswith("\n") else t + "\n" for t in texts)
 

@@ -270,8 +270,9 @@ def resume_point(model: ModuleType, last: Path) -> dict:
 def may_go_on(last: Path, saved: dict, given: dict, iters: int) -> None:
     """Do the options ask for the run that was saved? Raises ValueError, saying what differs."""
     before, p = saved["settings"], saved["progress"]
+    free = *PACE, "data", *(["offsets"] if before["mixer"] == "attention" else [])  # attention has none
     for name in given:
-        if name not in (*PACE, "data") and given[name] != before[name]:
+        if name not in free and given[name] != before[name]:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"--resume cannot change {flag}: {last} has {before[name]}, not {given[name]}")
     if p.step > iters or (p.step == iters and not p.recent):  # (or it waits for its last validation)
@@ -279,14 +280,15 @@ def may_go_on(last: Path, saved: dict, given: dict, iters: int) -> None:
 
 def check_memory(config: Config, batch_size: int, threads: int) -> None:
     """Refuse, before anything is allocated, what this machine cannot hold. Raises ValueError."""
-    tokens = batch_size * config.context
-    at_once = max(min(tokens, threads * SHARD_TOKENS), min(threads, batch_size) * config.context)
+    rows = math.ceil(batch_size / parallel.size)
+    tokens = rows * config.context
+    at_once = max(min(tokens, threads * SHARD_TOKENS), min(threads, rows) * config.context)
     per_token = 16 * config.d_model + 6 * config.d_ff + 3 * config.rank**2
     if config.mixer == "attention":
         per_token += 4 * config.n_head * config.context
     activations = at_once * (config.n_layer * per_token + 4 * config.vocab_size) + 6 * tokens
     n_params = sum(math.prod(shape) for shape in param_shapes(config).values())
-    needed = 4e-9 * (n_params * (5 + threads) + activations)  # 5: weights, two means, an update, gradients
+    needed = 4e-9 * parallel.local_size * (n_params * (5 + threads) + activations)  # 5: weights, two means, an update, gradients
     if not hasattr(os, "sysconf"):  # Windows
         return
     has = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -504,10 +506,12 @@ def main() -> None:
     args = parser.parse_args()
     memory = "not enough memory; a smaller --batch-size, --context, --d-model or --n-layer needs less"
     with short_errors(parser, args.out, memory):
+        if args.resume:
+            claim(args.out)  # before it is read
         run = make_run(args)
         run.out.mkdir(parents=True, exist_ok=True)
-        claim(run.out)
         if not args.resume:
+            claim(run.out)
             set_aside(run.out)
             run.save_last()  # before any work: is the folder writable?
         corpus, n_params = run.corpus, sum(p.size for p in run.params.values())

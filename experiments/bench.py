@@ -228,7 +228,7 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
             for L in lengths]
 
 def training_memory(setup: Setup, ours: bool) -> float:
-    """What 30 training steps and a validation add to the peak memory of this process, in MB."""
+    """What 30 training steps and a validation add to the peak memory of this process, in MiB."""
     def peak() -> float:
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
@@ -243,7 +243,7 @@ def training_memory(setup: Setup, ours: bool) -> float:
     return peak() - before
 
 def memory(setup: Setup, repeats: int = 3) -> list[dict]:
-    """Peak memory (MB) of training above the imports': 30 steps, a validation, in a new process"""
+    """Peak memory (MiB) of training above the imports': 30 steps, a validation, in a new process"""
     def measure(ours: bool) -> float:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             return process.submit(training_memory, setup, ours).result()
@@ -251,7 +251,7 @@ def memory(setup: Setup, repeats: int = 3) -> list[dict]:
     if platform.system() != "Linux":
         return [{"what": "measured on Linux only"}]
     sides = {"ours": True} | ({"GPT, equal width": False} if torch else {})
-    return [{"what": what, "MB": median(measure(ours) for _ in range(repeats))}
+    return [{"what": what, "MiB": median(measure(ours) for _ in range(repeats))}
             for what, ours in sides.items()]
 
 SECTIONS = {f.__name__: f for f in (

@@ -1,13 +1,13 @@
 """What learns most in so many seconds of one core: towards a `--preset best` of a quarter of an hour.
 
-  python -m experiments.budget --data shakespeare          all that is in PLANS, five hours
+  python -m experiments.budget --data shakespeare          all that is in PLANS, six hours
   python -m experiments.budget --data shakespeare --only "six layers of 160"
 
 Each plan trains on the first 95% of the training text, for its seconds of processor time (not of the clock:
 others may use the machine, too), with the rate going to 0 along a cosine over just that time. It is
-measured on the last 5%, in windows of 256, as nanoGPT's are: its weights, and two running means of them.
-What train_char.py validates on is not touched. A line per plan goes into --out/budget.jsonl, and the
-same command goes on where it was stopped.
+measured on the last 5%, in windows of 256, as nanoGPT's are. What train_char.py validates on is not
+touched. A line per plan goes into --out/budget.jsonl, with the losses of two running means of the weights,
+too, and the same command goes on where it was stopped.
 """
 
 import cli  # noqa: I001  (before NumPy)

@@ -54,7 +54,7 @@ from training import Training, train_step
 # As in nanoGPT's laptop recipe, a run is short and has no dropout: it does not overfit.
 QUICK_STEPS = 1500
 BASE = {"iters": 2000, "dropout": 0.0, "product": "wedge", "landmarks": (), "W_red_scale": None,
-        "larger": (),  # kinds of matrices that start from N(0, 1/d) instead of N(0, 0.02²), as W_red does
+        "larger": (),  # kinds of matrices that start as W_red does, from N(0, 1/d) instead of N(0, 0.02²); W_out N(0, 1/(2Nd))
         "test": True}  # choose on one half of what is held out, report on the other
 ON_THE_WAY = 2**16  # tokens to validate on before the end, all that a short text has
 LEARNING_RATES, SURVEY_RATES = (2e-3, 4e-3), (1e-3, 2e-3, 4e-3, 8e-3)  # tried first, see best_lr
@@ -76,7 +76,7 @@ class Question:
     text: tuple[str | None, int] | None = None  # as `read_text` takes it; None: that of --data
     rates: tuple[float, ...] = LEARNING_RATES
     rates_of: "Question | None" = None  # the rates are those that were best there
-    survey: bool = False  # rates from runs of a tenth of the steps, no test: older, and cheaper
+    survey: bool = False  # rates from runs of a tenth of the steps (not of tasks), no test: older, and cheaper
     tasks: bool = False  # of tasks.py in place of the text: accuracy, not loss
     ngrams: bool = False  # the first row is what counting alone does
 
@@ -456,13 +456,13 @@ class Laboratory:
         return min(iters, QUICK_STEPS) if self.quick else iters
 
     def rate(self, question: Question, label: str, changes: dict) -> float | None:
-        """The learning rate that is best in runs to the end (survey: to a tenth of it), with one seed."""
+        """The learning rate that is best in runs to the end (survey of texts: to a tenth of it), with one seed."""
         question = question.rates_of or question
         iters = self.steps(question)
         short = max(1, iters // 10) if question.survey and not question.tasks else iters
 
         def search(lr: float) -> dict | None:
-            every = short if question.survey else max(1, iters // 10)  # (a task: at the end)
+            every = short if question.survey else max(1, iters // 10)
             return self.ask(question, f"{label}, lr {lr:g}", changes, lr=lr, iters=short, eval_every=every)
 
         enough = -math.inf if not question.tasks else math.inf if question.survey else -0.99
@@ -566,8 +566,8 @@ dropout (so short a run does not overfit), models of one size. Of a text nine te
 the rest the first half (validation) chooses learning rates and the order of the n-gram, the second \
 (test) is what is reported. Learning rates: the best of {LEARNING_RATES[0]:g} and {LEARNING_RATES[1]:g} in \
 runs of full length, of one seed; while it is the smallest or the largest tried, half or twice of it is \
-tried, too. A survey (validation loss) has rates from a tenth of the steps, one seed where nothing else is \
-said, and all that is held out is its validation. A loss with two more in brackets is the mean of several seeds, with the \
+tried, too. A survey (validation loss) has rates from a tenth of the steps, but of tasks from all, one seed where nothing \
+else is said, and all that is held out is its validation. A loss with two more in brackets is the mean of several seeds, with the \
 lowest and the highest; inf: diverged. Gap: how much higher the perplexity per token is. Parameters: \
 those that act. Milliseconds: medians on all cores, by turns; what is not in grassmann.py is not \
 written for speed."""

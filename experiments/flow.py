@@ -104,6 +104,8 @@ def read_flow(params: Params, config: Config, text: str, vocab: list[int]) -> Fl
         raise ValueError(f"the model never saw {ascii(unknown[:10])[1:-1]}, which this text has")
     tokens = encode(text, vocab)
     size, before = 1024, sum(map(max, config.offsets))  # so far back does the last layer see
+    if config.memory:  # it sees all
+        size = len(tokens)
     if config.positions:
         size, before = config.context - config.context // 2, config.context // 2
     pieces = []

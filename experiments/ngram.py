@@ -50,9 +50,13 @@ def look_up(keys: Array, known: Array, values: Array) -> Array:
     place = np.searchsorted(known, keys).clip(max=len(known) - 1)
     return np.where(known[place] == keys, values[place], 0)
 
+def orders(vocab_size: int) -> range:
+    """1 to 7, or as far as contexts have numbers."""
+    return range(1, min(7, int(63 / np.log2(vocab_size))) + 1)
+
 def best_ngram(text: Text, window: int) -> tuple[int, float, float]:
     """The order, 1 to 7, that is best on one part of what is held out, and its loss there and on the other."""
-    losses = {n: ngram_loss(text.train, text.val, n, text.vocab_size, window) for n in range(1, 8)}
+    losses = {n: ngram_loss(text.train, text.val, n, text.vocab_size, window) for n in orders(text.vocab_size)}
     best = min(losses, key=losses.get)
     return best, losses[best], ngram_loss(text.train, text.test, best, text.vocab_size, window)
 
@@ -63,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     with cli.short_errors(parser, args.data):
         text = read_text(args.data, context=7)
-        for order in range(1, 8):
+        for order in orders(text.vocab_size):
             losses = (ngram_loss(text.train, part, order, text.vocab_size, window)
                       for part in (text.val, text.test) for window in (Config.context, None))
             print("order {}: validation part {:.3f} nats in windows, {:.3f} without; test part {:.3f} and {:.3f}".format(

@@ -1,4 +1,4 @@
-"""Questions 8 and 9 of compare.py: tasks that ask for a token far back, their tables and figures.
+"""Questions 8, 9 and 13 of compare.py: tasks that ask for a token far back, their tables and figures.
 
 A task gives x, y, group, each (batch, length). For an asking token `group` is the distance to its
 answer, or how many keys there are to remember; for all others it is 0. Those repeat themselves,

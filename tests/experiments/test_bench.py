@@ -194,7 +194,7 @@ def test_machines(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is asked for on Linux")
 def test_memory():
     """2,400 tokens keep 1.5 MB for their gradients; PyTorch's late imports, 60 MB, don't count."""
-    assert all(1.5 < row["MB"] < 60 for row in bench.memory(tiny(batch_size=100), repeats=1))
+    assert all(1.5 < row["MiB"] < 60 for row in bench.memory(tiny(batch_size=100), repeats=1))
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_contestants_on_a_card(broken, monkeypatch, capsys):

@@ -154,7 +154,8 @@ def test_kinds_of_characters():
 @pytest.mark.parametrize("variant, windows", [
     ({}, [(0, 0, 2500)]), ({"taps": False, "offsets": ((1, 2), (1, 3))}, [(0, 0, 2500)]),
     ({"block": "paper", "taps": False, "normalize": True, "positions": True},
-     [(0, 0, 8), (4, 8, 12), (16, 20, 24)])], ids=["prenorm", "average", "paper"])
+     [(0, 0, 8), (4, 8, 12), (16, 20, 24)]),
+    ({"memory": True}, [(0, 0, 2500)])], ids=["prenorm", "average", "paper", "memory"])
 def test_the_flow_is_what_the_layers_compute(variant, windows):
     """A long text in pieces as if in one; with positions, a token sees half a context at least."""
     params, config = model(**variant)

@@ -5,7 +5,7 @@ import pytest
 
 import grassmann
 from experiments import mixers
-from experiments.ngram import ngram_loss
+from experiments.ngram import ngram_loss, orders
 
 mixers.install()
 
@@ -87,3 +87,8 @@ def test_a_rotor_rotates(rng):
     w = grassmann.Scope({"X": x[:, None], "Y": y[:, None], "b_plu": np.array([5 * x @ y])})
     g, _ = mixers.rotor_forward(z[None, None], [s[None, None]], w)
     assert g.item() == pytest.approx(5 * x @ (basis.T @ R @ basis) @ y, rel=1e-4)
+
+def test_orders_end_where_contexts_have_no_numbers():
+    for vocab_size, last in ((2, 7), (512, 7), (513, 6), (5000, 5)):
+        assert [*orders(vocab_size)] == [*range(1, last + 1)]
+        ngram_loss(np.zeros(9, int), np.zeros(9, int), last, vocab_size)  # raises ValueError if it cannot

@@ -224,6 +224,11 @@ def test_resume_refuses_another_model_by_name(alone, resume, refused, flags):
     name = {"--no-taps": "--taps", "--paper": "--block"}.get(flags, flags.split()[0])
     assert f"--resume cannot change {name}:" in refused(resume(alone(1), *MORE, *flags.split()))
 
+def test_attention_has_no_offsets_to_change(call, resume, succeeded, tmp_path):
+    how = "--paper", "--mixer", "attention", "--n-head", 2
+    succeeded(call("train_char.py", "--iters", 2, *how, "--out", tmp_path))
+    succeeded(resume(tmp_path, "--iters", 3, *how))
+
 def test_resume_refuses_what_it_cannot_do(alone, resume, refused, tmp_path):
     out, before = alone(1), {file.name: file.read_bytes() for file in alone(1).iterdir()}
     assert "nothing to resume" in refused(resume(tmp_path / "nowhere"))

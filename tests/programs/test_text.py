@@ -79,6 +79,9 @@ def test_several_files_and_folders(tmp_path):
     one, folder = str(tmp_path / "one.txt"), str(tmp_path / "in")
     assert load_text([one, folder]) == "1\nc\nz\nb\n" and load_text([one]) == load_text(one) == "1"
     assert load_text(f"{folder}/.git") == "no"  # (but if it is named)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"there is no UTF-8 text in .*empty"):
+        load_text([one, str(tmp_path / "empty")])
 
 def test_the_default_text(monkeypatch):
     string = load_text(None)

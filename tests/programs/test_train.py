@@ -18,6 +18,7 @@ import pytest
 from kill_and_resume import MODEL, ROOT, TEXT
 
 import cli
+import parallel
 import text as texts
 import train_char
 import training
@@ -297,6 +298,17 @@ def test_batches_larger_than_memory(call, refused, tmp_path, flags):
     (tmp_path / "text").write_text("ab" * 200_000)
     options = ["--context", 300_000, "--batch-size", 1, *flags.split(), "--data", tmp_path / "text"]
     assert "memory" in refused(call("train_char.py", *options, "--out", tmp_path / "out"))
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    """Each has the model, and its rows of the batch."""
+    monkeypatch.setattr(train_char.os, "sysconf", {"SC_PHYS_PAGES": 10**6, "SC_PAGE_SIZE": 1000}.get)  # 1 GB
+    fits = Config(65, n_layer=8, d_model=640, context=8)
+    train_char.check_memory(fits, 4, 1)
+    monkeypatch.setattr(parallel, "size", 4)
+    train_char.check_memory(fits, 4, 1)  # of four machines
+    monkeypatch.setattr(parallel, "local_size", 4)
+    with pytest.raises(ValueError, match="this needs about"):
+        train_char.check_memory(fits, 4, 1)
 
 def test_several_hundred_thousand_windows_a_step(call, succeeded, tmp_path):
     options = "--context 2 --d-model 2 --rank 2 --n-layer 1 --batch-size 300000 --iters 1"
