@@ -20,8 +20,8 @@ try:
     cp.ones((2, 2)) @ cp.ones((2, 2))  # needs it all: the driver, a device, the compiler, cuBLAS
 except Exception as error:  # each of these has its own
     raise ImportError(
-        "this needs a CUDA GPU and CuPy; if there is none yet, pip install -r requirements-gpu.txt "
-        "for a driver of version 580 or newer (nvidia-smi tells) and a GTX 16, RTX 20 or newer, "
+        "this needs a CUDA GPU, for each process one, and CuPy; if there is none yet, pip install "
+        "-r requirements-gpu.txt for a driver of version 580 or newer (nvidia-smi tells) and a GTX 16, RTX 20 or newer, "
         "else -r requirements-gpu12.txt "
         f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     ) from None
@@ -221,15 +221,14 @@ class Flat(dict):
             place = self.places[name]
             self[name] = self.buffer[place : place + a.size].reshape(a.shape)
             self[name][...] = cp.asarray(a)
-        self.key = self.graph = self.gradients = self.sources = self.table = None
-        self.tokens = 0  # of the last step
+        self.sources = self.table = self.key = self.graph = self.gradients = None
 
     def run(self, key: object, function: Callable, inputs: list[Array]) -> tuple:
         """function(*inputs), recorded by the second call in a row with this key, unless it is None:
         all that decides, beside precision and parameters, what is started where."""
         key = key and (key, _tf32)
         if key is None or self.key != key:
-            self.key = self.graph = None
+            self.sources = self.key = self.graph = None  # in this order: a graph's end frees what nobody holds
             outputs = function(*(a.copy() for a in inputs))  # laid out as for the graph: compiles
             self.key = key
             return outputs

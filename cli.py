@@ -205,7 +205,7 @@ def short_errors(parser: Parser, where: object, memory: str = "not enough memory
     except MemoryError:
         parser.error(memory)
     except RuntimeError as error:
-        if str(error).lower().startswith(("cuda", "cublas")):
+        if str(error).lower().startswith(("cuda", "cublas", "nccl")):
             parser.error(f"the card, its driver or its libraries failed: {error}")
         if "thread" not in str(error):
             raise

@@ -40,7 +40,7 @@ _constant, _arange = functools.cache(cp.array), functools.cache(cp.arange)
 Array = cp.ndarray
 Params = dict[str, Array]
 Rng = numpy.random.Generator
-SHARD_TOKENS = 2048  # at a time in a validation, or as many as in the last training step
+SHARD_TOKENS = 4096  # at a time in a validation
 ON_HOST = 5_000_000  # parameters, up to which NumPy writes a character sooner than kernels start
 
 def _borrowed(function: Callable) -> Callable:
@@ -368,7 +368,6 @@ def loss_and_grads(
     """
     inputs = [cp.asarray(a).astype(numpy.int32, copy=False) for a in (x, y)]
     check(inputs[0].shape == inputs[1].shape, "x and y must have one shape", "this batch")
-    params.tokens = inputs[0].size
     if seed is not None and config.dropout:
         keys = numpy.random.default_rng(seed).integers(2**63, size=2 * config.n_layer + 1)
         before = getattr(seed, "first", 0) * x.shape[1] * config.d_model * 0x9E3779B97F4A7C15 % 2**64
@@ -420,7 +419,7 @@ def validation_loss(params: Params, config: Config, tokens: Array, each: Callabl
     tokens, targets, context = cp.asarray(tokens), len(tokens) - 1, config.context
     whole = targets // context * context
     x, y = tokens[:whole].reshape(-1, context), tokens[1 : whole + 1].reshape(-1, context)
-    size = max(1, max(SHARD_TOKENS, params.tokens) // context)
+    size = max(1, SHARD_TOKENS // context)
     chunks = [(x[k : k + size], y[k : k + size]) for k in range(0, len(x), size)]
     if whole < targets:
         chunks.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))

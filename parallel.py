@@ -25,12 +25,15 @@ size = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") 
 rank, local_size, cores = 0, 1, available_cores()  # local_size: so many on this machine
 caught, stops = [], []  # signals: of this rank, of any
 if size > 1:  # Open MPI has started this process, or MPICH or a relative of it
+    known = "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"
+    local_rank = int(next(filter(None, map(os.environ.get, known)), 0))
+    cards = [*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))] or range(local_rank + 1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(cards[local_rank % len(cards)])  # before MPI starts: it may touch one
+
     from mpi4py import MPI
 
     comm, machine = MPI.COMM_WORLD, MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
     rank, local_size, cores = comm.rank, machine.size, max(1, cores // machine.size)
-    cards = [*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))] or range(local_size)
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(cards[machine.rank % len(cards)])  # before any is touched
 
 @cache
 def nccl() -> object:

@@ -247,9 +247,10 @@ def test_model(gpu, same, model, recwarn):
     with pytest.raises(ValueError, match="one shape"):
         gpu.loss_and_grads(ours, config, x, y[:4])
 
-@parametrize("precision, bound", [("float32", 1e-5), ("tf32", 2e-3)])
+@parametrize("precision, bound", [("float32", 1e-5), ("tf32", 4e-3)])
 def test_precision(gpu, same, set_precision, tiny_config, batch, precision, bound):
-    """Rounded products: the same gradients, within a few units of their last place."""
+    """Rounded products: the same gradients, within a few units of their last place. (The stand-in
+    rounds to the nearest, 7e-4; a card that cuts would be off by 3e-3.)"""
     set_precision(precision)
     config, (x, y) = tiny_config(rank=33, d_model=64, d_ff=128), batch(5)
     params = grassmann.init_params(config)
@@ -420,7 +421,7 @@ def test_memory_of_graphs_is_given_back(card, tiny_config):
     for _ in range(3):
         step(), step(), step()
         assert in_use() > before + 2**24
-        params.key = params.graph = params.sources = None
+        params.sources = params.key = params.graph = None
         assert in_use() < before + 2**24
     step()
     in_use()  # (which gives back what is not)
