@@ -148,6 +148,7 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("training.rate", "0.5 * (self.lr - min_lr)", "0.5 * self.lr"),
     ("training.rate", "min(1.0, progress)", "progress"),
     ("training.train_step", "(t.seed, step)", "(t.seed, 0)"),
+    ("training.loss_and_grads", "[*seed, 1]", "[*seed, 0]"),
     ("training.train_step", "model.clip_grads(grads, t.grad_clip)", "model.clip_grads(grads, 1.0)"),
     ("training.loss_and_grads", "len(rows) / len(x)", "1.0"),
     ("training.loss_and_grads", "int(rows[0])", "0"),
