@@ -46,6 +46,8 @@ PLANS = {  # what differs from MODEL and HOW
     "with memory": SIX | {"memory": True},
     "one layer of attention": SIX | {"mixer": "hybrid"},
     "eight layers of 136": EIGHT,
+    "six layers of 160, seed 1": SIX | {"seed": 1},
+    "eight layers of 136, seed 1": EIGHT | {"seed": 1},
     "twelve layers of 104": layers(0, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5, d_model=104),
     "ten layers of 120, rank 20": layers(0, 1, 1, 2, 2, 3, 3, 4, 4, 5, d_model=120, rank=20),
     "four layers of 208, rank 24": layers(0, 1, 3, 5, d_model=208, rank=24),
