@@ -1,6 +1,6 @@
 """What learns most in so many seconds of one core: towards a `--preset best` of a quarter of an hour.
 
-  python -m experiments.budget --data shakespeare          all that is in PLANS, six hours
+  python -m experiments.budget --data shakespeare          all that is in PLANS, seven hours
   python -m experiments.budget --data shakespeare --only "six layers of 160"
 
 Each plan trains on the first 95% of the training text, for its seconds of processor time (not of the clock:
@@ -45,6 +45,8 @@ PLANS = {  # what differs from MODEL and HOW
     "dropout from the middle on": SIX | {"undropped": 0.5},
     "with memory": SIX | {"memory": True},
     "one layer of attention": SIX | {"mixer": "hybrid"},
+    "Muon": SIX | {"muon": True},
+    "learned planes": SIX | {"mixer": "learned planes", "rank": 64},
     "eight layers of 136": EIGHT,
     "six layers of 160, seed 1": SIX | {"seed": 1},
     "eight layers of 136, seed 1": EIGHT | {"seed": 1},
