@@ -15,7 +15,6 @@ import cli  # noqa: I001  (before NumPy)
 import json
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +100,7 @@ def train(plan: dict, text: Array, vocab_size: int) -> list[list]:
         done = (time.process_time() - started - lost) / plan["seconds"]  # of its time
         if done >= (len(found) + 1) / 4:
             before = time.process_time()
-            windows = replace(config, context=256)
-            found.append([step, *(G.validation_loss(w, windows, text[cut:]) for w in (params, *means))])
+            found.append([step, *(G.validation_loss(w, config, text[cut:]) for w in (params, *means))])
             lost += time.process_time() - before
             continue
         x, y = G.get_batch(text[:cut], plan["batch_size"], config.context, plan["seed"], step)
