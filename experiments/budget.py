@@ -6,8 +6,8 @@
 Each plan trains on the first 95% of the training text, for its seconds of processor time (not of the clock:
 others may use the machine, too), with the rate going to 0 along a cosine over just that time. It is
 measured on the last 5%, in windows of 256, as nanoGPT's are. What train_char.py validates on is not
-touched. A line per plan goes into --out/budget.jsonl, with the losses of two running means of the weights,
-too, and the same command goes on where it was stopped.
+touched. A line per plan goes into --out/budget.jsonl, with its settings and the losses of two running means
+of the weights, too, and the same command goes on where it was stopped.
 """
 
 import cli  # noqa: I001  (before NumPy)
@@ -27,7 +27,9 @@ from text import read_corpus
 OFFSETS = ((1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 6, 8), (1, 2, 4, 8, 12, 16), (1, 2, 4, 8, 16, 32, 64))
 MODEL = {"context": 256, "d_model": 160, "dropout": 0.2}
 HOW = {"seconds": 1500, "lr": 2.5e-3, "batch_size": 4, "muon": False, "decay": 0.1,
-       "undropped": 0.0, "seed": 0}  # undropped: for so much of its time no dropout
+       "undropped": 0.0,  # for so much of its time no dropout
+       "noise": 0.0,  # this part of the characters read is exchanged for others of the batch
+       "seed": 0}
 
 def layers(*which: int, **changes) -> dict:
     """A model of as many layers, with the offsets of these."""
@@ -45,7 +47,8 @@ PLANS = {  # what differs from MODEL and HOW
     "with memory": SIX | {"memory": True},
     "one layer of attention": SIX | {"mixer": "hybrid"},
     "Muon": SIX | {"muon": True},
-    "learned planes": SIX | {"mixer": "learned planes", "rank": 64},
+    "learned planes": layers(*range(6), d_model=184, mixer="learned planes", rank=64),
+    "noise in what is read": SIX | {"noise": 0.05},
     "eight layers of 136": EIGHT,
     "six layers of 160, seed 1": SIX | {"seed": 1},
     "eight layers of 136, seed 1": EIGHT | {"seed": 1},
@@ -54,13 +57,10 @@ PLANS = {  # what differs from MODEL and HOW
     "four layers of 208, rank 24": layers(0, 1, 3, 5, d_model=208, rank=24),
     "four layers of 256, rank 24": layers(0, 1, 3, 5, d_model=256, rank=24),
     "short": SHORT | SIX,
-    "short, Muon": SHORT | SIX | {"muon": True},
     "short, half the batch": SHORT | SIX | {"batch_size": 2, "lr": 2e-3},
     "short, twice the batch": SHORT | SIX | {"batch_size": 8, "lr": 3.5e-3},
     "short, eight layers of 136": SHORT | EIGHT,
-    "short, four layers of 200": SHORT | layers(0, 1, 3, 5, d_model=200),
-    "short, the same, more near offsets": SHORT | layers(1, 2, 3, 5, d_model=200),
-    "short, four layers of 256": SHORT | layers(0, 1, 3, 5, d_model=256),
+    "short, four layers of 208, rank 24": SHORT | layers(0, 1, 3, 5, d_model=208, rank=24),
 }
 mixers.install()
 DECAYS = (0.99, 0.998)  # of the running means
@@ -89,11 +89,14 @@ def muon_step(params: Params, grads: Params, state: dict, step: int, lr: float, 
         theta *= 1 - lr * weight_decay
         theta -= lr * 0.2 * math.sqrt(max(theta.shape)) * orthogonal(0.05 * g + 0.95 * m)
 
-def train(plan: dict, text: Array, vocab_size: int) -> list[list]:
+def settings(name: str, seconds: float | None = None) -> dict:
+    """All that a plan sets, for its own seconds or so many."""
+    return MODEL | HOW | PLANS[name] | ({"seconds": seconds} if seconds else {})
+
+def train(plan: dict, config: Config, text: Array) -> list[list]:
     """[step, loss of the weights, loss of each running mean] at each quarter of the plan's time."""
-    plan, cut = HOW | plan, len(text) * 95 // 100
-    config = Config(vocab_size, **MODEL | {k: v for k, v in plan.items() if k not in HOW})
-    params, step, lost, found = G.init_params(config, plan["seed"]), 0, 0.0, []
+    cut, params, step, lost, found = len(text) * 95 // 100, G.init_params(config, plan["seed"]), 0, 0.0, []
+    mixers.scale_features(params)
     state, means = G.adamw_init(params), [{name: p.copy() for name, p in params.items()} for _ in DECAYS]
     advance, started = muon_step if plan["muon"] else G.adamw_step, time.process_time()
     while len(found) < 4:
@@ -104,6 +107,9 @@ def train(plan: dict, text: Array, vocab_size: int) -> list[list]:
             lost += time.process_time() - before
             continue
         x, y = G.get_batch(text[:cut], plan["batch_size"], config.context, plan["seed"], step)
+        if plan["noise"]:
+            rng = np.random.default_rng((plan["seed"], step, 2))
+            x = np.where(rng.random(x.shape) < plan["noise"], rng.permutation(x.ravel()).reshape(x.shape), x)
         dropout = (plan["seed"], step, 1) if done >= plan["undropped"] else None
         _, grads = G.loss_and_grads(params, config, x, y, dropout)
         G.clip_grads(grads, 1.0)
@@ -116,11 +122,11 @@ def train(plan: dict, text: Array, vocab_size: int) -> list[list]:
         step += 1
     return found
 
-def row(name: str, seconds: float, found: list[list]) -> str:
+def row(name: str, run: dict) -> str:
     """Of the table."""
-    *before, (steps, loss, *_) = found
-    return (f"| {name} | {seconds:g} | {steps:,} | {', '.join(f'{quarter[1]:.3f}' for quarter in before)} "
-            f"| {loss:.3f} |")
+    *before, (steps, loss, *_) = run["found"]
+    return (f"| {name} | {run['parameters'] / 1e6:.2f} | {run['settings']['seconds']:g} | {steps:,} "
+            f"| {', '.join(f'{quarter[1]:.3f}' for quarter in before)} | {loss:.3f} |")
 
 def main() -> None:
     cli.plain_output()
@@ -135,16 +141,19 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / "budget.jsonl"
         finished = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-        known = {(run["plan"], run["seconds"], run["text"]): run["found"] for run in finished}
-        print("| plan | seconds | steps | loss at a quarter, half, three quarters | in the end |\n" + "|---" * 5 + "|")
+        print("| plan | million parameters | seconds | steps | loss at a quarter, half, three quarters | in the end |\n"
+              + "|---" * 6 + "|")
         for name in args.only:
-            plan = HOW | PLANS[name] | ({"seconds": args.seconds} if args.seconds else {})
-            key = name, plan["seconds"], corpus.sha256
-            if key not in known:
-                known[key] = train(plan, corpus.train, len(corpus.vocab))
+            plan = json.loads(json.dumps(settings(name, args.seconds)))  # as it comes back from the file
+            key = {"settings": plan, "text": corpus.sha256}
+            run = next((run for run in finished if run.items() >= key.items()), None)
+            if run is None:
+                config = Config(len(corpus.vocab), **{k: v for k, v in plan.items() if k not in HOW})
+                run = key | {"parameters": sum(map(math.prod, G.param_shapes(config).values())),
+                             "found": train(plan, config, corpus.train)}
                 with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(dict(zip(("plan", "seconds", "text"), key, strict=True), found=known[key])) + "\n")
-            print(row(name, plan["seconds"], known[key]), flush=True)
+                    file.write(json.dumps(run) + "\n")
+            print(row(name, run), flush=True)
 
 if __name__ == "__main__":
     main()

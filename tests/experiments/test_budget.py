@@ -31,7 +31,7 @@ def test_a_table_and_not_twice(tmp_path, monkeypatch, capsys):
     for line, name in zip(lines, ("plain", "Muon"), strict=True):
         run = json.loads(line)
         steps, losses = [row[0] for row in run["found"]], [row[1:] for row in run["found"]]
-        assert run["plan"] == name and np.shape(losses) == (4, 3)
+        assert run["settings"]["muon"] == (name == "Muon") and np.shape(losses) == (4, 3)
         np.testing.assert_allclose(steps, [25, 50, 75, 100], rtol=0.08)  # quarters of the time (it looks between them, too)
         rate, rates = rates[: steps[-1]], rates[steps[-1] :]
         assert {*decays[: steps[-1]]} == {0.1 if name == "plain" else 0.3}
@@ -40,16 +40,43 @@ def test_a_table_and_not_twice(tmp_path, monkeypatch, capsys):
         assert rate[steps[1]] == pytest.approx(lr / 2, rel=0.1)  # half a cosine
         dropped, seeds = [seed is not None for seed in seeds[: steps[-1]]], seeds[steps[-1] :]
         assert sum(dropped) == steps[-1] - (steps[1] if name == "plain" else 0) and dropped == sorted(dropped)
-        assert losses[-1][0] < losses[0][0] and f"| {name} | 1 | {steps[-1]:,} | " in table
+        assert losses[-1][0] < losses[0][0] and f"| {name} | 0.00 | 1 | {steps[-1]:,} | " in table
     monkeypatch.setattr(budget, "train", None)  # would be an error
     budget.main()
     assert capsys.readouterr().out == table
+    budget.PLANS["plain"]["lr"] = 1e-3
+    with pytest.raises(TypeError):  # another plan under the same name is run
+        budget.main()
+
+def test_a_plan_starts_as_the_comparison_does(monkeypatch):
+    """Features of learned planes are products of two vectors: with weights of 0.02 they would be next to nothing."""
+    first = {}
+    monkeypatch.setattr(budget.G, "adamw_init", lambda params: first.update(params) or {})
+    monkeypatch.setattr(budget.time, "process_time", lambda clock=itertools.count(): 10**6 * next(clock))
+    monkeypatch.setattr(budget.G, "validation_loss", lambda *_: 0.0)
+    plan = budget.settings("learned planes")
+    config = budget.Config(65, **{k: v for k, v in plan.items() if k not in budget.HOW})
+    budget.train(plan, config, np.arange(100))
+    assert first["blocks.0.mix.X"].std() == pytest.approx((0.2 / 64) ** 0.5, rel=0.02)
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_noise_exchanges_characters_of_what_is_read_alone(monkeypatch, noise):
+    seen, text = [], np.arange(2000) % 7
+    monkeypatch.setattr(budget, "time", SimpleNamespace(process_time=lambda clock=itertools.count(): next(clock) / 10))
+    monkeypatch.setattr(budget.G, "loss_and_grads", lambda params, config, x, y, seed: (
+        seen.append((x, y)), (0.0, {name: np.zeros_like(p) for name, p in params.items()}))[1])
+    plan = budget.settings("short", 1) | {"noise": noise}
+    budget.train(plan, budget.Config(7, context=256, n_layer=1, d_model=4, rank=2, offsets=((1,),)), text)
+    for step, (x, y) in enumerate(seen):
+        clean, targets = budget.G.get_batch(text[:1900], 4, 256, 0, step)
+        assert (y == targets).all() and np.mean(x != clean) == pytest.approx(noise * 6 / 7, abs=0.06)
 
 def test_the_table_on_the_page_is_that_of_the_results():
     folder = Path(budget.__file__).parent
     runs = [json.loads(line) for line in (folder / "results" / "budget.jsonl").read_text("utf-8").splitlines()]
-    rows = "\n".join(budget.row(run["plan"], run["seconds"], run["found"]) for run in runs)
-    assert [run["plan"] for run in runs] == [*budget.PLANS] and rows in (folder / "README.md").read_text("utf-8")
+    assert [run["settings"] for run in runs] == [json.loads(json.dumps(budget.settings(name))) for name in budget.PLANS]
+    rows = "\n".join(map(budget.row, budget.PLANS, runs))
+    assert rows in (folder / "README.md").read_text("utf-8")
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
 def test_orthogonal_keeps_the_directions_and_evens_the_lengths(rng, shape):
