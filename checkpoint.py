@@ -38,7 +38,9 @@ def save_checkpoint(path: str | os.PathLike, params: Params, config: Config, **e
     rest = {key: value for key, value in extra.items() if key not in groups}
     document = json.dumps({"format": FORMAT, "config": asdict(config), "extra": rest}).encode()
     back = json.loads(document)
-    if back["extra"] != rest or Config(**back["config"]) != config or len(document) > MOST_META:
+    if len(document) > MOST_META:
+        raise ValueError(f"the extra values take more than {MOST_META >> 20} MiB")
+    if back["extra"] != rest or Config(**back["config"]) != config:
         raise ValueError("the extra values don't come back from JSON as they are")
     arrays = {f"{key}/{name}": a for key, group in groups.items() for name, a in group.items()}
     unfinished = Path(f"{os.fspath(path)}.tmp")

@@ -21,10 +21,11 @@ if sys.version_info < (3, 10):  # noqa: UP036
 def without_traceback(kind: type, error: BaseException, trace: object) -> None:
     """What ends a program during its imports: Ctrl-C in silence, a missing package with a sentence."""
     if issubclass(kind, ModuleNotFoundError):
-        of_ranks = "-parallel" * (error.name == "mpi4py")
-        needed = Path(__file__).with_name(f"requirements{of_ranks}.txt")
-        install = shlex.join([sys.executable, "-m", "pip", "install", "-r", str(needed)])
-        print(f"{Path(sys.argv[0]).name}: {error.name} is not installed; {install}", file=sys.stderr)
+        lists = "requirements.txt", "requirements-parallel.txt", "experiments/requirements.txt"
+        files = [path for path in map(Path(__file__).parent.joinpath, lists) if path.exists()]
+        needed = next((str(path) for path in files if str(error.name) in path.read_text("utf-8")), None)
+        install = shlex.join([sys.executable, "-m", "pip", "install", "-r", needed]) if needed else ""
+        print(f"{Path(sys.argv[0]).name}: {error.name} is not installed{'; ' * bool(needed)}{install}", file=sys.stderr)
     elif not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
 
@@ -56,9 +57,9 @@ from checkpoint import load_checkpoint
 VERSION = "2.0"
 BEST = Path("out/best.npz")  # what the programs read unless told otherwise
 
-def available_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cores() -> set[int]:
+    """The cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 # ---- options ---------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ import numpy as np
 from cli import available_cores
 
 size = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
-rank, local_size, cores = 0, 1, available_cores()  # local_size: so many on this machine
+rank, local_size, cores = 0, 1, len(available_cores())  # local_size: so many on this machine
 caught, stops = [], []  # signals: of this rank, of any
 if size > 1:  # Open MPI has started this process, or MPICH or a relative of it
     known = "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"
@@ -33,7 +33,9 @@ if size > 1:  # Open MPI has started this process, or MPICH or a relative of it
     from mpi4py import MPI
 
     comm, machine = MPI.COMM_WORLD, MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    rank, local_size, cores = comm.rank, machine.size, max(1, cores // machine.size)
+    rank, local_size = comm.rank, machine.size
+    shared = set().union(*machine.allgather(available_cores()))  # each may be bound to its own
+    cores = max(1, len(shared) // local_size)
 
 @cache
 def nccl() -> object:

@@ -12,10 +12,12 @@ import cli  # noqa: I001  (before NumPy)
 
 import os
 import random
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 from cli import Parser, number, short_errors
-from text import encode, read_file, visible
+from text import encode, read_file, start_token, visible
 
 def write_sample(
     model: ModuleType, params: dict, config: object, extra: dict, prompt: str, length: int,
@@ -23,13 +25,12 @@ def write_sample(
 ) -> str:
     """Print the prompt and `length` characters after it, each as it is drawn; returns all of it.
 
-    `extra` is the checkpoint's; the text `before` the prompt is read, not printed. An empty prompt starts from a newline, or from the most common
-    character if the model knows none; that start is not printed. `how`: temperature, top_k, seed.
-    On a terminal control characters are escaped. Raises ValueError on a character that the model
-    never saw.
+    `extra` is the checkpoint's; the text `before` the prompt is read, not printed, and so is the start
+    if both are empty. `how`: temperature, top_k, seed. On a terminal control characters are escaped.
+    Raises ValueError on a character that the model never saw.
     """
     vocab, written = extra["vocab"], [before, prompt]
-    start = encode(before + prompt, vocab).tolist() or [vocab.index(10) if 10 in vocab else extra["most_common"]]
+    start = encode(before + prompt, vocab).tolist() or [start_token(vocab, extra["most_common"])]
     tokens = model.generate(params, config, start, length, **how)
     show = visible if sys.stdout.isatty() else str
     print(show(prompt), end="")
@@ -48,18 +49,16 @@ def read_prompt(prompt: str, escapes: bool) -> str:
     prompt = os.fsencode(prompt).decode("utf-8", "surrogateescape")  # in any locale
     return prompt.replace("\\n", "\n").replace("\\t", "\t") if escapes else prompt
 
-def converse(model: ModuleType, params: dict, config: object, extra: dict, text: str, args) -> None:
+def converse(write: Callable, text: str, seed: int) -> None:
     """--interactive: what is typed is appended to the text, and the model goes on from there."""
     print("type something, and the model goes on; an empty line lets it write on, Ctrl-D ends")
-    seed = args.seed
     while True:
         try:
             typed = input("> ")
         except (EOFError, KeyboardInterrupt):
             return print()
-        how = {"temperature": args.temperature, "top_k": args.top_k, "seed": seed}
         try:
-            text = write_sample(model, params, config, extra, typed, args.length, text[-100_000:], **how)
+            text = write(typed, before=text[-100_000:], seed=seed)
         except ValueError as error:
             print(error)
         seed += 1
@@ -89,13 +88,14 @@ def main() -> None:
         if args.seed is None:
             args.seed = random.SystemRandom().randrange(10**6)
             print(f"--seed {args.seed} writes this again", file=sys.stderr)
+        write = partial(write_sample, model, params, config, extra, length=args.length,
+                        temperature=args.temperature, top_k=args.top_k)
         if args.interactive:
-            return converse(model, params, config, extra, prompt, args)
+            return converse(write, prompt, args.seed)
         for k in range(args.samples):
             if k:
                 print("-" * 40)
-            how = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed + k}
-            write_sample(model, params, config, extra, prompt, args.length, **how)
+            write(prompt, seed=args.seed + k)
 
 if __name__ == "__main__":
     main()

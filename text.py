@@ -5,9 +5,11 @@ A token is a Unicode code point of the text, numbered by its place in the vocabu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
+import shlex
 import sys
 import urllib.request
 from collections.abc import Iterable, Sequence
@@ -54,8 +56,8 @@ def text_sha256(text: str) -> str:
 def load_text(data: str | Sequence[str] | None) -> str:
     """The text behind --data: files, folders, "shakespeare", or Python's documentation if None.
 
-    Of a folder all files below that are UTF-8 text are read, in order of their names. Raises
-    ValueError.
+    Of a folder all files below that are UTF-8 text are read, in order of their names, but for what is
+    hidden and what train_char.py wrote. Raises ValueError.
     """
     if data is None:
         try:
@@ -66,22 +68,24 @@ def load_text(data: str | Sequence[str] | None) -> str:
     texts = []
     for name in [data] if isinstance(data, str) else data:
         path, before = shakespeare() if name == "shakespeare" else Path(name), len(texts)
-        files = [path]
-        if path.is_dir():  # all but what is hidden
-            below = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
-            files = [path / name for name in below if not any(part[0] == "." for part in name.parts)]
+        if not path.is_dir():
+            texts.append(read_file(path))
+            continue
+        below = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
+        runs = {file.parent for file in below if file.name == "last.npz"}
+        files = [path / file for file in below
+                 if not any(part[0] == "." for part in file.parts) and runs.isdisjoint(file.parents)]
         for file in files:
-            try:
+            with contextlib.suppress(UnicodeError):  # in a folder there may be other things
                 texts.append(read_file(file))
-            except ValueError:
-                if not path.is_dir():  # in a folder there may be other things
-                    raise
         if len(texts) == before:
             raise ValueError(f"there is no UTF-8 text in {path}")
+        if len(texts) - before < len(files):
+            print(f"{path}: {len(texts) - before} of {len(files)} files are UTF-8 text, the others are left out")
     return texts[0] if len(texts) == 1 else "".join(t if t.endswith("\n") else t + "\n" for t in texts)
 
 def read_file(path: Path) -> str:
-    """A UTF-8 file, without a byte order mark. Raises ValueError."""
+    """A UTF-8 file, without a byte order mark. Raises ValueError; UnicodeError (which is one) if it is not UTF-8."""
     try:
         content = bytearray()
         with path.open("rb") as file:
@@ -92,8 +96,9 @@ def read_file(path: Path) -> str:
         return content.decode("utf-8", "surrogatepass").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         place = f"byte {error.start} is {error.object[error.start]:#04x}"
-        raise ValueError(f"{path} is not UTF-8 text ({place}); save it as UTF-8 in an editor, or: "
-                         f"iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt") from None
+        code = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+        raise UnicodeError(f"{path} is not UTF-8 text ({place}); save it as UTF-8 in an editor, or: "
+                           f"iconv -f {code} -t UTF-8 {shlex.quote(str(path))} > new.txt") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
@@ -132,10 +137,7 @@ def code_points(text: str) -> Array:
 
 def vocabulary(text: str) -> list[int]:
     """The code points that occur in a text, in order; token k stands for the k-th of them."""
-    seen = np.zeros(0x110000, bool)
-    for k in range(0, len(text), 1 << 20):
-        seen[code_points(text[k : k + (1 << 20)])] = True
-    return np.flatnonzero(seen).tolist()
+    return sorted(map(ord, set(text)))
 
 def encode(text: str, vocab: list[int]) -> Array:
     """Text -> tokens, integers as small as they can be. Raises ValueError, naming what is unknown."""
@@ -152,6 +154,10 @@ def encode(text: str, vocab: list[int]) -> Array:
 def decode(tokens: Iterable[int], vocab: list[int]) -> str:
     """Tokens -> text."""
     return "".join(chr(vocab[token]) for token in tokens)
+
+def start_token(vocab: list[int], most_common: int) -> int:
+    """What to begin with where nothing is given: a line end, or the most common character if there is none."""
+    return vocab.index(10) if 10 in vocab else most_common
 
 def visible(text: str) -> str:
     """For a terminal: control characters escaped, but for line ends and tabs."""

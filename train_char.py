@@ -23,12 +23,13 @@ import cli  # noqa: I001  (before NumPy)
 
 import argparse
 import contextlib
+import itertools
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from types import ModuleType
 from typing import TextIO
@@ -41,7 +42,7 @@ from checkpoint import load_checkpoint, on_host, save_checkpoint
 from cli import Parser, command, number, plural, short_errors
 from grassmann import Config, param_shapes
 from sample import write_sample
-from text import read_corpus, visible
+from text import decode, read_corpus, start_token, visible
 from training import SHARD_TOKENS, Training, in_threads, train_step
 
 LOG_COLUMNS = ["step", "train_loss", "val_loss", "lr", "seconds"]
@@ -178,10 +179,13 @@ class Run:
         """Write a checkpoint. Raises OSError, and ValueError if the weights are not finite."""
         p, corpus = self.progress, self.corpus
         known = {"vocab": corpus.vocab, "most_common": corpus.most_common, "text_sha256": corpus.sha256}
+        settings = {key: value for key, value in self.settings.items() if not hasattr(self.config, key)}
         try:
             save_checkpoint(self.out / name, self.params, self.config, **known, **more,
-                            step=p.step, best=p.best, settings=self.settings)
+                            step=p.step, best=p.best, settings=settings)
         except ValueError as error:
+            if "not finite" not in str(error):
+                raise
             raise ValueError(f"{error}; {self.diverged('run', 'unstable', p.step)}") from None
 
     def save_last(self) -> None:
@@ -228,10 +232,8 @@ def make_run(args: argparse.Namespace) -> Run:
         raise ValueError(f"{error}{advice}") from None
     config = Config(len(corpus.vocab), **{f.name: settings[f.name] for f in fields(Config)[1:]})
     training = Training(**{f.name: settings[f.name] for f in fields(Training)})
-    settings |= {name: value for name, value in asdict(config).items() if name != "vocab_size"}
-    settings["offsets"] = [list(layer) for layer in config.offsets]  # as JSON has them
     if args.resume and (corpus.sha256, config) != (saved["text_sha256"], saved["config"]):
-        where = " ".join(settings["data"] or ["pydoc_data.topics"])
+        where = " ".join(settings["data"] or ["the documentation of this Python"])
         raise ValueError(f"--resume cannot change the text, and {where} is not what {last} was trained on")
     if not args.gpu:  # a GPU has memory of its own, and says when it is full
         check_memory(config, training.batch_size, args.threads)
@@ -254,7 +256,8 @@ def resume_point(model: ModuleType, last: Path) -> dict:
             raise KeyError
         data, every = settings["data"], settings["eval_every"]
         settings["data"] = [data] if isinstance(data, str) else data  # (older runs have one text)
-        if type(every) is not int or every < 1 or not all(isinstance(name, str) for name in data or ()):
+        words = extra["text_sha256"], *(data or ())
+        if type(every) is not int or every < 1 or not all(isinstance(word, str) for word in words):
             raise ValueError
         Training(**{f.name: settings[f.name] for f in fields(Training)})
         saved = extra | {"settings": settings, "progress": Progress.read(extra)}
@@ -288,7 +291,8 @@ def check_memory(config: Config, batch_size: int, threads: int) -> None:
         per_token += 4 * config.n_head * config.context
     activations = at_once * (config.n_layer * per_token + 4 * config.vocab_size) + 6 * tokens
     n_params = sum(math.prod(shape) for shape in param_shapes(config).values())
-    needed = 4e-9 * parallel.local_size * (n_params * (5 + threads) + activations)  # 5: weights, two means, an update, gradients
+    copies = 5 + threads  # weights, two means, an update, gradients, and those of each thread
+    needed = 4e-9 * parallel.local_size * (n_params * copies + activations)
     if not hasattr(os, "sysconf"):  # Windows
         return
     has = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -311,14 +315,18 @@ def claim(out: Path) -> None:
 @parallel.first
 def set_aside(out: Path) -> None:
     """Move the files of an earlier run in `out` to out/previous-N, so that nothing is overwritten."""
-    files = [out / name for name in ("best.npz", "last.npz", "log.csv", "loss.png", "flow", "explorer.html") if (out / name).exists()]
+    ours = "best.npz", "last.npz", "log.csv", "log-old-*.csv", "loss.png", "flow", "explorer.html"
+    files = [file for pattern in ours for file in out.glob(pattern)]
     if files:
-        number = next(k for k in range(1, 10**6) if not (out / f"previous-{k}").exists())
-        folder = out / f"previous-{number}"
+        folder = unused(out / "previous-{}")
         folder.mkdir()
         for file in files:
             file.rename(folder / file.name)
         print(f"the earlier run in {out} is now in {folder} (--resume would have gone on with it)")
+
+def unused(pattern: Path) -> Path:
+    """The first path that does not exist, of a pattern that takes numbers."""
+    return next(path for k in itertools.count(1) if not (path := Path(str(pattern).replace("{}", str(k)))).exists())
 
 def open_log(run: Run) -> TextIO:
     """log.csv, written anew up to where the checkpoint is, for more lines. One that is not ours is kept."""
@@ -329,8 +337,8 @@ def open_log(run: Run) -> TextIO:
     found = path.read_bytes().decode("ascii", "replace") if path.exists() else lines
     older = not run.progress.log and run.progress.step >= LOG_EVERY  # its last.npz has no log
     if not found.startswith(lines) or (older and found != lines):
-        path.replace(path.with_name("log.old.csv"))
-        print(f"{path} is not as train_char.py wrote it; it is now log.old.csv")
+        old = path.rename(unused(path.with_name("log-old-{}.csv")))
+        print(f"{path} is not as train_char.py wrote it; it is now {old.name}")
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(lines, encoding="ascii", newline="\n")
     unfinished.replace(path)
@@ -346,11 +354,12 @@ def train(run: Run, signals: list[int]) -> None:
     p, t, model, eval_every = run.progress, run.training, run.model, run.settings["eval_every"]
     tokens, first, before = model.np.asarray(run.corpus.train), p.step, p.seconds
     started = time.perf_counter()
+    log_every = LOG_EVERY * max(1, t.iters // 10**6)  # at most some 100,000 lines
     bar = tqdm(total=t.iters, initial=p.step, unit="step", disable=None, dynamic_ncols=True, smoothing=0)
     with bar, open_log(run) as log:
         while True:
             due = p.step % eval_every == 0 or p.step == t.iters
-            if p.recent and (due or p.step % LOG_EVERY == 0):  # of the last step, or left by a stop
+            if p.recent and (due or p.step % log_every == 0):  # of the last step, or left by a stop
                 record(run, log, bar, due, signals)
             if signals or p.step >= t.iters:
                 break
@@ -425,10 +434,10 @@ def validate(run: Run, signals: list[int]) -> float | None:
 
 def line_of(run: Run) -> str:
     """70 characters that the model writes by now, always from the same start and seed."""
-    vocab, config = run.corpus.vocab, run.config
-    start = [vocab.index(10) if 10 in vocab else run.corpus.most_common]
-    tokens = run.model.generate(run.params, config, start, 70, temperature=0.8, seed=0)
-    return visible("".join(chr(vocab[token]) for token in tokens)).replace("\n", "⏎").replace("\t", " ")
+    vocab = run.corpus.vocab
+    start = [start_token(vocab, run.corpus.most_common)]
+    tokens = run.model.generate(run.params, run.config, start, 70, temperature=0.8, seed=0)
+    return visible(decode(tokens, vocab)).replace("\n", "⏎").replace("\t", " ")
 
 def overfits(validated: list[list]) -> bool:
     """Has the validation loss risen three times in a row while the training loss fell, now and not before?
@@ -444,6 +453,8 @@ def overfits(validated: list[list]) -> bool:
 @parallel.first
 def plot(run: Run) -> None:
     """loss.png. Training goes on without it: a font cache, LaTeX, a backend are matplotlib's own."""
+    if not run.progress.log:
+        return  # stopped in its first steps
     grey = dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], "gray")
     try:
         from matplotlib import rc_context
@@ -452,7 +463,8 @@ def plot(run: Run) -> None:
         with rc_context(grey):  # to be read on a white and on a black page
             figure = Figure(figsize=(7, 4.2), layout="constrained")
             axes = figure.subplots()
-            for k, name, style in ((1, "training", {"lw": 0.8, "alpha": 0.6}), (2, "validation", {"marker": "o", "ms": 3})):
+            styles = {"lw": 0.8, "alpha": 0.6}, {"marker": "o", "ms": 3}
+            for k, name, style in zip((1, 2), ("training", "validation"), styles, strict=True):
                 points = [(row[0], row[k]) for row in run.progress.log if row[k] is not None]
                 if points:
                     axes.plot(*zip(*points, strict=True), label=name, **style)
@@ -515,7 +527,7 @@ def main() -> None:
             set_aside(run.out)
             run.save_last()  # before any work: is the folder writable?
         corpus, n_params = run.corpus, sum(p.size for p in run.params.values())
-        text = " ".join(run.settings["data"] or ["Python's documentation"])
+        text = " ".join(run.settings["data"] or ["the documentation of this Python"])
         processes = f" in each of {parallel.size} processes" * (parallel.size > 1)
         print(f"{text}: {plural(len(corpus.train), 'character')} to train on, {len(corpus.val):,} to validate"
               + (f" (on {MOST_VALIDATED:,} of them)" if len(corpus.val) > MOST_VALIDATED else "")
@@ -523,8 +535,9 @@ def main() -> None:
               f"{plural(args.threads, 'thread')}{processes}; writing into {run.out}")
         signals = parallel.agreed(catch_signals())
         train(run, signals)
-        gpu = ["--gpu"] * args.gpu + (["--precision", args.precision] if args.precision else [])
-        go_on = command("train_char.py", "--resume", "--out", run.out, *gpu)
+        how = ["--gpu"] * args.gpu + (["--precision", args.precision] if args.precision else [])
+        how += ["--threads", args.threads] if args.threads != parallel.cores else []
+        go_on = command("train_char.py", "--resume", "--out", run.out, *how)
         if signals and (run.progress.step < run.training.iters or run.progress.recent):
             print(f"stopped at step {run.progress.step} and saved; go on with: {go_on}")
             best = run.progress.best and f"best so far {run.progress.best[1]:.4f} nats; "

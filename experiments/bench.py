@@ -264,7 +264,7 @@ def header(setup: Setup, data: str | None) -> dict[str, object]:
     cpuinfo = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     info = {"text": data or "pydoc_data.topics", "threads": setup.threads,
-            "cores": cli.available_cores(), "processor": name[1] if name else platform.processor(),
+            "cores": len(cli.available_cores()), "processor": name[1] if name else platform.processor(),
             "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown",
             "Python": platform.python_version(), "NumPy": np.__version__}
     if torch:
@@ -287,7 +287,7 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: the text of train_char.py)")
-    add("--threads", type=cli.number(int, 1, 1024), default=cli.available_cores(),
+    add("--threads", type=cli.number(int, 1, 1024), default=len(cli.available_cores()),
         help="CPU threads (default: all cores)")
     add("--quick", action="store_true", help="fewer turns, and no race")
     add("--gpu", action="store_true", help="measure gpu.py on a CUDA GPU instead")

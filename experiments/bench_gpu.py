@@ -450,7 +450,7 @@ def section(name: str, data: str | None, rates: dict, rehearse: bool) -> None:
         DEVICE, LARGE = "cpu", 64
         tiny = {"n_layer": 2, "d_model": 16, "rank": 4, "context": 24, "n_head": 4}
         SIZES.update(dict.fromkeys(SIZES, (tiny, 2)))
-    setup = Setup(read_corpus(data, 16_384), cli.available_cores())
+    setup = Setup(read_corpus(data, 16_384), len(cli.available_cores()))
     function, more = SECTIONS[name][0], {"rates": rates} if name == "floor" else {}
     if rehearse:
         setup = replace(setup, sizes=SIZES["laptop"][0])

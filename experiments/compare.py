@@ -508,7 +508,7 @@ def add_times(rows: list[Row], text: Text, path: Path) -> None:
 
 def measure(runs: list[Run], text: Text) -> list[float]:
     """Milliseconds of a step on all cores: medians, the models by turns."""
-    trained = [steps(run, text, cli.available_cores()) for run in runs]
+    trained = [steps(run, text, len(cli.available_cores())) for run in runs]
     seconds = [[] for _ in runs]
     for _ in range(WARM + TIMED):
         for run, one_more, own in zip(runs, trained, seconds, strict=True):
@@ -525,7 +525,7 @@ def machine() -> str:
         name = line.partition(":")[2].strip() if line.startswith("model name") else name
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
-    return f"{versions}, {blas['name']} {blas['version']}, {cli.available_cores()} cores, {name}"
+    return f"{versions}, {blas['name']} {blas['version']}, {len(cli.available_cores())} cores, {name}"
 
 # ---- tables and figures --------------------------------------------------------------------------
 
@@ -670,7 +670,7 @@ def main() -> None:
     which("--only", type=int, choices=numbers, default=numbers, nargs="+", metavar="QUESTION",
           help=f"some of 1 to {numbers[-1]}")
     add("--seeds", type=number(int, 1, 1000), help="per model (default: what a question says)")
-    add("--jobs", type=number(int, 1, 1024), default=cli.available_cores(),
+    add("--jobs", type=number(int, 1, 1024), default=len(cli.available_cores()),
         help="runs at a time, which changes no result (default: one per core)")
     args = parser.parse_args()
     stopped = f"\nstopped; what is finished is in {args.out}, the same command goes on from there\n"

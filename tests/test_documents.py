@@ -1,4 +1,4 @@
-"""tutorial.md, README.md, docs/: their code runs, their numbers come out, what they name exists."""
+"""The pages: their code runs, their numbers come out, what they name exists."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:```text\n(.*?)```)?", re.DOTALL)
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[-+]?\d+)?")
-PAGES = ["tutorial.md", "README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+PAGES = [page.relative_to(ROOT).as_posix() for folder in (".", "docs", "experiments") for page in (ROOT / folder).glob("*.md")]
 
 @pytest.fixture(params=PAGES)
 def page(request) -> Path:
@@ -62,14 +62,13 @@ def test_what_is_named_in_backticks_exists(document):
         elif re.fullmatch(r"[\w./]+\.py|--[\w-]+|\w+_\w+", name):
             assert name in known or (ROOT / name).exists(), name
 
-def test_every_link_and_picture_exists(page, document):
-    for file in re.findall(r"\]\((?!https?:|#)([^)#]+)", document):
-        assert (page.parent / file).exists(), file
-
-def test_every_link_to_a_section_finds_it(document):
-    headings = re.findall(r"^#+ (.*)$", document, re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\]\(#([^)]+)\)", document)) <= anchors
+def test_every_link_picture_and_section_exists(page, document):
+    for file, section in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document):
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        if section and target.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert section in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, section
 
 def test_what_is_quoted_from_the_code_stands_there(document):
     """```py and ```cuda quote; a line "# …" stands for what was left out."""

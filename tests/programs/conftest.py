@@ -28,7 +28,7 @@ log_lines = helper(kill_and_resume.log_lines)
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
+    path.write_text(TEXT, newline="\n")
     return path
 
 @pytest.fixture(scope="session")
@@ -87,7 +87,8 @@ def call(monkeypatch, text) -> Callable:
             args = (*MODEL, "--threads", 1, "--data", text, *args)
         module, code = importlib.import_module(name.removesuffix(".py")), 0
         out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        stops = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
+        handlers = {number: signal.getsignal(number) for number in stops}
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [str(ROOT / name), *map(str, args)])
             for stream in (("stdin", io.StringIO(stdin)), ("stdout", out), ("stderr", errors)):

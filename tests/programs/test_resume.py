@@ -76,7 +76,7 @@ def test_a_stopped_run_equals_one_that_was_not(
             stops.pop(0)
         step, options = reached, ["--threads", threads, "--resume"]
     again = {"shell": True, "check": True, "env": plain, "stdout": subprocess.DEVNULL}
-    subprocess.run(f"{command} --threads {threads}", **again)
+    subprocess.run(command, **again)
     assert differences(tmp_path, alone(threads)) == []
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -130,7 +130,7 @@ def test_the_log_is_written_from_the_checkpoint(
         copied, resume, succeeded, log_lines, change, ours):
     """Lines of steps that a kill has undone vanish, and half a line. A log that was changed (as by
     a spreadsheet) or is of an older run, whose last.npz has none, is kept."""
-    before, log, old = log_lines(copied), (copied / "log.csv").read_bytes(), copied / "log.old.csv"
+    before, log, old = log_lines(copied), (copied / "log.csv").read_bytes(), copied / "log-old-1.csv"
     if change is None:
         rewrite(copied / "last.npz", lambda extra: extra.pop("log"))
         before = before[:1]
@@ -139,8 +139,11 @@ def test_the_log_is_written_from_the_checkpoint(
     printed = succeeded(resume(copied, *MORE))
     *after, line, last_line = log_lines(copied)
     assert after == before and line.startswith("510,") and last_line.startswith("520,")
-    assert ours != ("it is now log.old.csv" in printed) == old.exists() and "undone" not in line
+    assert ours != ("it is now log-old-1.csv" in printed) == old.exists() and "undone" not in line
     assert ours or old.read_bytes() == log
+    (copied / "log.csv").write_bytes(b"mine")
+    succeeded(resume(copied, "--iters", STEPS + 30))  # a second one does not take its place
+    assert (copied / f"log-old-{1 if ours else 2}.csv").read_bytes() == b"mine" and (ours or old.read_bytes() == log)
 
 def test_differences_are_found(alone, differences):
     """That the comparison of this file can fail: another number of threads, other last bits."""
@@ -184,9 +187,10 @@ def test_a_closed_terminal_loses_nothing(begin, wait_for_step, tmp_path, termina
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 128 + signal.SIGHUP and 10 <= step_of(tmp_path) < STEPS
 
-@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT])
-def test_an_ignored_signal_is_ignored(begin, wait_for_step, ended, succeeded, tmp_path, ignored):
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
+def test_an_ignored_signal_is_ignored(begin, wait_for_step, ended, succeeded, tmp_path, name):
     """As nohup has it, or a script for what it starts in the background."""
+    ignored = getattr(signal, name)
     process = begin(tmp_path, preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN))
     wait_for_step(process, tmp_path, 20)
     process.send_signal(ignored)
@@ -269,11 +273,10 @@ def rewrite(path, change, part="extra"):
     np.savez(path, **arrays | {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)})
 
 def test_a_run_from_before_there_was_a_memory(copied, resume, succeeded, differences, tmp_path_factory):
-    """Its files lack the setting: they load, and it goes on as one that has it."""
+    """Its files lack the field: they load, and it goes on as one that has it."""
     same = Path(shutil.copytree(copied, tmp_path_factory.mktemp("same"), dirs_exist_ok=True))
     for name in ("last.npz", "best.npz"):
         rewrite(copied / name, lambda config: config.pop("memory"), "config")
-        rewrite(copied / name, lambda extra: extra["settings"].pop("memory"))
         assert not load_checkpoint(copied / name)[1].memory
     for folder in (same, copied):
         succeeded(resume(folder, *MORE))
@@ -304,7 +307,7 @@ def test_progress_that_makes_no_sense(alone, resume, refused, tmp_path, key, val
                 place[key] = value
 
         rewrite(last, change)
-        assert str(last) in refused(resume(tmp_path, *([] if key == "iters" else MORE)))
+        assert f"{last} cannot be resumed" in refused(resume(tmp_path, *([] if key == "iters" else MORE)))
 
 @pytest.mark.parametrize("damage, message", [
     (False, "does not exist"), (lambda old: b"", "not a usable checkpoint"),

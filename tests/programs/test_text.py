@@ -69,19 +69,25 @@ def test_any_bytes_are_read_or_refused(tmp_path):
         else:
             assert string.encode("utf-8", "surrogatepass") == content.removeprefix(mark)
 
-def test_several_files_and_folders(tmp_path):
-    """In order; of a folder all text below it, by name, but nothing that is hidden."""
+def test_several_files_and_folders(tmp_path, capsys, monkeypatch):
+    """In order; of a folder all text below it, by name, but nothing that is hidden and no run's log."""
     files = {"in/b.txt": b"b", "in/a/z.txt": b"z\n", "in/a/c.txt": b"c", "one.txt": b"1",
-             "in/.git/config": b"no", "in/.hidden": b"no", "in/picture.png": b"\x89PNG"}
+             "in/.git/config": b"no", "in/.hidden": b"no", "in/picture.png": b"\x89PNG",
+             "in/out/last.npz": b"PK\xff", "in/out/log.csv": b"no", "in/out/previous-1/log.csv": b"no"}
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     one, folder = str(tmp_path / "one.txt"), str(tmp_path / "in")
     assert load_text([one, folder]) == "1\nc\nz\nb\n" and load_text([one]) == load_text(one) == "1"
+    assert f"{folder}: 3 of 4 files are UTF-8 text, the others are left out\n" == capsys.readouterr().out
     assert load_text(f"{folder}/.git") == "no"  # (but if it is named)
+    assert capsys.readouterr().out == ""
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"there is no UTF-8 text in .*empty"):
         load_text([one, str(tmp_path / "empty")])
+    monkeypatch.setattr(text, "MOST_BYTES", 1)
+    with pytest.raises(ValueError, match=r"z\.txt is larger than"):  # not left out in silence
+        load_text(folder)
 
 def test_the_default_text(monkeypatch):
     string = load_text(None)

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import os
 import re
 import shlex
@@ -11,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -136,6 +136,10 @@ def test_overfitting_is_named_once(call, succeeded, tmp_path, monkeypatch):
         log = [[0, int(a), int(b), 0, 0] for a, b in zip(train, val, strict=True)]
         assert not train_char.overfits(log)
 
+def test_no_plot_of_a_run_that_was_stopped_at_once(tmp_path):
+    train_char.plot(SimpleNamespace(progress=train_char.Progress(), out=tmp_path))
+    assert not list(tmp_path.iterdir())
+
 @pytest.mark.parametrize("trouble, fails", [
     ({"MPLBACKEND": "nonsense"}, True), ({"MPLCONFIGDIR": "latex"}, True),
     ({"MPLCONFIGDIR": "/dev/null/nowhere"}, False)])
@@ -160,11 +164,9 @@ def test_a_plot_that_fails_is_a_line(train, tmp_path, trouble, fails):
         "n_layer": 6, "d_ff": 32, "offsets": ((1,), (2,), (4,), (1,), (1,), (1,))})])
 def test_every_model_option_reaches_the_configuration(call, succeeded, tmp_path, flags, expected):
     succeeded(call("train_char.py", "--iters", 1, *flags.split(), "--out", tmp_path))
-    _, config, extra = load_checkpoint(tmp_path / "best.npz")
+    _, config, _ = load_checkpoint(tmp_path / "best.npz")
     tiny = {"context": 8, "n_layer": 2, "d_model": 8, "rank": 3}
     assert config == Config(vocab_size=len(set(TEXT)), **tiny | expected)
-    for name, value in expected.items():
-        assert json.dumps(extra["settings"][name]) == json.dumps(value)
 
 def test_every_other_option_reaches_the_settings(call, succeeded, text, tmp_path):
     given = {"batch_size": 3, "iters": 2, "lr": 0.01, "min_lr": 0.005, "warmup_iters": 1,
@@ -244,6 +246,15 @@ def test_a_missing_package(program, without, name, package):
     assert process.stderr.startswith(f"{name}: {package} is not installed; ")
     assert process.stderr.endswith(install)
 
+@pytest.mark.parametrize("package, file", [
+    ("mpi4py", "requirements-parallel.txt"), ("jupytext", "experiments/requirements.txt"), ("elsewhere", None)])
+def test_a_missing_package_of_other_programs(capsys, package, file):
+    """What is to be installed is the file that names it, if any does."""
+    cli.without_traceback(ModuleNotFoundError, ModuleNotFoundError(name=package), None)
+    printed = capsys.readouterr().err
+    assert f": {package} is not installed" in printed and ("pip install" in printed) == bool(file)
+    assert file is None or printed.endswith(f"-r {ROOT / file}\n")
+
 def test_an_old_python():
     old = f"import runpy, sys; sys.version_info = (3, 9); runpy.run_path({str(ROOT / 'cli.py')!r})"
     process = subprocess.run([sys.executable, "-c", old], capture_output=True, text=True)
@@ -264,7 +275,8 @@ def test_ctrl_c_during_the_imports(program, tmp_path, module):
     ("only a mark", lambda path: path.write_bytes(b"\xef\xbb\xbf"), "the text has 0 characters"),
     ("binary", lambda path: path.write_bytes(bytes(range(256)) * 10), "text (byte 128 is 0x80)"),
     ("cut", lambda path: path.write_bytes(b"a" * 99 + b"\xc3"), "not UTF-8 text (byte 99 is 0xc3)"),
-    ("UTF-16", lambda path: path.write_text(TEXT, "utf-16"), "iconv -f WINDOWS-1252 -t UTF-8"),
+    ("UTF-16", lambda path: path.write_text(TEXT, "utf-16"), "iconv -f UTF-16 -t UTF-8"),
+    ("in 'quotes'", lambda path: path.write_text("é" * 99, "latin-1"), "iconv -f WINDOWS-1252 -t UTF-8 '"),
     ("folder", lambda path: path.mkdir(), "no UTF-8 text in"),
     ("dangling", lambda path: path.symlink_to("nowhere"), "No such file"),
     ("circular", lambda path: path.symlink_to("circular"), "symbolic links"),
@@ -329,7 +341,7 @@ def test_output_folder_that_cannot_be_written(call, refused, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to RLIMIT_AS")
 @pytest.mark.parametrize("what, most, width, message", [
-    ("RLIMIT_FSIZE", 4096, 8, "out"), ("RLIMIT_AS", 600 << 20, 6000, "not enough memory")])
+    ("RLIMIT_FSIZE", 4096, 8, "File too large"), ("RLIMIT_AS", 600 << 20, 6000, "not enough memory")])
 def test_limits_of_the_system(train, refused, tmp_path, what, most, width, message):
     """A write is refused half way, as on a full disk, and no half a file stays; an allocation fails
     that the machine has memory for."""
