@@ -299,6 +299,8 @@ def main() -> None:
         if not set(args.only or []) <= (bench_gpu.SECTIONS if args.gpu else SECTIONS).keys():
             raise ValueError(f"--only {' '.join(args.only)}: not all are sections "
                              f"{'of' if args.gpu else 'without'} --gpu")
+        if (args.report or args.rehearse) and not args.gpu:
+            raise ValueError("--report and --rehearse need --gpu")
         if args.gpu:
             folder = "out" if args.rehearse else "experiments/results" if args.report else None
             folder = folder and bench_gpu.ROOT / folder

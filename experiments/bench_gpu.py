@@ -394,9 +394,9 @@ class Report:
                         section["notes"].append(line.strip())
                         print(line.rstrip(), flush=True)
                     self.write()
-                if process.wait():
+                if code := process.wait():
                     errors.seek(0)
-                    last = (errors.read().strip().splitlines() or ["it took too long"])[-1]
+                    last = "it took too long" if code == -9 else (errors.read().strip().splitlines() or ["it ended"])[-1]
                     section["notes"].append(last[:500])
                     print(f"{name} ended early: {last[:500]}")
             finally:

@@ -59,9 +59,10 @@ def ranks(setup: Setup) -> list[dict]:
                 work = replace(setup, threads=threads), config, 2 if setup.quick else 40
                 (file := Path(folder, "work")).write_bytes(pickle.dumps(work))
                 command = [*launcher, sys.executable, "-m", "experiments.bench_ranks", file]
-                printed = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True,
-                                         cwd=Path(__file__).parents[1]).stdout
-                times[way].append([*map(float, printed.split())])
+                run = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+                if run.returncode:
+                    raise ValueError(f"{way}: {command[0]} ended with code {run.returncode}")
+                times[way].append([*map(float, run.stdout.split())])
     steps = {way: [step for step, _ in found] for way, found in times.items()}
     added = {way: median(seconds for _, seconds in found) for way, found in times.items()}
     return [{"with": way, "ms": 1e3 * median(steps[way]), "of which the sum": 1e3 * added[way],

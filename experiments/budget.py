@@ -1,6 +1,6 @@
 """What learns most in so many seconds of one core: towards a `--preset best` of a quarter of an hour.
 
-  python -m experiments.budget --data shakespeare          all that is in PLANS, seven hours
+  python -m experiments.budget --data shakespeare          all that is in PLANS, eight hours
   python -m experiments.budget --data shakespeare --only "six layers of 160"
 
 Each plan trains on the first 95% of the training text, for its seconds of processor time (not of the clock:

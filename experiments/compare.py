@@ -217,8 +217,6 @@ def count_params(run: Run) -> int:
     """Parameters that act: with taps for landmarks, but no rows of W_plu that only meet zeros."""
     config, r = run.config, run.config.rank
     total = sum(math.prod(shape) for shape in param_shapes(config).values())
-    if config.mixer == "attention":
-        return total
     *_, coordinates = PRODUCTS[run.spec["product"]]
     idle = (r * (r - 1) // 2 - coordinates(r)) * config.d_model
     return total + config.n_layer * (len(run.spec["landmarks"]) * r - idle)
@@ -590,10 +588,9 @@ def plot(path: Path, answers: Answers) -> None:
         for k, row in enumerate(rows):
             values = [*map(final, row.results)]
             left.plot(values, [k] * len(values), "o", color=f"C{k % 10}", alpha=0.7)
-            for result in row.results[:1]:
-                steps, losses = np.transpose(result["curve"])
-                right.plot(steps * row.ms / 1e3, losses, lw=1, color=f"C{k % 10}", label=row.label,
-                           ls="-" if k < 10 else "--")
+            steps, losses = np.transpose(row.results[0]["curve"])
+            right.plot(steps * row.ms / 1e3, losses, lw=1, color=f"C{k % 10}", label=row.label,
+                       ls="-" if k < 10 else "--")
         left.set(yticks=range(len(rows)), yticklabels=[row.label for row in rows],
                  title=f"{question.number}. {question.title}",
                  xlabel=f"{'validation' if question.survey else 'test'} loss, nats; a dot per seed")

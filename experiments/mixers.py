@@ -144,11 +144,11 @@ def with_features(
     """The Grassmann layer with other features: reduce, look back, features, gate (or none: mix = g).
 
     `features` is a triple: forward(z, partners, w) -> (g, cache), backward(dg, cache) -> (dz,
-    dpartners, grads), shapes(d, r). A second partner has taps of its own, taps_2. `memories`: with as
+    dpartners, grads), shapes(d, r). A second partner has taps of its own, second.taps. `memories`: with as
     many of `recall_forward`, each with its decay, of planes or not.
     """
     features_forward, features_backward, features_shapes = features
-    names = ["taps", "taps_2"][:n_partners]
+    names = ["taps", "second.taps"][:n_partners]
 
     def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
         z, c_red = G.linear_forward(h, w["W_red"], w["b_red"])
@@ -317,24 +317,22 @@ def both(first: tuple, second: tuple) -> tuple:
 
 def one_sided_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
     """g_k = (z·x_k)(s·y_k) + b_k: one product of the determinant's two."""
-    M = dots_forward([z, *partners], [w["X"], w["Y"]])
-    return M[0][0] * M[1][1] + w["b_plu"], (M, [z, *partners], [w["X"], w["Y"]])
+    (zx, c_z), (sy, c_s) = G.linear_forward(z, w["X"], 0), G.linear_forward(partners[0], w["Y"], 0)
+    return zx * sy + w["b_plu"], (zx, sy, c_z, c_s)
 
 def one_sided_backward(dg: Array, cache: tuple) -> tuple:
-    M, vectors, learned = cache
-    zero = np.zeros_like(dg)
-    (dz, ds), (dX, dY) = dots_backward([[dg * M[1][1], zero], [zero, dg * M[0][0]]], vectors, learned)
+    zx, sy, c_z, c_s = cache
+    (dz, dX, _), (ds, dY, _) = G.linear_backward(dg * sy, c_z), G.linear_backward(dg * zx, c_s)
     return dz, [ds], {"X": dX, "Y": dY, "b_plu": dg.sum((0, 1))}
 
 def sum_forward(z: Array, partners: list[Array], w: Scope) -> tuple:
-    """g_k = z·x_k + s·y_k + b_k: no product."""
-    M = dots_forward([z, *partners], [w["X"], w["Y"]])
-    return M[0][0] + M[1][1] + w["b_plu"], ([z, *partners], [w["X"], w["Y"]])
+    """g_k = z·x_k + s·y_k + b_k: no product, one matrix for [z ; s]."""
+    return G.linear_forward(np.concatenate([z, *partners], -1), np.concatenate([w["X"], w["Y"]]), w["b_plu"])
 
 def sum_backward(dg: Array, cache: tuple) -> tuple:
-    zero = np.zeros_like(dg)
-    (dz, ds), (dX, dY) = dots_backward([[dg, zero], [zero, dg]], *cache)
-    return dz, [ds], {"X": dX, "Y": dY, "b_plu": dg.sum((0, 1))}
+    dzs, dXY, db = G.linear_backward(dg, cache)
+    (dz, ds), (dX, dY) = np.split(dzs, 2, -1), np.split(dXY, 2)
+    return dz, [ds], {"X": dX, "Y": dY, "b_plu": db}
 
 def unit_forward(u: Array) -> tuple[Array, tuple]:
     """û = u / sqrt(|u|² + ε), of length 1 but for u near 0."""
@@ -463,7 +461,11 @@ def install() -> None:
                      for name, mixer in MIXERS.items()})
 
 def scale_features(params: Params) -> None:
-    """X, Y, Z from N(0, 0.2/r), the MLP's matrices from N(0, 1/in), in place: features as large as the wedge's."""
+    """X, Y, Z from N(0, 0.2/r), the MLP's matrices from N(0, 1/in), in place.
+
+    Sums, rotations and the MLP are then as large as the wedge's features, products of two dot products
+    half as large or less.
+    """
     for name, value in params.items():
         if name.split(".")[-1] in LEARNED:
             value *= math.sqrt(0.2 / len(value)) / 0.02

@@ -4,11 +4,10 @@ Prints the loss of orders 1 to 7 on the two parts of what is held out (texts.py)
 default context, as the networks are validated, and without.
 """
 
-from __future__ import annotations
+import cli  # noqa: I001  (before NumPy)
 
 import numpy as np
 
-import cli
 from experiments.texts import Text, read_text
 from grassmann import Array, Config
 

@@ -108,10 +108,8 @@ def plot(path: Path, answers: list) -> None:
         for k, row in enumerate(row for row in rows if row.label.startswith(task)):
             label, color = row.label.removeprefix(f"{task}, "), f"C{k}"
             middles, spec = np.prod(groups, 1) ** 0.5, row.results[0]["spec"]
-            for shares in shares_of(row):
-                axes.semilogx(middles, shares, "o-", base=2, color=color, label=label, lw=1)
-                label = None
-            label = row.label.removeprefix(f"{task}, ")
+            line, *_ = axes.semilogx(middles, np.transpose(shares_of(row)), "o-", base=2, color=color, lw=1)
+            line.set_label(label)
             if spec["mixer"] == "grassmann" and not spec.get("memory"):  # others see all
                 label = f"{label}: sees {reach(spec['offsets'])} back"
                 axes.axvline(reach(spec["offsets"]) + 0.5, color=color, ls="--", lw=1, label=label)

@@ -252,7 +252,7 @@ def test_report_of_a_card(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("options", "error"), [
     ("--only speed", "speed"), ("--data short.txt", "characters"), ("--threads 0", "threads"),
-    ("--gpu", "CuPy"), ("--gpu --only race", "not all are sections"),
+    ("--gpu", "CuPy"), ("--gpu --only race", "not all are sections"), ("--report", "need --gpu"),
     ("--only race ops --quick", None)])
 def test_command_line(options, error, tmp_path, monkeypatch, capsys):
     """Tables, or one line that says what is wrong."""

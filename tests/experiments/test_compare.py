@@ -75,6 +75,7 @@ def test_all_models_of_a_question_have_the_same_size(question, vocab):
         run, as_is = runs.asked[f"{label}, seed 0"], Run(compare.BASE | settings | changes)
         missing = {"memory", "test", "larger"}
         assert as_is.spec.keys() - missing == plain.spec.keys() - missing, f"{label}: no such setting"
+        assert {*changes.get("larger", ())} <= {name.split(".")[-1] for name in grassmann.param_shapes(run.config)}
         if question.same_size:
             assert abs(count_params(run) / count_params(plain) - 1) < 0.02, label
         for config in (run.config, as_is.config) if question.same_size else ():
@@ -109,7 +110,8 @@ def test_matched_finds_sizes_far_from_its_own(mixer):
 # ---- one run -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes", [
-    {}, {"product": "symmetric"}, {"mixer": "attention"}, {"W_red_scale": 0.02}, {"dropout": 0.2}])
+    {}, {"product": "symmetric"}, {"mixer": "attention", "larger": ("W_qkv", "W_out")}, {"W_red_scale": 0.02},
+    {"dropout": 0.2}])
 def test_a_run_is_train_step_by_hand(monkeypatch, changes):
     """The same losses to the last bit: start, batches, rate, clipping, optimiser, validation."""
     tokens, ticks = np.random.default_rng(1).integers(0, 11, 900), []
@@ -124,6 +126,9 @@ def test_a_run_is_train_step_by_hand(monkeypatch, changes):
     if "W_red_scale" in changes:  # N(0, 0.02²) in place of N(0, 1/8)
         params["blocks.0.mix.W_red"] *= 0.02 * math.sqrt(8)
         params["blocks.1.mix.W_red"] *= 0.02 * math.sqrt(8)
+    for name in params:
+        if name.endswith(changes.get("larger", ())):  # N(0, 1/8), W_out N(0, 1/32), in place of N(0, 0.02²)
+            params[name] /= 0.02 * math.sqrt(8)
     optimizer, curve = grassmann.adamw_init(params), []
     for step in range(40):
         x, y = grassmann.get_batch(tokens[:800], 4, 8, 3, step)

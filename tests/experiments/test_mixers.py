@@ -22,6 +22,11 @@ def test_gradients(config, ordinary_params, batch, check_gradients):
     _, grads = grassmann.loss_and_grads(params, config, x, y)
     check_gradients(config.mixer, loss, params, grads, entries=5)
 
+def test_offsets_differ_from_the_first_step(config):
+    """Taps start with 0.5, those of a second partner too; the 0.02 of matrices would hide what they multiply."""
+    taps = [value for name, value in grassmann.init_params(config).items() if "taps" in name]
+    assert all(value.std() > 0.25 for value in taps)
+
 def test_causality(config, ordinary_params):
     params, x = ordinary_params(config), np.arange(18).reshape(2, 9) % 11
     logits = grassmann.forward(params, config, x)

@@ -5,8 +5,8 @@ from html import unescape
 
 import pytest
 
-pytest.importorskip("jupytext", reason="no jupytext")
-jupytext, notebook = pytest.importorskip("jupytext"), pytest.importorskip("experiments.notebook")
+jupytext = pytest.importorskip("jupytext", reason="no jupytext")
+notebook = pytest.importorskip("experiments.notebook")
 markdown_it = pytest.importorskip("markdown_it")  # which jupytext needs
 SAVED = notebook.ROOT / "tutorial.ipynb"
 PAGES = [notebook.ROOT / "tutorial.md", *sorted((notebook.ROOT / "docs").glob("*.md"))]

@@ -89,7 +89,7 @@ def test_landmarks_are_partners_with_taps_of_their_own(landmarked):
         np.testing.assert_allclose(mix["s"][b, t], sum(partners, np.zeros(6)), atol=1e-12)
 
 
-# ---- questions 6 and 10 ---------------------------------------------------------------------------------
+# ---- questions 8, 9 and 13 -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("task", ["recall", "brackets"])
 def test_a_task_asks_for_what_lies_so_far_back(rng, task):
@@ -161,7 +161,7 @@ def test_a_step_on_a_task_has_texts_of_its_own_and_the_accuracy_others(task):
 
 @pytest.mark.parametrize("offsets", [None, UP_TO_212])
 def test_how_far_a_grassmann_model_sees(ordinary_params, offsets):
-    """The line in compare_6.png: a token that far back changes the output, one more does not."""
+    """The line in compare_8.png: a token that far back changes the output, one more does not."""
     config, x = Config(17, 256, d_model=8, rank=3, offsets=offsets), np.arange(256)[None] % 16
     params, reach = ordinary_params(config), tasks.reach(config.offsets)
     before = grassmann.forward(params, config, x)[0, -1]
