@@ -1,7 +1,7 @@
 """Make the explorer of a model, one HTML file: python -m explorer [out/best.npz]
 
 The page holds the weights, and the model in plain JavaScript: it opens by a double click, asks for
-nothing from the network and can be sent to anyone. Without an argument it shows out/best.npz, or
+nothing from the network and can be sent to anyone (its links into the lesson lead nowhere then). Without an argument it shows out/best.npz, or
 shakespeare.npz where nothing has been trained yet.
 """
 
@@ -14,6 +14,7 @@ import os
 import re
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -59,7 +60,11 @@ def main() -> None:
             raise ValueError(f"{args.checkpoint} mixes by {config.mixer}: it has no planes")
         text = read_file(Path(args.text[1:])) if args.text.startswith("@") else args.text
         encode(text, extra["vocab"])  # raises what the model does not know
-        link = Path(os.path.relpath(HERE.parent / "tutorial.md", out.resolve().parent)).as_posix()
+        lesson = HERE.parent / "tutorial.md"
+        try:
+            link = quote(Path(os.path.relpath(lesson, out.resolve().parent)).as_posix())
+        except ValueError:  # on another drive of Windows
+            link = lesson.as_uri()
         whole = page(params, config, extra, args.checkpoint.name, text, link)
         out.write_text(whole, encoding="utf-8", newline="\n")
     print(f"{out}: open it in a browser")

@@ -2,7 +2,7 @@
 // The page around model.js. Each character read leaves a row of numbers; from these all is drawn.
 const $ = id => document.getElementById(id), all = css => [...document.querySelectorAll(css)];
 const LONGEST = 5000;  // characters that are read
-const SCALES = { characters: /[^]/gu, words: /\S+|\s+/gu, lines: /.+|\n/gu,
+const SCALES = { characters: /[^]/gu, words: /\S+|\s+/gu, lines: /[^\n]+|\n/gu,
   "blocks of 64": /[^]{64}/gu, "blocks of 256": /[^]{256}/gu };
 
 // ---- reading and writing ----
@@ -63,15 +63,16 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
   }
   look(t, layer) {  // the numbers that are drawn
     const { z, s, alpha, mixer, network, share } = this.rows[t].layers[layer];
-    const before = t ? this.rows[t - 1].layers[layer] : { z: z.map(() => 0), s };
+    const before = this.rows[t - 1]?.layers[layer] ?? { z: z.map(() => 0), s };
     return { ...sides(z, s), before: sides(before.z, before.s), alpha, share: [...share],
       mixer: mixer / (mixer + network || 1), reads: this.reads(t, layer),
       angles: principal_angles(plane(before.z, before.s), plane(z, s)) };
   }
   *letters() {  // goes on from the end of the text, as long as one likes
     const { model, tokens, off } = this, random = random_numbers($("seed").valueAsNumber || 0);
-    const temperature = Math.max(0, $("temperature").valueAsNumber || 0);
-    const top_k = Math.max(1, $("top-k").valueAsNumber || Infinity), sorted = model.logits.slice();
+    const T = $("temperature").valueAsNumber, temperature = Math.max(0, T >= 0 ? T : 0.8);
+    const top_k = Math.max(1, Math.floor($("top-k").valueAsNumber) || Infinity);
+    const sorted = model.logits.slice();
     this.work(Infinity);
     const state = structuredClone(this.after(tokens.length)), n = tokens.length;
     let logits = n ? this.logits(n - 1) : model.stream_step(state, ids.get(10) ?? page.start, off);
@@ -193,7 +194,7 @@ function refresh() {  // read on for 24 ms, draw, go on later
 function draw() {
   const reader = shown(), t = state.hover < 0 ? state.at : state.hover;
   later("save", 250, save); draw_text(reader, t); $("guess").textContent = "";
-  if (!reader.tokens.length) for (const id of ["next", "cards", "chosen"]) $(id).innerHTML = "";
+  if (!reader.tokens.length) for (const id of ["after", "next", "cards", "chosen"]) $(id).innerHTML = "";
   if (!reader.rows[t] || !intact.rows[t]) return;
   draw_next(reader, t); draw_point(t);
   if (form.tab.value === "layers") draw_layers(reader, t);
@@ -237,7 +238,7 @@ function draw_next(reader, t) {
   $("next").innerHTML = list.filter((k, rank) => rank < 10 || k === came).map(k => `
     <tr class="${k === came ? "came" : ""}"><th scope="row">${glyph(k)}</th>
       <td>${bar(p[k], "")}${touched ? bar(whole[k], "whole") : ""}</td>
-      <td>${k === came ? "came · " : ""}${odds(k)}</td></tr>`).join("");
+      <td>${k === came ? "came next · " : ""}${odds(k)}</td></tr>`).join("");
 }
 function draw_layers(reader, t) {
   const looks = model.layers.map((_, i) => reader.look(t, i)), { tokens, rows } = reader;
@@ -247,7 +248,7 @@ function draw_layers(reader, t) {
   const name = n => `“<bdi>${glyph(tokens[t - n])}</bdi>”`;
   const meter = x => `<span class="meter"><i style="width: ${100 * x}%"></i></span> ${percent(x)}`;
   $("chosen").innerHTML = `${name(0)}, character ${many(t + 1)} of ${many(tokens.length)}${
-    t ? `: a surprise of ${number(reader.bits(t))} bits` : ""}`;
+    t ? `: a surprise of ${number(reader.bits(t))} bits` : ""}${touched ? " (parts are off)" : ""}`;
   $("cards").innerHTML = looks.map((look, i) => {
     const { offsets } = model.layers[i], { share } = look, most = Math.max(...share);
     const at = (n, x) => `${name(n)}, ${n} back (${percent(x)})`;
@@ -255,7 +256,7 @@ function draw_layers(reader, t) {
     const reads = look.reads.slice(0, 4).map(([k, x]) => at(t - k, x));
     return `<section class="card"><h3>Layer ${i + 1} <span>looks ${offsets.join(", ")} back; here ${
       most ? `most at ${at(offsets[share.indexOf(most)], most)}`
-      : "nothing is there, so no plane; the mixer adds own state and a bias"}</span></h3>
+      : "s is 0, so no plane; the mixer adds own state and a bias"}</span></h3>
       <div class="pictures">${draw_planes(look, scale)}${draw_arcs(tokens, t, offsets, share)}</div>
       <div class="numbers">${item("|z|", number(look.z))}${item("|s|", number(look.s))}
       ${item("angle", look.area ? degrees(look.angle) : "–")}${item("area", number(look.area))}
@@ -281,7 +282,8 @@ function draw_planes(look, scale) {
     return `<path class="dial" d="${way([[146, y], [172, y]])}A26 26 0 0 0 ${to.join(" ")}Z"/>
       <text x="176" y="${y}">${degrees(angle)}</text>`;
   });
-  return `<svg viewBox="0 0 344 116" role="img" aria-label="Parallelograms of z and s">${
+  return `<svg viewBox="0 0 344 116" role="img" aria-label="z and s, now and one character before;
+    principal angles ${(look.angles || ["none"]).map(x => x >= 0 ? degrees(x) : x).join(", ")}">${
     parallelogram(look.before, scale, 70, "before")}${dials.join("")}${
     parallelogram(look, scale, 274, "")}</svg>`;
 }
@@ -299,7 +301,7 @@ function draw_arcs(tokens, t, offsets, share) {  // of a long way only the stops
       <text class="mid" x="${x(n)}" y="10">${Math.round(100 * share[k])}</text>`;
   });
   return `<svg viewBox="0 0 344 ${60 + cell * stops.length / 5}" role="img"
-    aria-label="Arcs to the places that make up s">${letters.join("")}${arcs.join("")}</svg>`;
+    aria-label="Shares of s: ${offsets.map((n, k) => `${n} back ${percent(share[k])}`).join(", ")}">${letters.join("")}${arcs.join("")}</svg>`;
 }
 
 // ---- switches, flow, writing ----
@@ -348,8 +350,9 @@ function draw_paths(layer = 0) {
   const line = key => way(points.map(p => [Number(x_of(p.t)), 36 * (2.2214 - p[key])]));
   const change = Math.abs(1 - ratio), far = ratio > 1 ? "farther apart" : "nearer";
   const n = points.length, few = n < 8, verdict = few ? `too short a text: ${n} of at least 8 steps`
+    : noise < 1e-3 ? "always the same plane"
     : change < Math.max(2 * error, 0.01) ? "no flow: neighbours as far apart as in random order"
-    : `${ratio > 1 ? "no" : "a"} flow: neighbours ${percent(change)} ${far} than at random`;
+    : `${ratio > 1 ? "no" : change < 0.1 ? "hardly a" : "a"} flow: neighbours ${percent(change)} ${far} than at random`;
   $("paths").insertAdjacentHTML("beforeend", `<section class="card"><h3>Layer ${layer + 1} <span>${
     form.scale.value}: ${verdict}</span></h3>${few ? "" : `<span>2.22: nothing in common</span>
     <svg viewBox="0 0 1000 80" height="80" preserveAspectRatio="none" role="img"
@@ -399,7 +402,13 @@ function load() {
   state.off = new Set(query.get("off")?.split(",").filter(key => known.includes(key)));
   for (const tab of ["layers", query.get("tab")]) form.tab.value = tab;  // if there is such a one
   for (const scale of ["words", query.get("scale")]) form.scale.value = scale;
-  read(); touch();
+  read(); touch(); [$("page").hidden, $("broken").hidden] = [false, true];
+  if (intact.tokens.length) go_to(state.at);
+}
+function go_to(t) {  // the character is chosen, its place seen, and the caret behind it
+  const cell = cells.find(cell => cell.t === t);
+  box.setSelectionRange(cell.end, cell.end); cell.scrollIntoView({ block: "nearest" });
+  choose(t);
 }
 function show() {
   for (const { value } of form.tab) $(value).hidden = value !== form.tab.value;
@@ -409,6 +418,7 @@ function explain(event) {  // what a term means, beside it, with a link into the
   const term = event.target.closest("a[title]"), gloss = $("gloss"), [says, link] = gloss.children;
   if (!term || event.ctrlKey || event.metaKey) return;
   event.preventDefault(); [says.textContent, link.href] = [term.title, term.href];
+  link.textContent = `More in the lesson, section ${parseInt(term.hash.slice(1))}`;
   gloss.hidePopover(); gloss.showPopover({ source: term });
 }
 function listen() {
@@ -419,11 +429,6 @@ function listen() {
   const caret = () => {  // the character before it is chosen
     const before = cells.findLast(cell => cell.t >= 0 && cell.end <= box.selectionStart);
     if (document.activeElement === box && alone()) choose(before?.t ?? 0);
-  };
-  const go_to = t => {
-    const cell = cells.find(cell => cell.t === t);
-    box.setSelectionRange(cell.end, cell.end); cell.scrollIntoView({ block: "nearest" });
-    choose(t);
   };
   document.onselectionchange = caret; box.oninput = () => { read(); caret(); };
   box.onclick = event => { if (alone() && under(event) >= 0) go_to(under(event)); };
@@ -458,12 +463,12 @@ try {
   for (const term of all("a[title]")) term.title = term.title.replace(/\s+/g, " ");
   for (const node of all(".memory")) node.hidden = !model.config.memory;
   page.text ||= write(intact.letters(), 400); build_controls();
+  box.value = page.text.slice(0, LONGEST); page.text = box.value;  // as a text box has it
   listen(); load();
-  [$("page").hidden, $("broken").hidden] = [false, true];
   const done = () => [intact, touched].every(reader => !reader?.rows.includes(null));
   const logits = (text, stream = model.stream_init()) =>
     Array.from(text, c => [...model.stream_step(stream, ids.get(c.codePointAt()))]);
   window.explorer = { model, state, shown, done, logits };  // for tests, and for the curious
 } catch (error) {
-  $("broken").textContent = `Damaged: ${error.message}. Make it anew: python -m explorer`;
+  $("broken").textContent = `Damaged: ${error.message.replace(/\.$/, "")}. Make it anew: python -m explorer`;
 }

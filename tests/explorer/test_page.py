@@ -196,7 +196,7 @@ def test_numbers_on_the_page_are_those_of_python(explore, shipped, t):
         said = re.findall(r"(\d+) back ([\d.]+)%", card.split("shares, mean over the text:")[1])
         assert [int(n) for n, _ in said] == list(config.offsets[i])
         assert [float(x) for _, x in said] == pytest.approx(means, abs=0.51)
-        assert ("here nothing is there, so no plane; the mixer adds own state and a bias" in card) == (t == 0)
+        assert ("here s is 0, so no plane; the mixer adds own state and a bias" in card) == (t == 0)
         if t > 1:
             expected = angles(basis(z[t - 1], s[t - 1]), basis(z[t], s[t]))
             np.testing.assert_allclose(look["angles"], expected, atol=1e-3)
@@ -618,3 +618,33 @@ def test_a_new_picture_at_once_where_all_that_follows_is_read_anew(explore, brow
 def metrics(browser):
     found = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
     return next(entry["value"] for entry in found if entry["name"] == "TaskDuration")
+
+
+def test_a_link_leads_the_eye_and_the_caret_to_its_place(explore, browser):
+    page = explore(PAGE, hash="#at=329&tab=layers")
+    page.wait()
+    look = ("const [pane, cell] = [$('pane'), document.querySelector('.chosen')].map(x => x.getBoundingClientRect());"
+            "return [explorer.state.at, $('text').selectionStart, pane.top <= cell.top && cell.bottom <= pane.bottom]")
+    assert page.js(look) == [329, 330, True]
+    browser.find_element("id", "text").send_keys("")  # focus alone moves nothing
+    assert page.js(look) == [329, 330, True]
+
+def test_what_is_not_read_yet_or_empty_is_no_error(explore):
+    page = explore(PAGE, hash=f"#text={quote(TEXT)}")
+    page.wait()
+    assert page.js("const r = explorer.shown(); r.rows[3] = null; return r.look(4, 0).before.area") == 0
+    page.type("")
+    assert page.text("#after") == page.text("#next") == ""
+
+def test_lines_end_where_those_of_python_do(explore):
+    page = explore(PAGE)
+    assert page.js("return pieces(arguments[0], 'lines')", "ab\u2028cd\nef") == [[0, 5], [6, 8]]
+
+@pytest.mark.parametrize(("field", "value", "same", "other"), [
+    ("temperature", "", "0.8", "0"), ("top-k", "1.5", "1", "2"), ("top-k", "", "65", "1")])
+def test_a_number_that_is_left_out_or_broken(explore, field, value, same, other):
+    page = explore(PAGE)
+    page.wait()
+    written = {given: page.js("$(arguments[0]).value = arguments[1]; return write(intact.letters(), 40)", field, given)
+               for given in (value, same, other)}
+    assert written[value] == written[same] != written[other]
