@@ -318,15 +318,15 @@ def set_aside(out: Path) -> None:
     ours = "best.npz", "last.npz", "log.csv", "log-old-*.csv", "loss.png", "flow", "explorer.html"
     files = [file for pattern in ours for file in out.glob(pattern)]
     if files:
-        folder = unused(out / "previous-{}")
+        folder = unused(out, "previous-{}")
         folder.mkdir()
         for file in files:
             file.rename(folder / file.name)
         print(f"the earlier run in {out} is now in {folder} (--resume would have gone on with it)")
 
-def unused(pattern: Path) -> Path:
-    """The first path that does not exist, of a pattern that takes numbers."""
-    return next(path for k in itertools.count(1) if not (path := Path(str(pattern).replace("{}", str(k)))).exists())
+def unused(folder: Path, name: str) -> Path:
+    """The first that does not exist, of a name with a number in it."""
+    return next(path for k in itertools.count(1) if not (path := folder / name.format(k)).exists())
 
 def open_log(run: Run) -> TextIO:
     """log.csv, written anew up to where the checkpoint is, for more lines. One that is not ours is kept."""
@@ -337,7 +337,7 @@ def open_log(run: Run) -> TextIO:
     found = path.read_bytes().decode("ascii", "replace") if path.exists() else lines
     older = not run.progress.log and run.progress.step >= LOG_EVERY  # its last.npz has no log
     if not found.startswith(lines) or (older and found != lines):
-        old = path.rename(unused(path.with_name("log-old-{}.csv")))
+        old = path.rename(unused(run.out, "log-old-{}.csv"))
         print(f"{path} is not as train_char.py wrote it; it is now {old.name}")
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(lines, encoding="ascii", newline="\n")
