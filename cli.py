@@ -24,8 +24,8 @@ def without_traceback(kind: type, error: BaseException, trace: object) -> None:
         lists = "requirements.txt", "requirements-parallel.txt", "experiments/requirements.txt"
         files = [path for path in map(Path(__file__).parent.joinpath, lists) if path.exists()]
         needed = next((str(path) for path in files if str(error.name) in path.read_text("utf-8")), None)
-        install = shlex.join([sys.executable, "-m", "pip", "install", "-r", needed]) if needed else ""
-        print(f"{Path(sys.argv[0]).name}: {error.name} is not installed{'; ' * bool(needed)}{install}", file=sys.stderr)
+        install = f"; {shlex.join([sys.executable, '-m', 'pip', 'install', '-r', needed])}" if needed else ""
+        print(f"{Path(sys.argv[0]).name}: {error.name} is not installed{install}", file=sys.stderr)
     elif not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
 

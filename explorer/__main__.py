@@ -1,8 +1,8 @@
 """Make the explorer of a model, one HTML file: python -m explorer [out/best.npz]
 
 The page holds the weights, and the model in plain JavaScript: it opens by a double click, asks for
-nothing from the network and can be sent to anyone (its links into the lesson lead nowhere then). Without an argument it shows out/best.npz, or
-shakespeare.npz where nothing has been trained yet.
+nothing from the network and can be sent to anyone (its links into the lesson lead nowhere then).
+Without an argument it shows out/best.npz, or shakespeare.npz where nothing has been trained yet.
 """
 
 from cli import Parser, load_trained, plain_output, short_errors  # noqa: I001  (before NumPy)

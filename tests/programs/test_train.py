@@ -54,6 +54,19 @@ def test_the_log_has_a_line_every_ten_steps_and_at_each_validation(trained):
     assert picture.shape[0] > 300 and picture.shape[1] > 500 and picture[0, 0, 3] == 0
     assert len(np.unique(picture.reshape(-1, 4), axis=0)) > 10  # not an empty page
 
+def test_the_log_of_millions_of_steps_has_fewer_lines(call, tmp_path, monkeypatch):
+    """A checkpoint holds it, and a checkpoint has a largest size."""
+    caught, train_step = [], train_char.train_step
+    monkeypatch.setattr(train_char, "catch_signals", lambda: caught)
+
+    def step(*args):
+        caught.extend([signal.SIGINT] if args[5] == 59 else [])
+        return train_step(*args)
+
+    monkeypatch.setattr(train_char, "train_step", step)
+    call("train_char.py", "--iters", 3_000_000, "--eval-every", 10**6, "--out", tmp_path)
+    assert [row[0] for row in log_of(tmp_path)] == ["30", "60"]
+
 def test_what_is_printed(trained, text):
     """Under each validation 70 characters that the model writes, from the same start and seed."""
     out, printed = trained
