@@ -27,6 +27,21 @@ def test_offsets_differ_from_the_first_step(config):
     taps = [value for name, value in grassmann.init_params(config).items() if "taps" in name]
     assert all(value.std() > 0.25 for value in taps)
 
+def test_how_large_features_are_at_first(monkeypatch, rng):
+    """Beside the wedge's, in the last layer; the objections in experiments/README.md name it."""
+    gate, tokens, sizes = grassmann.gate_forward, rng.integers(0, 65, (12, 64)), {}
+    for rank, names in ((32, ("grassmann", "MLP on [z ; s]", "outer product")),
+                        (64, ("sum", "rotors", "learned planes", "learned trivectors", "one-sided product"))):
+        for name in names:
+            config = grassmann.Config(65, mixer=name, rank=rank, dropout=0.0)
+            mixers.scale_features(params := grassmann.init_params(config))
+            monkeypatch.setattr(grassmann, "gate_forward", lambda h, g, W, b, name=name: (
+                sizes.update({name: float(g.std())}), gate(h, g, W, b))[1])
+            grassmann.forward(params, config, tokens)
+    wedge = sizes.pop("grassmann")
+    assert {name for name, size in sizes.items() if size > 0.6 * wedge} == {
+        "MLP on [z ; s]", "outer product", "sum", "rotors"} and max(sizes.values()) < 1.5 * wedge
+
 def test_causality(config, ordinary_params):
     params, x = ordinary_params(config), np.arange(18).reshape(2, 9) % 11
     logits = grassmann.forward(params, config, x)
