@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,10 +31,38 @@ Array = np.ndarray
 Params = dict[str, Array]
 Rng = np.random.Generator
 
+# ---- what all parts use --------------------------------------------------------------------------
+
+class UserError(ValueError):
+    """What the caller can mend: the programs print its sentence alone; other errors keep their traceback."""
+
+def check(fine: bool, rule: str) -> None:
+    """Raises UserError, saying the rule, unless it is fine."""
+    if not fine:
+        raise UserError(rule)
+
+class Scope:
+    """A part of the parameters: Scope(params, "ln_f.")["w"] is params["ln_f.w"]."""
+
+    def __init__(self, params: Params, prefix: str = ""):
+        self.params, self.prefix = params, prefix
+
+    def __getitem__(self, name: str) -> Array:
+        return self.params[self.prefix + name]
+
+    def scope(self, prefix: str) -> Scope:
+        return Scope(self.params, self.prefix + prefix)
+
+def prefixed(prefix: str, named: dict) -> dict:
+    """The way back: every name with `prefix` in front."""
+    return {prefix + name: value for name, value in named.items()}
+
 # ---- small ops -----------------------------------------------------------------------------------
 
 def linear_forward(x: Array, W: Array, b: Array) -> tuple[Array, tuple]:
     """y = x W + b for x (..., in), W (in, out), b (out); y is (..., out)."""
+    if x.shape[-1] != len(W):  # reshape would cut the rows anew, in silence
+        raise ValueError(f"x {x.shape} has rows of {x.shape[-1]}, but W {W.shape} takes rows of {len(W)}")
     y = x.reshape(-1, len(W)) @ W  # (T, in) @ (in, out) -> (T, out)
     y += b
     return y.reshape(*x.shape[:-1], -1), (x, W)
@@ -94,16 +122,37 @@ def gelu_backward(dy: Array, cache: tuple) -> Array:
     return dy * (slope + 0.5 * (1 + tanh))
 
 
-def dropout_forward(x: Array, rate: float, rng: Rng | None) -> tuple[Array, Array | None]:
-    """Zero a fraction `rate` of x, divide the rest by 1 - rate: the mean stays. rng None: x."""
-    if rng is None or rate == 0:
-        return x, None
-    keep = (rng.random(x.shape, np.float32) >= rate).astype(x.dtype) / (1 - rate)
-    return x * keep, keep
+def draw_rows(seed: int | Sequence[int], first: int = 0, n: int | None = None) -> Callable:
+    """draw(shape): uniform numbers in [0, 1), float32, for rows `first`, first + 1, … of a batch of n.
 
-def dropout_backward(dy: Array, keep: Array | None) -> Array:
-    """y = keep ⊙ x, so dx = keep ⊙ dy."""
-    return dy if keep is None else dy * keep
+    A row gets the same numbers whoever computes which rows: those of one generator for the whole
+    batch, of which this one skips what belongs to other rows. A step of the generator, 64 bits,
+    makes two numbers, so an odd place is the second number of its step.
+    """
+    bits, begin, done = np.random.PCG64(seed), 0, 0  # begin: of the next array; done: steps so far
+    rng = np.random.Generator(bits)
+
+    def draw(shape: tuple[int, ...]) -> Array:
+        nonlocal begin, done
+        row, size = math.prod(shape[1:]), math.prod(shape)
+        start, odd = divmod(begin + first * row, 2)
+        begin += (shape[0] if n is None else n) * row
+        bits.advance(start - done)
+        done = start + (odd + size + 1) // 2
+        return rng.random(odd + size, np.float32)[odd:].reshape(shape)
+
+    return draw
+
+def dropout_forward(x: Array, rate: float, draw: Callable | None) -> tuple[Array, Array | None]:
+    """Zero a fraction `rate` of x, divide the rest by 1 - rate: the mean stays. draw None: x."""
+    if draw is None or rate == 0:
+        return x, None
+    mask = (draw(x.shape) >= rate).astype(x.dtype) / (1 - rate)
+    return x * mask, mask
+
+def dropout_backward(dy: Array, mask: Array | None) -> Array:
+    """y = mask ⊙ x, so dx = mask ⊙ dy."""
+    return dy if mask is None else dy * mask
 
 
 def embedding_forward(tokens: Array, E: Array) -> tuple[Array, tuple]:
@@ -459,34 +508,34 @@ def ffn_backward(dout: Array, cache: tuple) -> tuple[Array, Params]:
 
 
 def prenorm_block_forward(
-    h: Array, w: Scope, config: Config, layer: int, past=None, rng: Rng | None = None
+    h: Array, w: Scope, config: Config, layer: int, past=None, draw: Callable | None = None
 ) -> tuple[Array, dict]:
     """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))); the gate keeps LN1(h), the sum h (B, L, d)."""
     mixer_forward, *_ = MIXERS[config.mixer]
     normed, c_ln1 = layernorm_forward(h, w["ln1.w"], w["ln1.b"])
     mix, c_mix = mixer_forward(normed, w.scope("mix."), config, layer, past)
-    mix, keep_mix = dropout_forward(mix, config.dropout, rng)
+    mix, mask_mix = dropout_forward(mix, config.dropout, draw)
     h = h + mix
     normed, c_ln2 = layernorm_forward(h, w["ln2.w"], w["ln2.b"])
     ffn, c_ffn = ffn_forward(normed, w.scope("ffn."))
-    ffn, keep_ffn = dropout_forward(ffn, config.dropout, rng)
-    cache = {"ln1": c_ln1, "mix": c_mix, "keep_mix": keep_mix}
-    return h + ffn, cache | {"ln2": c_ln2, "ffn": c_ffn, "keep_ffn": keep_ffn}
+    ffn, mask_ffn = dropout_forward(ffn, config.dropout, draw)
+    cache = {"ln1": c_ln1, "mix": c_mix, "mask_mix": mask_mix}
+    return h + ffn, cache | {"ln2": c_ln2, "ffn": c_ffn, "mask_ffn": mask_ffn}
 
 def prenorm_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Array, Params]:
     """A sum h + f(h) passes its gradient on unchanged, and once more through f."""
     _, mixer_backward, _ = MIXERS[config.mixer]
     grads = {}
-    dnormed, ffn = ffn_backward(dropout_backward(dout, cache["keep_ffn"]), cache["ffn"])
+    dnormed, ffn = ffn_backward(dropout_backward(dout, cache["mask_ffn"]), cache["ffn"])
     dh, grads["ln2.w"], grads["ln2.b"] = layernorm_backward(dnormed, cache["ln2"])
     dh = dout + dh
-    dnormed, mix = mixer_backward(dropout_backward(dh, cache["keep_mix"]), cache["mix"])
+    dnormed, mix = mixer_backward(dropout_backward(dh, cache["mask_mix"]), cache["mix"])
     dx, grads["ln1.w"], grads["ln1.b"] = layernorm_backward(dnormed, cache["ln1"])
     return dh + dx, grads | prefixed("mix.", mix) | prefixed("ffn.", ffn)
 
 
 def paper_block_forward(
-    h: Array, w: Scope, config: Config, layer: int, past=None, rng: Rng | None = None
+    h: Array, w: Scope, config: Config, layer: int, past=None, draw: Callable | None = None
 ) -> tuple[Array, dict]:
     """h ← D(LN1(mix(h))),  h ← LN2(h + D(FFN(h))),  D dropout (paper, section 3); h (B, L, d).
 
@@ -497,20 +546,20 @@ def paper_block_forward(
     if config.mixer == "attention":
         mix = h + mix
     normed, c_ln1 = layernorm_forward(mix, w["ln1.w"], w["ln1.b"])
-    h, keep_mix = dropout_forward(normed, config.dropout, rng)
+    h, mask_mix = dropout_forward(normed, config.dropout, draw)
     ffn, c_ffn = ffn_forward(h, w.scope("ffn."))
-    ffn, keep_ffn = dropout_forward(ffn, config.dropout, rng)
+    ffn, mask_ffn = dropout_forward(ffn, config.dropout, draw)
     out, c_ln2 = layernorm_forward(h + ffn, w["ln2.w"], w["ln2.b"])
-    cache = {"mix": c_mix, "ln1": c_ln1, "keep_mix": keep_mix}
-    return out, cache | {"ffn": c_ffn, "keep_ffn": keep_ffn, "ln2": c_ln2}
+    cache = {"mix": c_mix, "ln1": c_ln1, "mask_mix": mask_mix}
+    return out, cache | {"ffn": c_ffn, "mask_ffn": mask_ffn, "ln2": c_ln2}
 
 def paper_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Array, Params]:
     """The steps of `paper_block_forward` in reverse."""
     _, mixer_backward, _ = MIXERS[config.mixer]
     grads = {}
     dsum, grads["ln2.w"], grads["ln2.b"] = layernorm_backward(dout, cache["ln2"])
-    dh, ffn = ffn_backward(dropout_backward(dsum, cache["keep_ffn"]), cache["ffn"])
-    dnormed = dropout_backward(dsum + dh, cache["keep_mix"])
+    dh, ffn = ffn_backward(dropout_backward(dsum, cache["mask_ffn"]), cache["ffn"])
+    dnormed = dropout_backward(dsum + dh, cache["mask_mix"])
     dmix, grads["ln1.w"], grads["ln1.b"] = layernorm_backward(dnormed, cache["ln1"])
     dh, mix = mixer_backward(dmix, cache["mix"])
     if config.mixer == "attention":
@@ -532,7 +581,7 @@ def default_offsets(n_layer: int, context: int, taps: bool) -> tuple[tuple[int, 
 
 @dataclass(unsafe_hash=True)  # dataclasses.replace changes one (and keeps its d_ff and offsets)
 class Config:
-    """The sizes and variants of one model; the defaults are train_char.py's. Raises ValueError.
+    """The sizes and variants of one model; the defaults are train_char.py's. Raises UserError.
 
     The paper's model: block="paper", taps=False, normalize=True, positions=True, d_ff=4*d_model, and
     for six layers offsets=((1,), (2,), (4,), (8,), (12,), (16,)).
@@ -560,29 +609,29 @@ class Config:
             if self.d_ff is None:
                 self.d_ff = (4 if attention else 2) * self.d_model
             if self.offsets is None:
-                self.offsets = default_offsets(self.n_layer, self.context, self.taps)
-            layers = () if attention else self.offsets
-            self.offsets = tuple(tuple(map(operator.index, layer)) for layer in layers)
+                self.offsets = () if attention else default_offsets(self.n_layer, self.context, self.taps)
+            self.offsets = tuple(tuple(map(operator.index, layer)) for layer in self.offsets)
             for name in ("vocab_size", "context", "n_layer", "d_model", "rank", "d_ff", "n_head"):
-                setattr(self, name, operator.index(getattr(self, name)))
-                least = 2 if name == "rank" else 1
-                check(getattr(self, name) >= least, f"{name} must be at least {least}", self)
+                size, least = operator.index(getattr(self, name)), 2 if name == "rank" else 1
+                check(size >= least, f"{name} must be at least {least}, not {size}")
+                setattr(self, name, size)
             self.dropout = float(self.dropout)
         except (TypeError, ZeroDivisionError):
-            check(False, "sizes and offsets must be whole numbers, dropout a number", self)
-        check(0 <= self.dropout < 1, "dropout must be at least 0 and below 1", self)
-        check(self.block in [*BLOCKS], f"block must be one of {[*BLOCKS]}", self)
-        check(self.mixer in [*MIXERS], f"mixer must be one of {[*MIXERS]}", self)
-        check(not attention or self.d_model % self.n_head == 0, "n_head must divide d_model", self)
-        check(len(self.offsets) == self.n_layer or attention, "offsets: one tuple per layer", self)
+            raise UserError("sizes and offsets must be whole numbers, dropout a number") from None
+        check(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+        for name, known in (("block", BLOCKS), ("mixer", MIXERS)):
+            check(getattr(self, name) in [*known], f"{name} must be one of {[*known]}, not {getattr(self, name)!r}")
+        if attention:
+            check(not self.memory and not self.offsets, "attention has neither memory nor offsets")
+            check(self.d_model % self.n_head == 0,
+                  f"d_model {self.d_model} cannot be shared by {self.n_head} heads: n_head must divide it")
+            return
+        check(len(self.offsets) == self.n_layer,
+              f"{self.n_layer} layers need {self.n_layer} groups of offsets, {len(self.offsets)} given")
         for layer in self.offsets:
-            check(len(set(layer)) == len(layer) > 0, "a layer's offsets must be distinct", self)
-            check(0 < min(layer) <= max(layer) < self.context, "offsets: 1 to context - 1", self)
-
-def check(fine: bool, rule: str, given: object) -> None:
-    """Raises ValueError, saying the rule and what was given, unless it is fine."""
-    if not fine:
-        raise ValueError(f"{rule}; got {given}")
+            check(len(set(layer)) == len(layer) > 0, f"a layer needs offsets that are distinct, not {layer}")
+            check(0 < min(layer) <= max(layer) < self.context,
+                  f"offsets go from 1 to context - 1 = {self.context - 1}, not {layer}")
 
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in order."""
@@ -616,21 +665,21 @@ def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Para
             params[name] = (scales.get(kind, 0.02) * rng.standard_normal(shape)).astype(dtype)
     return params
 
-class Scope:
-    """A part of the parameters: Scope(params, "ln_f.")["w"] is params["ln_f.w"]."""
+def check_model(params: Params, config: Config) -> None:
+    """Raises UserError where the parameters are not this config's."""
+    shapes = param_shapes(config)
+    for name in params.keys() | shapes.keys():
+        given = params[name].shape if name in params else "missing"
+        check(given == shapes.get(name), f"parameters of another config: {name} is {given}, the config has "
+              f"{shapes.get(name, 'no such parameter')}")
 
-    def __init__(self, params: Params, prefix: str = ""):
-        self.params, self.prefix = params, prefix
-
-    def __getitem__(self, name: str) -> Array:
-        return self.params[self.prefix + name]
-
-    def scope(self, prefix: str) -> Scope:
-        return Scope(self.params, self.prefix + prefix)
-
-def prefixed(prefix: str, named: dict) -> dict:
-    """The way back: every name with `prefix` in front."""
-    return {prefix + name: value for name, value in named.items()}
+def check_tokens(tokens: Array, config: Config) -> None:
+    """Raises UserError where tokens are not (B, L) numbers of the vocabulary."""
+    check(tokens.ndim == 2 and tokens.size > 0 and tokens.dtype.kind in "iu",
+          f"tokens must be whole numbers, shape (B, L), not {tokens.dtype} of shape {tokens.shape}")
+    low, high = tokens.min(), tokens.max()
+    check(low >= 0 and high < config.vocab_size,
+          f"tokens go from 0 to {config.vocab_size - 1}, not from {low} to {high}")
 
 # ---- the model and its loss ----------------------------------------------------------------------
 
@@ -646,24 +695,23 @@ def head_backward(dlogits: Array, cache: tuple) -> tuple[Array, Array]:
 
 
 def model_forward(
-    params: Params, config: Config, tokens: Array, past=None, start: int = 0, rng: Rng | None = None
+    params: Params, config: Config, tokens: Array, past=None, start: int = 0, draw: Callable | None = None
 ) -> tuple[Array, dict]:
     """Embed, N blocks, project onto the embedding: tokens (B, L) -> logits (B, L, V), cache.
 
     `past`, one dict per layer, and `start`, the position of the first token, are for streaming;
-    `rng` draws dropout. To look inside: cache["blocks"][i]["mix"]["alpha"], "z", "s", "p".
+    `draw` draws dropout masks. To look inside: cache["blocks"][i]["mix"]["alpha"], "z", "s", "p".
     """
     block_forward, _ = BLOCKS[config.block]
     h, c_embed = embedding_forward(tokens, params["E"])  # (B, L) -> (B, L, d)
     if config.positions:
         end = start + tokens.shape[1]
-        if end > config.context:
-            raise ValueError(f"with positions, {end} tokens exceed the context of {config.context}")
+        check(end <= config.context, f"with positions, {end} tokens exceed the context of {config.context}")
         h = h + params["P"][start:end]
-    h, keep = dropout_forward(h, config.dropout, rng)
-    cache = {"config": config, "embed": c_embed, "keep": keep, "blocks": []}
+    h, mask = dropout_forward(h, config.dropout, draw)
+    cache = {"config": config, "embed": c_embed, "mask": mask, "blocks": []}
     for i, layer_past in enumerate(past or [None] * config.n_layer):
-        h, c_block = block_forward(h, Scope(params, f"blocks.{i}."), config, i, layer_past, rng)
+        h, c_block = block_forward(h, Scope(params, f"blocks.{i}."), config, i, layer_past, draw)
         cache["blocks"].append(c_block)
     if config.block == "prenorm":
         h, cache["ln_f"] = layernorm_forward(h, params["ln_f.w"], params["ln_f.b"])
@@ -680,7 +728,7 @@ def model_backward(dlogits: Array, cache: dict) -> Params:
     for i in reversed(range(config.n_layer)):
         dh, block = block_backward(dh, cache["blocks"][i], config)
         grads |= prefixed(f"blocks.{i}.", block)
-    dh = dropout_backward(dh, cache["keep"])
+    dh = dropout_backward(dh, cache["mask"])
     if config.positions:
         grads["P"] = np.zeros((config.context, dh.shape[-1]), dh.dtype)
         grads["P"][: dh.shape[1]] = dh.sum(0)
@@ -690,22 +738,34 @@ def model_backward(dlogits: Array, cache: dict) -> Params:
 def forward(params: Params, config: Config, tokens: Array) -> Array:
     """Logits of the next token at every position: (B, L) integers -> (B, L, V).
 
-    Raises ValueError if the model has positions and L exceeds its context.
+    Raises UserError on another config's parameters, on what are no such tokens, and if the model has
+    positions and L exceeds its context.
     """
-    return model_forward(params, config, np.asarray(tokens))[0]
+    tokens = np.asarray(tokens)
+    check_model(params, config)
+    check_tokens(tokens, config)
+    return model_forward(params, config, tokens)[0]
 
-def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None, share=1.0) -> tuple:
+def loss_and_grads(
+    params: Params, config: Config, x: Array, y: Array,
+    seed: int | Sequence[int] | None = None, rows: tuple[int, int] | None = None,
+) -> tuple[float, Params]:
     """Mean cross-entropy in nats of predicting y from x, (B, L), and its gradients, a new dict.
 
-    `seed` (a whole number or several) drives dropout; None switches it off. Both results are
-    multiplied by `share`, the part of a larger batch that these rows are.
+    `seed` drives dropout, None switches it off. `rows` = (first, n): x and y are the rows first,
+    first + 1, … of a batch of n, and loss and gradients are their part, B/n, of the whole batch's.
+    Raises UserError as `forward`, and where x and y differ in shape.
     """
-    x, y, V = np.asarray(x), np.asarray(y), config.vocab_size
-    fine = x.shape == y.shape and min(x.min(), y.min()) >= 0 and max(x.max(), y.max()) < V
-    check(fine, f"x and y must have one shape, and tokens from 0 to {V - 1}", "this batch")
-    rng = None if seed is None else np.random.default_rng(seed)
-    logits, cache = model_forward(params, config, x, rng=rng)
+    x, y = np.asarray(x), np.asarray(y)
+    check(x.shape == y.shape, f"x and y must have one shape, not {x.shape} and {y.shape}")
+    check_model(params, config)
+    check_tokens(x, config)
+    check_tokens(y, config)
+    first, n = rows or (0, len(x))
+    draw = None if seed is None else draw_rows(seed, first, n)
+    logits, cache = model_forward(params, config, x, draw=draw)
     loss, c_loss = cross_entropy_forward(logits, y)
+    share = len(x) / n
     return share * loss, model_backward(cross_entropy_backward(share, c_loss), cache)
 
 # ---- optimiser -----------------------------------------------------------------------------------
@@ -745,17 +805,22 @@ def clip_grads(grads: Params, max_norm: float) -> float:
 # ---- batches and validation ----------------------------------------------------------------------
 
 def get_batch(tokens: Array, batch_size: int, context: int, seed: int, step: int) -> tuple:
-    """x (B, L) and y, the same windows one later; where they lie is drawn from (seed, step)."""
+    """x (B, L) and y, the same windows one later; where they lie is drawn from (seed, step).
+
+    Raises UserError if the text is too short for a window.
+    """
+    check(len(tokens) > context, f"{len(tokens)} tokens are too few: a window takes {context} and one more")
     rng = np.random.default_rng((seed, step))
-    starts = np.asarray(rng.integers(0, len(tokens) - context, batch_size))  # (on a card: copied)
+    starts = np.asarray(rng.integers(0, len(tokens) - context, batch_size))  # (on a GPU: copied)
     windows = starts[:, None] + np.arange(context)  # (B, L)
     return tokens[windows], tokens[windows + 1]
 
 def validation_loss(params: Params, config: Config, tokens: Array, each: Callable = map) -> float:
     """Mean nats per token over `tokens` (at least 2), in consecutive windows, every target once.
 
-    `each`: map, or one with threads, a progress bar, …
+    `each`: map, or one with threads, a progress bar, … Raises UserError if there are fewer.
     """
+    check(len(tokens) > 1, f"{len(tokens)} tokens are too few: one is read, the next is the target")
     targets, context = len(tokens) - 1, config.context
     whole = targets // context * context
     x, y = tokens[:whole].reshape(-1, context), tokens[1 : whole + 1].reshape(-1, context)
@@ -776,8 +841,10 @@ def stream_init(params: Params, config: Config) -> dict:
     """The state of a decoder that has read nothing.
 
     It keeps, per layer, the last max(Δ) reduced states, and the memory, if any: a token costs the
-    same at position 10 and at position 100,000. (Attention keeps all keys and values.)
+    same at position 10 and at position 100,000. (Attention keeps all keys and values.) Raises
+    UserError on another config's parameters.
     """
+    check_model(params, config)
     return {"past": [{} for _ in range(config.n_layer)], "position": 0, "recent": []}
 
 def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tuple[Array, dict]:
@@ -785,8 +852,12 @@ def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tu
 
     Equals `forward` on the whole text. With positions, the table ends at the context: then the
     decoder forgets all but the last half of the context and reads that again from position 0.
+    Raises UserError if there are no tokens, or one is not in the vocabulary.
     """
     tokens, most = list(tokens), 512  # at once: few, so that they stay in the processor's caches
+    check(len(tokens) > 0, "there is nothing to read: give one token or more")
+    check(0 <= min(tokens) and max(tokens) < config.vocab_size,
+          f"tokens go from 0 to {config.vocab_size - 1}, not from {min(tokens)} to {max(tokens)}")
     while tokens:
         if config.positions:
             if state["position"] == config.context:
@@ -806,11 +877,10 @@ def stream_step(params: Params, config: Config, state: dict, token: int) -> tupl
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
     """Draw from softmax(logits / temperature), among the top_k largest and any equal to the last.
 
-    Temperature 0: the largest. Raises ValueError if the logits are not finite, as those of a run
+    Temperature 0: the largest. Raises UserError if the logits are not finite, as those of a run
     that diverged.
     """
-    if not np.isfinite(logits).all():
-        raise ValueError("the model's logits are not finite")
+    check(np.isfinite(logits).all(), "the model's logits are not finite")
     logits = logits.astype(np.float64)
     if temperature == 0:
         return int(logits.argmax())
@@ -826,21 +896,21 @@ def generate(
 ) -> Iterator[int]:
     """Read the prompt (if empty, token 0), then yield n tokens, each drawn and read in turn.
 
-    Raises ValueError or TypeError on tokens, temperature, n or top_k that make no sense.
+    Raises UserError (and TypeError) on parameters, tokens, temperature, n or top_k that make no sense.
     """
-    prompt, last = [operator.index(token) for token in prompt] or [0], config.vocab_size - 1
-    check(0 <= min(prompt) <= max(prompt) <= last, f"tokens go from 0 to {last}", "this prompt")
-    check(0 <= temperature < math.inf, "temperature must be 0 or more", temperature)
-    check(operator.index(n) >= 0, "n must be 0 or more", n)
-    check(top_k is None or operator.index(top_k) >= 1, "top_k must be at least 1", top_k)
+    prompt, rng = [operator.index(token) for token in prompt] or [0], np.random.default_rng(seed)
+    state = stream_init(params, config)
+    check_tokens(np.array([prompt]), config)
+    check(0 <= temperature < math.inf, f"temperature must be 0 or more, not {temperature}")
+    check(operator.index(n) >= 0, f"n must be 0 or more, not {n}")
+    check(top_k is None or operator.index(top_k) >= 1, f"top_k must be at least 1, not {top_k}")
 
     def tokens() -> Iterator[int]:
-        rng, state = np.random.default_rng(seed), stream_init(params, config)
-        logits, state = stream_read(params, config, state, prompt)
+        logits, _ = stream_read(params, config, state, prompt)
         for k in range(n):
             token = sample(logits, temperature, top_k, rng)
             yield token
             if k < n - 1:
-                logits, state = stream_step(params, config, state, token)
+                logits, _ = stream_step(params, config, state, token)
 
     return tokens()

@@ -5,24 +5,25 @@ A token is a Unicode code point of the text, numbered by its place in the vocabu
 
 from __future__ import annotations
 
-import contextlib
+import glob
 import hashlib
 import http.client
 import os
 import shlex
-import sys
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-Array = np.ndarray
+from grassmann import Array, UserError, check
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 MOST_BYTES = 1 << 30  # of one file; a device like /dev/zero never ends
+WRITTEN = "best.npz", "last.npz", "log.csv", "loss.png", "explorer.html", "flow"  # by the programs, into a run's folder
 
 @dataclass(frozen=True)
 class Corpus:
@@ -35,15 +36,14 @@ class Corpus:
     most_common: int  # token
 
 def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
-    """The text behind --data as tokens. Raises ValueError, also if it is too short for the context."""
+    """The text behind --data as tokens. Raises UserError, also if it is too short for the context."""
     return corpus_of(load_text(data), context)
 
 def corpus_of(text: str, context: int) -> Corpus:
-    """A text as tokens. Raises ValueError if it is too short for the context."""
+    """A text as tokens. Raises UserError if it is too short for the context."""
     n_val = len(text) // 10
-    if len(text) - n_val <= context or n_val < 2:
-        least = max(20, context * 10 // 9 + 1)
-        raise ValueError(f"the text has {len(text):,} characters, a context of {context} needs {least}")
+    check(len(text) - n_val > context and n_val >= 2, f"the text has {len(text):,} characters, "
+          f"a context of {context} needs {max(20, context * 10 // 9 + 1)}")
     vocab = vocabulary(text)
     tokens = encode(text, vocab)
     most_common = int(np.bincount(tokens[: 1 << 20]).argmax())
@@ -56,79 +56,78 @@ def text_sha256(text: str) -> str:
 def load_text(data: str | Sequence[str] | None) -> str:
     """The text behind --data: files, folders, "shakespeare", or Python's documentation if None.
 
-    Of a folder all files below that are UTF-8 text are read, in order of their names, but for what is
-    hidden and what train_char.py wrote. Raises ValueError.
+    Of a folder all UTF-8 files below are read, in order of their names, except hidden files and the
+    programs' own. Raises UserError.
     """
     if data is None:
         try:
             from pydoc_data.topics import topics
         except ImportError:
-            raise ValueError("this Python came without its documentation; give a text: --data FILE") from None
+            raise UserError("this Python came without its documentation; give a text: --data FILE") from None
         return "\n\n".join(text.strip() for _, text in sorted(topics.items())) + "\n"
     texts = []
     for name in [data] if isinstance(data, str) else data:
-        path, before = shakespeare() if name == "shakespeare" else Path(name), len(texts)
-        if not path.is_dir():
-            texts.append(read_file(path))
-            continue
-        below = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
-        runs = {file.parent for file in below if file.name == "last.npz"}
-        files = [path / file for file in below
-                 if not any(part[0] == "." for part in file.parts) and runs.isdisjoint(file.parents)]
-        for file in files:
-            with contextlib.suppress(UnicodeError):  # in a folder there may be other things
-                texts.append(read_file(file))
-        if len(texts) == before:
-            raise ValueError(f"there is no UTF-8 text in {path}")
-        if len(texts) - before < len(files):
-            print(f"{path}: {len(texts) - before} of {len(files)} files are UTF-8 text, the others are left out")
+        check(name != "", "--data needs the name of a file or a folder")
+        for found in glob.glob(name, recursive=True) if "*" in name and not os.path.exists(name) else [name]:
+            path = shakespeare() if found == "shakespeare" else Path(found)
+            texts += read_folder(path) if path.is_dir() else [read_file(path)]
+    check(len(texts) > 0, f"no file is named like {' '.join(data)}")
     return texts[0] if len(texts) == 1 else "".join(t if t.endswith("\n") else t + "\n" for t in texts)
 
+def read_folder(folder: Path) -> list[str]:
+    """The texts of all files below that are UTF-8, except hidden ones and those of a run of ours.
+
+    Says what was read. Raises UserError if nothing was.
+    """
+    below = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    runs = {path.parent for path in below if path.name in ("best.npz", "last.npz")}
+    texts, sizes, left_out = [], Counter(), 0
+    for path in below:
+        written = any(run in runs and path.relative_to(run).parts[0] in WRITTEN for run in path.parents)
+        if written or any(part[0] == "." for part in path.parts):
+            continue
+        try:
+            texts.append(read_file(folder / path))
+            sizes[path.suffix or path.name] += len(texts[-1])
+        except UserError:
+            left_out += 1
+    check(len(texts) > 0, f"there is no UTF-8 text in {folder}")
+    kinds = ", ".join(f"{100 * n / max(1, sizes.total()):.0f}% {kind}" for kind, n in sizes.most_common(3))
+    print(f"{folder}: {len(texts)} files are read ({kinds}); {left_out} are left out, as too large, unreadable or "
+          f"not UTF-8. One kind alone: --data {shlex.quote(f'{folder}/**/*{sizes.most_common(1)[0][0]}')}")
+    return texts
+
 def read_file(path: Path) -> str:
-    """A UTF-8 file, without a byte order mark. Raises ValueError; UnicodeError (which is one) if it is not UTF-8."""
+    """A UTF-8 file, without a byte order mark, its line ends as \\n. Raises UserError."""
     try:
-        content = bytearray()
         with path.open("rb") as file:
-            while len(content) <= MOST_BYTES and (piece := file.read(1 << 20)):
-                content += piece
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"{path} is larger than {MOST_BYTES >> 30} GB")
-        return content.decode("utf-8", "surrogatepass").removeprefix("\ufeff")
+            content = file.read(MOST_BYTES + 1)
+        check(len(content) <= MOST_BYTES, f"{path} is larger than {MOST_BYTES >> 30} GB")
+        return content.decode("utf-8", "surrogatepass").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        place = f"byte {error.start} is {error.object[error.start]:#04x}"
         code = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-        raise UnicodeError(f"{path} is not UTF-8 text ({place}); save it as UTF-8 in an editor, or: "
-                           f"iconv -f {code} -t UTF-8 {shlex.quote(str(path))} > new.txt") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); save it as "
+                        f"UTF-8 in an editor, or: iconv -f {code} -t UTF-8 {shlex.quote(str(path))} > new.txt") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 def shakespeare() -> Path:
-    """Tiny Shakespeare, from the cache or the network. Raises ValueError."""
-    base = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform)
-    advice = ("download it in a browser and give it with --data FILE, or leave --data out for the "
-              "text that Python ships")
-    try:
-        cache = Path(base or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grassmann"
-    except RuntimeError:
-        raise ValueError(f"there is no home folder to keep Tiny Shakespeare in; {advice}") from None
-    path = cache / "shakespeare.txt"
+    """Tiny Shakespeare, from the cache or the network. Raises UserError."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grassmann" / "shakespeare.txt"
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
         return path
     print(f"downloading {SHAKESPEARE_URL}", flush=True)
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
             text = response.read(10**7)
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"Tiny Shakespeare could not be downloaded ({error}); {advice}") from None
-    if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
-        raise ValueError(f"the {len(text)} bytes that came are not Tiny Shakespeare (wrong SHA-256); {advice}")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
+        check(hashlib.sha256(text).hexdigest() == SHAKESPEARE_SHA256, f"{len(text)} bytes came, and they are not it")
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         unfinished.write_bytes(text)
         unfinished.replace(path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    except (OSError, http.client.HTTPException, UserError) as error:
+        raise UserError(f"Tiny Shakespeare could not be downloaded ({error}); download it in a browser and give it "
+                        "with --data FILE, or leave --data out for the text that Python ships") from None
     return path
 
 def code_points(text: str) -> Array:
@@ -140,14 +139,13 @@ def vocabulary(text: str) -> list[int]:
     return sorted(map(ord, set(text)))
 
 def encode(text: str, vocab: list[int]) -> Array:
-    """Text -> tokens, integers as small as they can be. Raises ValueError, naming what is unknown."""
-    known, tokens = np.array(vocab, np.uint32), np.empty(len(text), np.min_scalar_type(len(vocab)))
+    """Text -> tokens, integers as small as they can be. Raises UserError, naming what is unknown."""
+    known, tokens = np.array(vocab, np.uint32), np.empty(len(text), np.min_scalar_type(len(vocab) - 1))
     for k in range(0, len(text), 1 << 20):
         points = code_points(text[k : k + (1 << 20)])
         ids = np.searchsorted(known, points).clip(0, len(known) - 1)
-        if (known[ids] != points).any():
-            missing = sorted({chr(c) for c in points[known[ids] != points]})
-            raise ValueError(f"not in the model's vocabulary: {' '.join(map(repr, missing[:10]))}")
+        missing = np.unique(points[known[ids] != points])
+        check(len(missing) == 0, f"not in the model's vocabulary: {' '.join(repr(chr(c)) for c in missing[:10])}")
         tokens[k : k + len(ids)] = ids
     return tokens
 
@@ -160,5 +158,5 @@ def start_token(vocab: list[int], most_common: int) -> int:
     return vocab.index(10) if 10 in vocab else most_common
 
 def visible(text: str) -> str:
-    """For a terminal: control characters escaped, but for line ends and tabs."""
+    """For a terminal: control characters escaped, except line ends and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,27 +18,27 @@ import numpy as np
 import parallel
 from grassmann import Array, Config, Params, check
 
-SHARD_TOKENS = 4096  # at most so many at a time in a thread: bounds the memory for activations
+SHARD_TOKENS = 4096  # the most that a thread computes at once: bounds the memory for activations
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained; the defaults are those of train_char.py."""
+    """How a model is trained; the defaults are those of train_char.py. Raises UserError."""
 
     iters: int = 5000
     batch_size: int = 12  # windows of Config.context tokens a step
-    lr: float = 3e-3  # at its peak
-    min_lr: float | None = None  # at the end; unless given lr / 10
+    lr: float = 3e-3  # learning rate at its peak
+    min_lr: float | None = None  # learning rate at the end; None: lr / 10
     warmup_iters: int = 100
     weight_decay: float = 0.1
     grad_clip: float = 1.0  # largest norm of all gradients together; 0: any
     seed: int = 0  # drives initial weights, batches and dropout
 
     def __post_init__(self) -> None:
-        whole = self.iters, self.batch_size, self.warmup_iters, self.seed
-        real = self.lr, self.min_lr or 0.0, self.weight_decay, self.grad_clip
-        check(all(isinstance(n, (int, np.integer)) and n >= 0 for n in whole)
-              and all(isinstance(n, (int, float, np.floating)) and 0 <= n < math.inf for n in real),
-              "numbers of training are 0 or more, and whole where they count", self)
+        for name, value in vars(self).items():
+            whole = name in ("iters", "batch_size", "warmup_iters", "seed")
+            number = isinstance(value, (int, np.integer) if whole else (int, float, np.number))
+            check((number and 0 <= value < math.inf) or (name == "min_lr" and value is None),
+                  f"{name} must be 0 or more{' and whole' * whole}, not {value!r}")
 
     def rate(self, step: int) -> float:
         """The learning rate: linear up to lr, from its (warmup_iters + 1)-th part, then half a cosine
@@ -51,9 +51,19 @@ class Training:
 
 def train_step(
     model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
+    step: int, tokens: Array, threads: int = 1,
+) -> float:
+    """One step, in place, on the batch that (seed, step) draws from tokens. Returns the loss."""
+    if hasattr(model, "train_step"):  # gpu.py records all of it as one graph
+        return model.train_step(params, config, training, optimizer, step, tokens)
+    x, y = model.get_batch(tokens, training.batch_size, config.context, training.seed, step)
+    return step_on_batch(model, params, config, training, optimizer, step, x, y, threads)
+
+def step_on_batch(
+    model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
     step: int, x: Array, y: Array, threads: int = 1,
 ) -> float:
-    """One step on the batch x, y (B, L), in place: rate, gradients, clipping, AdamW. The loss."""
+    """One step on the batch x, y (B, L), in place: gradients, clipping, AdamW. Returns the loss."""
     t = training
     loss, grads = loss_and_grads(model, params, config, x, y, (t.seed, step), threads)
     if t.grad_clip:
@@ -61,61 +71,26 @@ def train_step(
     model.adamw_step(params, grads, optimizer, step, t.rate(step), weight_decay=t.weight_decay)
     return loss
 
-@lru_cache
-def pool(threads: int) -> ThreadPoolExecutor:
-    """So many threads, kept: new ones for every step would each take memory of their own anew.
-
-    They hand the interpreter lock over at every array operation. By default one that waits for it may
-    miss its turn for 5 ms, as long as a dozen of those; so ask for it more often.
-    """
-    sys.setswitchinterval(1e-4)
-    return ThreadPoolExecutor(threads)
-
-def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """map(function, items), on so many threads (NumPy releases the interpreter lock)."""
-    return pool(threads).map(function, items) if threads > 1 else map(function, items)
-
-class RowsOfBatch(np.random.Generator):
-    """Draws for rows `first`, first + 1, … of a batch of `n` what one generator would for all of it.
-
-    So dropout's masks are a function of seed, step and row, whoever computes which rows.
-    """
-
-    def __init__(self, seed: list[int], first: int, n: int):
-        super().__init__(np.random.PCG64(seed))
-        self.first, self.n, self.begin, self.drawn = first, n, 0, 0
-
-    def random(self, shape: tuple[int, ...], dtype: type) -> Array:
-        """Of an array (n, …) of float32 the part `shape`; arrays follow each other as in a stream.
-
-        A draw of 64 bits makes two of them, so an odd place is the second of its draw.
-        """
-        row, size = math.prod(shape[1:]), math.prod(shape)
-        start, odd = divmod(self.begin + self.first * row, 2)  # in draws
-        self.begin += self.n * row
-        self.bit_generator.advance(start - self.drawn)
-        self.drawn = start + (odd + size + 1) // 2
-        return super().random(odd + size, dtype)[odd:].reshape(shape)
-
 def loss_and_grads(
-    model: ModuleType, params: Params, config: Config, x: Array, y: Array, seed: tuple | None, threads: int
+    model: ModuleType, params: Params, config: Config, x: Array, y: Array,
+    seed: Sequence[int] | None, threads: int,
 ) -> tuple[float, Params]:
     """The model's `loss_and_grads` on so many threads: rows are dealt out in shards of bounded size.
 
     Their gradients are added in a fixed order: a run repeats bit for bit with as many threads, and
-    with others up to rounding. (A card, which has no `threads`, takes its rows whole.) Under mpiexec
-    each process has its part of the rows, and gets the sums over all of them (parallel.py).
+    with others up to rounding. (threads 0, for a GPU: all rows at once.) Under mpiexec each process
+    has its part of the rows, and gets the sums over all of them (parallel.py). Raises UserError.
     """
-    check(threads >= 0, "threads must be 1 or more, or 0 for the batch as a whole", threads)
-    check(x.shape == y.shape, "x and y must have one shape", f"{x.shape} and {y.shape}")
+    check(threads >= 0, f"threads must be 1 or more, or 0 for the batch as a whole, not {threads}")
+    check(x.shape == y.shape, f"x and y must have one shape, not {x.shape} and {y.shape}")
     mine = parallel.rows(len(x))
     tokens = len(mine) * x.shape[1]
     n_shards = threads * math.ceil(tokens / (threads * SHARD_TOKENS)) if threads else 1
+    masks = None if seed is None else (*seed, 1)  # 1: other numbers than those that draw the batch
 
     def shard(rows: Array) -> tuple[float, Params]:
-        own, part = slice(rows[0], rows[-1] + 1), len(rows) / len(x)
-        rng = None if seed is None else RowsOfBatch([*seed, 1], int(rows[0]), len(x))  # 1: not get_batch's
-        return model.loss_and_grads(params, config, x[own], y[own], rng, part)
+        own = slice(rows[0], rows[-1] + 1)
+        return model.loss_and_grads(params, config, x[own], y[own], masks, (int(rows[0]), len(x)))
 
     results = in_threads(shard, np.array_split(mine, min(n_shards, len(mine))), threads)
     loss, grads = next(results)
@@ -124,3 +99,17 @@ def loss_and_grads(
         for name, g in shard_grads.items():
             grads[name] += g
     return parallel.add_up(loss, grads)
+
+@lru_cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    """So many threads, kept: new ones for every step would each take memory of their own anew.
+
+    They hand over the global interpreter lock at every array operation. By default a waiting thread
+    can lose 5 ms, a dozen array operations, so the pool asks for the lock more often.
+    """
+    sys.setswitchinterval(1e-4)
+    return ThreadPoolExecutor(threads)
+
+def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
+    """map(function, items), on so many threads (NumPy releases the global interpreter lock)."""
+    return pool(threads).map(function, items) if threads > 1 else map(function, items)

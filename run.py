@@ -1,0 +1,128 @@
+"""A run of train_char.py on disk: its folder, its checkpoints, its log, its plot."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+
+from tqdm import tqdm
+
+import parallel
+from checkpoint import load_checkpoint, save_checkpoint
+from grassmann import Config, Params, UserError, check
+from text import WRITTEN, Corpus
+from training import Training
+
+@dataclass
+class Run:
+    """What is trained, with what, and how far it is."""
+
+    model: ModuleType  # grassmann or gpu
+    out: Path
+    threads: int  # 0: on a GPU
+    settings: dict  # all that is in train_char.OPTIONS
+    corpus: Corpus
+    config: Config
+    training: Training
+    params: Params
+    optimizer: dict[str, Params]
+    step: int = 0
+    seconds: float = 0.0  # spent so far
+    recent: list = field(default_factory=list)  # training losses since the last row of the log
+    best: list | None = None  # step and validation loss of best.npz
+    log: list[list] = field(default_factory=list)  # rows of log.csv
+
+    def save(self, name: str) -> None:
+        """best.npz, to sample from; or last.npz, all that --resume needs, and log.csv. Raises UserError, OSError."""
+        settings = {key: value for key, value in self.settings.items() if not hasattr(self.config, key)}
+        extra = {"vocab": self.corpus.vocab, "most_common": self.corpus.most_common, "settings": settings,
+                 "text_sha256": self.corpus.sha256, "step": self.step, "best": self.best}
+        if name == "last.npz":
+            extra |= {**self.optimizer, "seconds": self.seconds, "log": self.log, "recent": self.losses()}
+        if parallel.rank == 0:
+            save_checkpoint(self.out / name, self.params, self.config, **extra)
+            rows = [["step", "train_loss", "val_loss", "lr", "seconds"], *self.log]
+            lines = [",".join("" if cell is None else str(cell) for cell in row) for row in rows]
+            unfinished = self.out / "log.csv.tmp"
+            unfinished.write_text("\n".join([*lines, ""]), encoding="ascii", newline="\n")
+            unfinished.replace(self.out / "log.csv")
+
+    def losses(self) -> list[float]:
+        """The training losses since the last row of the log, as numbers: waits for a GPU. Raises UserError."""
+        if self.recent:
+            array = self.model.np
+            self.recent = array.stack([array.asarray(loss) for loss in self.recent]).tolist()
+        check(all(map(math.isfinite, self.recent)), f"the loss became {self.recent[-1:]} before step {self.step}: "
+              f"lower --lr; {self.out / 'last.npz'} is the last good checkpoint")
+        return self.recent
+
+    def plot(self) -> None:
+        """loss.png. Training goes on without it: a font cache, LaTeX, a backend are matplotlib's own."""
+        if parallel.rank > 0:
+            return
+        try:
+            from matplotlib.figure import Figure
+
+            figure = Figure(figsize=(7, 4.2), layout="constrained")
+            axes = figure.subplots()
+            for k, name, style in (1, "training", {"lw": 0.8, "alpha": 0.6}), (2, "validation", {"marker": "o", "ms": 3}):
+                axes.plot(*zip(*((row[0], row[k]) for row in self.log if row[k] is not None), strict=True), label=name, **style)
+            axes.axhline(self.best[1], color="gray", ls=":", label=f"best {self.best[1]:.3f}")
+            axes.set(xlabel="step", ylabel="loss (nats per character)")
+            axes.set_ylim(top=1.05 * max(row[1] for row in self.log[len(self.log) // 20 :]))  # not the fall at first
+            bits = axes.secondary_yaxis("right", functions=(lambda x: x / math.log(2), lambda x: x * math.log(2)))
+            bits.set_ylabel("bits per character")
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False)
+            figure.savefig(self.out / "loss.png", dpi=130)
+        except Exception as error:
+            tqdm.write(f"no loss.png: {type(error).__name__}: {' '.join(str(error).split()):.100}")
+
+def read_run(model: ModuleType, last: Path) -> dict:
+    """What last.npz holds; best.npz must be whole if it is there. Raises UserError and OSError."""
+    check(last.exists(), f"nothing to resume: {last} does not exist")
+    params, config, extra = load_checkpoint(last, getattr(model, "Flat", dict))
+    try:
+        settings, best = extra["settings"], extra["best"]
+        texts = [extra["text_sha256"], *(settings["data"] or ())]
+        check(all(isinstance(text, str) for text in texts) and {"adam_m", "adam_v"} <= extra.keys(), "")
+        Training(**{f.name: settings[f.name] for f in fields(Training)})
+        extra |= {"params": params, "config": config, "step": int(extra["step"]), "seconds": float(extra["seconds"]),
+                  "settings": settings | {f.name: getattr(config, f.name) for f in fields(Config)[1:]},
+                  "recent": [float(loss) for loss in extra["recent"]], "best": best and [int(best[0]), float(best[1])],
+                  "log": [[int(row[0]), *(c if c is None else float(c) for c in row[1:])] for row in extra["log"]]}
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
+        raise UserError(f"{last} cannot be resumed: settings or progress are missing or make no sense") from None
+    if last.with_name("best.npz").exists():
+        load_checkpoint(last.with_name("best.npz"))
+    else:
+        extra["best"] = None
+    return extra
+
+def lock(out: Path) -> None:
+    """Keep the folder for this process until it ends: two runs would mix their files. Raises UserError."""
+    try:
+        import fcntl
+
+        if parallel.rank == 0:  # the lock ends with the process, as the folder is never closed
+            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing into {out}; give this one another --out") from None
+    except (ImportError, OSError):
+        return  # Windows, or a file system without locks
+
+def set_aside(out: Path) -> None:
+    """Move an earlier run to out/previous-N. Raises UserError if files of others are in the way."""
+    found = [name for name in WRITTEN if (out / name).exists()] if parallel.rank == 0 else []
+    if "best.npz" in found or "last.npz" in found:
+        folder = next(path for k in itertools.count(1) if not (path := out / f"previous-{k}").exists())
+        folder.mkdir()
+        for name in found:
+            (out / name).rename(folder / name)
+        print(f"the earlier run in {out} is now in {folder} (--resume would have gone on with it)")
+    else:
+        check(not {"log.csv", "loss.png"} & {*found}, f"{out} has a log.csv or loss.png, but no run; give another --out")
