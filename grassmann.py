@@ -856,7 +856,7 @@ def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tu
     """
     tokens, most = list(tokens), 512  # at once: few, so that they stay in the processor's caches
     check(len(tokens) > 0, "there is nothing to read: give one token or more")
-    check(0 <= min(tokens) and max(tokens) < config.vocab_size,
+    check(min(tokens) >= 0 and max(tokens) < config.vocab_size,
           f"tokens go from 0 to {config.vocab_size - 1}, not from {min(tokens)} to {max(tokens)}")
     while tokens:
         if config.positions:

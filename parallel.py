@@ -14,6 +14,7 @@ import numpy as np
 
 from grassmann import check
 
+
 def available_cores() -> set[int]:
     """The cores that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

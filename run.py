@@ -17,6 +17,7 @@ from grassmann import Config, Params, UserError, check
 from text import WRITTEN, Corpus
 from training import Training
 
+
 @dataclass
 class Run:
     """What is trained, with what, and how far it is."""
