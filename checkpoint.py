@@ -46,9 +46,7 @@ def save_checkpoint(path: str | os.PathLike, params: Params, config: Config, **e
     finally:
         unfinished.unlink(missing_ok=True)
 
-def load_checkpoint(
-    path: str | os.PathLike, place: Callable[[Params], Params] = dict
-) -> tuple[Params, Config, dict]:
+def load_checkpoint(path: str | os.PathLike, place: Callable = dict) -> tuple[Params, Config, dict]:
     """Read what `save_checkpoint` wrote: (params, config, extra). `place`: gpu.Flat for a GPU.
 
     Nothing in the file is executed, and nothing in it is compressed: it takes no more memory than it
@@ -78,17 +76,15 @@ def load_checkpoint(
 
 def check_content(groups: dict[str, Params], config: Config, extra: dict) -> None:
     """What a checkpoint must be, when it is written and when it is read. Raises UserError."""
-    check("param" not in extra, "an extra value cannot be called param")
-    dtype = groups["param"]["E"].dtype
+    dtype, vocab = groups["param"]["E"].dtype, extra.get("vocab")
     check(dtype in (np.float32, np.float64), f"parameters must be float32 or float64, not {dtype}")
     for key, group in groups.items():
         check_model(group, config)
         for name, a in group.items():
             check(a.dtype == dtype, f"{key}/{name} is {a.dtype}, E is {dtype}")
-            check(np.isfinite(a).all(), f"{key}/{name} has values that are not finite")
-    vocab = extra.get("vocab")
+            check(np.isfinite(a).all(), f"{key}/{name} has values that are not finite: lower the learning rate")
     check(vocab is None or (
-        isinstance(vocab, list) and all(type(point) is int and 0 <= point <= 0x10FFFF for point in vocab)
+        type(vocab) is list and all(type(point) is int and 0 <= point <= 0x10FFFF for point in vocab)
         and vocab == sorted(set(vocab)) and len(vocab) == config.vocab_size),
         "its vocabulary is not one of vocab_size code points in ascending order")
 

@@ -18,7 +18,7 @@ from types import ModuleType
 
 VERSION = "3.0"
 BEST = Path("out/best.npz")  # what the programs read unless told otherwise
-LISTS = "requirements.txt", "requirements-parallel.txt", "experiments/requirements.txt"  # of packages
+INSTALL = "-m", "pip", "install", "-r", str(Path(__file__).with_name("requirements.txt"))
 
 def prepare() -> None:
     """Settings of the process, before NumPy is imported. They do not change results.
@@ -35,12 +35,10 @@ def prepare() -> None:
         mallopt(option, size)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
 def without_traceback(kind: type, error: BaseException, trace: object) -> None:
-    """A missing package is a sentence, Ctrl-C during an import is silent, all else has its traceback."""
-    for path in map(Path(__file__).parent.joinpath, LISTS):
-        if kind is ModuleNotFoundError and str(error.name) in path.read_text():
-            install = shlex.join([sys.executable, "-m", "pip", "install", "-r", str(path)])
-            return print(f"{Path(sys.argv[0]).name}: {error.name} is not installed; {install}", file=sys.stderr)
-    if kind is not KeyboardInterrupt:
+    """During imports: a missing package is a sentence, and Ctrl-C ends in silence."""
+    if kind is ModuleNotFoundError:
+        print(f"{error}; install it: {shlex.join([sys.executable, *INSTALL])}", file=sys.stderr)
+    elif kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, error, trace)
 
 class Parser(argparse.ArgumentParser):
@@ -96,10 +94,10 @@ def leave_quietly() -> None:
 
 @contextmanager
 def short_errors(parser: Parser, where: object, memory: str = "not enough memory", stopped: str = "") -> Iterator[None]:
-    """Within the `with` block, what a user can mend ends the program with one line and exit code 2.
+    """Within the `with` block, what a user can mend ends the program with one line and exit code 2; Ctrl-C
+    ends it with 130, saying `stopped`; a mistake of the program itself keeps its traceback.
 
-    Ctrl-C ends it with 130, saying `stopped`. A mistake of the program itself keeps its traceback. `where`
-    could not be read or written, if the error names no file; `memory` is said when there is not enough.
+    An error that names no file is about `where`; one of memory says `memory`.
     """
     from grassmann import UserError
 

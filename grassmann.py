@@ -74,7 +74,6 @@ def linear_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     dx = np.matmul(dy, W.T, out=np.empty_like(rows))  # laid out like x: faster for p
     return dx.reshape(x.shape), rows.T @ dy, dy.sum(0)
 
-
 def mean(x: Array) -> Array:
     """Mean over the last axis, kept: (..., d) -> (..., 1)."""
     return x.sum(-1, keepdims=True) / x.shape[-1]
@@ -82,7 +81,6 @@ def mean(x: Array) -> Array:
 def dot(a: Array, b: Array) -> Array:
     """Inner product over the last axis, kept: (..., r), (..., r) -> (..., 1)."""
     return np.einsum("...i,...i->...", a, b)[..., None]
-
 
 def layernorm_forward(x: Array, w: Array, b: Array, eps: float = 1e-5) -> tuple[Array, tuple]:
     """x̂ = (x - mean) / sqrt(var + eps) over the last axis, y = w ⊙ x̂ + b; x (..., d), w b (d)."""
@@ -104,10 +102,8 @@ def layernorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     axes = tuple(range(dy.ndim - 1))
     return dx, (dy * x_hat).sum(axes), dy.sum(axes)
 
-
 GELU_C = math.sqrt(2 / math.pi)
 GELU_CA = GELU_C * 0.044715
-
 
 def gelu_forward(x: Array) -> tuple[Array, tuple]:
     """GELU(x) = x/2 (1 + tanh q(x)),  q(x) = c (x + a x³),  c = sqrt(2/π), a = 0.044715."""
@@ -120,7 +116,6 @@ def gelu_backward(dy: Array, cache: tuple) -> Array:
     z, tanh = cache
     slope = z * (0.5 * GELU_C + (1.5 * GELU_CA) * (z * z)) * (1 - tanh * tanh)
     return dy * (slope + 0.5 * (1 + tanh))
-
 
 def draw_rows(seed: int | Sequence[int], first: int = 0, n: int | None = None) -> Callable:
     """draw(shape): uniform numbers in [0, 1), float32, for rows `first`, first + 1, … of a batch of n.
@@ -154,7 +149,6 @@ def dropout_backward(dy: Array, mask: Array | None) -> Array:
     """y = mask ⊙ x, so dx = mask ⊙ dy."""
     return dy if mask is None else dy * mask
 
-
 def embedding_forward(tokens: Array, E: Array) -> tuple[Array, tuple]:
     """Row tokens[...] of E (V, d): (...) integers -> (..., d)."""
     return E[tokens], (tokens, E.shape)
@@ -167,7 +161,6 @@ def embedding_backward(dx: Array, cache: tuple) -> Array:
     dE = np.zeros(shape, dx.dtype)
     dE[ids] = np.add.reduceat(dx.reshape(-1, shape[1])[order], starts)
     return dE
-
 
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     """Mean over tokens of -log softmax(logits)[target] in nats; logits (..., V), targets (...)."""
@@ -225,7 +218,6 @@ def plucker(u: Array, v: Array) -> Array:
     """u ∧ v: (..., r), (..., r) -> (..., n). See `plucker_forward`."""
     return plucker_forward(u, v)[0]
 
-
 def unit_area_forward(u: Array, v: Array, parallel: float = 1e-5) -> tuple[Array, tuple]:
     """q = v / |u ∧ v|, so that u ∧ q is the unit bivector of the plane; u, v, q (..., r).
 
@@ -261,9 +253,7 @@ def unit_area_backward(dq: Array, cache: tuple) -> tuple[Array, Array]:
 
 # ---- the mixing layer ----------------------------------------------------------------------------
 
-def partner_forward(
-    z: Array, taps: Array | None, offsets: tuple[int, ...], normalize: bool
-) -> tuple[Array, tuple]:
+def partner_forward(z: Array, taps: Array | None, offsets: tuple[int, ...], normalize: bool) -> tuple[Array, tuple]:
     """A vector s_t whose wedge with z_t is the layer's bivector; z, s (B, L, r), taps (m, r).
 
     The paper averages the bivectors of all pairs (z_t, z_{t-Δ}). The wedge is linear in its second
@@ -320,7 +310,6 @@ def partner_backward(ds: Array, cache: tuple) -> tuple[Array, Array | None]:
         dz[:, :-delta] += dterm
     return dz, dtaps
 
-
 def gate_forward(h: Array, g: Array, W: Array, b: Array) -> tuple[Array, tuple]:
     """α = sigmoid([h ; g] W + b), out = α ⊙ h + (1-α) ⊙ g; h, g (..., d), W (2d, d), b (d)."""
     a, c_linear = linear_forward(np.concatenate([h, g], -1), W, b)  # (..., 2d) -> (..., d)
@@ -335,7 +324,6 @@ def gate_backward(dout: Array, cache: tuple) -> tuple[Array, Array, Array, Array
     dhg, dW, db = linear_backward(difference * direct * (1 - alpha), c_linear)  # dhg (..., 2d)
     d = dout.shape[-1]
     return direct + dhg[..., :d], (dout - direct) + dhg[..., d:], dW, db
-
 
 def contract(x: Array, a: Array, b: Array, M: Array | None = None, chunk: int = 64) -> tuple:
     """x_t ⌟ (M + Σ_{i<=t} a_i ∧ b_i) at every t, and the last sum; x a b (B, L, r), M (B, r, r).
@@ -386,7 +374,6 @@ def memory_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Params]:
     dh, dW_ab, db_ab = linear_backward(np.concatenate([da[:, ::-1], db[:, ::-1]], -1), c_ab)
     dW_mem = c.reshape(-1, len(W_mem)).T @ dm.reshape(-1, dm.shape[-1])  # (r, T) @ (T, d)
     return dh, dz, {"W_ab": dW_ab, "b_ab": db_ab, "W_mem": dW_mem}
-
 
 def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
     """The Grassmann mixing layer (paper, section 3): h (B, L, d) -> mix (B, L, d).
@@ -506,10 +493,7 @@ def ffn_backward(dout: Array, cache: tuple) -> tuple[Array, Params]:
     dx, grads["W_1"], grads["b_1"] = linear_backward(gelu_backward(dactive, c_gelu), c_1)
     return dx, grads
 
-
-def prenorm_block_forward(
-    h: Array, w: Scope, config: Config, layer: int, past=None, draw: Callable | None = None
-) -> tuple[Array, dict]:
+def prenorm_block_forward(h: Array, w: Scope, config: Config, layer: int, past=None, draw=None) -> tuple[Array, dict]:
     """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))); the gate keeps LN1(h), the sum h (B, L, d)."""
     mixer_forward, *_ = MIXERS[config.mixer]
     normed, c_ln1 = layernorm_forward(h, w["ln1.w"], w["ln1.b"])
@@ -533,10 +517,7 @@ def prenorm_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Ar
     dx, grads["ln1.w"], grads["ln1.b"] = layernorm_backward(dnormed, cache["ln1"])
     return dh + dx, grads | prefixed("mix.", mix) | prefixed("ffn.", ffn)
 
-
-def paper_block_forward(
-    h: Array, w: Scope, config: Config, layer: int, past=None, draw: Callable | None = None
-) -> tuple[Array, dict]:
+def paper_block_forward(h: Array, w: Scope, config: Config, layer: int, past=None, draw=None) -> tuple[Array, dict]:
     """h ← D(LN1(mix(h))),  h ← LN2(h + D(FFN(h))),  D dropout (paper, section 3); h (B, L, d).
 
     The gate inside mix keeps h; attention has none and gets a residual: mix(h) = h + attention(h).
@@ -619,19 +600,18 @@ class Config:
         except (TypeError, ZeroDivisionError):
             raise UserError("sizes and offsets must be whole numbers, dropout a number") from None
         check(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
-        for name, known in (("block", BLOCKS), ("mixer", MIXERS)):
-            check(getattr(self, name) in [*known], f"{name} must be one of {[*known]}, not {getattr(self, name)!r}")
+        check(self.block in BLOCKS, f"block must be one of {[*BLOCKS]}, not {self.block!r}")
+        check(self.mixer in MIXERS, f"mixer must be one of {[*MIXERS]}, not {self.mixer!r}")
         if attention:
             check(not self.memory and not self.offsets, "attention has neither memory nor offsets")
-            check(self.d_model % self.n_head == 0,
-                  f"d_model {self.d_model} cannot be shared by {self.n_head} heads: n_head must divide it")
-            return
-        check(len(self.offsets) == self.n_layer,
-              f"{self.n_layer} layers need {self.n_layer} groups of offsets, {len(self.offsets)} given")
+            check(self.d_model % self.n_head == 0, f"n_head must divide d_model, {self.d_model}, not be {self.n_head}")
+        else:
+            check(len(self.offsets) == self.n_layer,
+                  f"{self.n_layer} layers need {self.n_layer} groups of offsets, {len(self.offsets)} given")
         for layer in self.offsets:
-            check(len(set(layer)) == len(layer) > 0, f"a layer needs offsets that are distinct, not {layer}")
+            check(len(set(layer)) == len(layer) > 0, f"a layer's offsets must be distinct, not {layer}")
             check(0 < min(layer) <= max(layer) < self.context,
-                  f"offsets go from 1 to context - 1 = {self.context - 1}, not {layer}")
+                  f"offsets go from 1 to context - 1, here {self.context - 1}, not {layer}")
 
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in order."""
@@ -667,19 +647,17 @@ def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Para
 
 def check_model(params: Params, config: Config) -> None:
     """Raises UserError where the parameters are not this config's."""
-    shapes = param_shapes(config)
-    for name in params.keys() | shapes.keys():
-        given = params[name].shape if name in params else "missing"
-        check(given == shapes.get(name), f"parameters of another config: {name} is {given}, the config has "
-              f"{shapes.get(name, 'no such parameter')}")
+    shapes, given = param_shapes(config), {name: value.shape for name, value in params.items()}
+    for name in shapes | given if given != shapes else ():
+        check(given.get(name) == shapes.get(name), f"parameters of another config: {name} is "
+              f"{given.get(name, 'missing')}, the config has {shapes.get(name, 'no such parameter')}")
 
 def check_tokens(tokens: Array, config: Config) -> None:
     """Raises UserError where tokens are not (B, L) numbers of the vocabulary."""
     check(tokens.ndim == 2 and tokens.size > 0 and tokens.dtype.kind in "iu",
           f"tokens must be whole numbers, shape (B, L), not {tokens.dtype} of shape {tokens.shape}")
-    low, high = tokens.min(), tokens.max()
-    check(low >= 0 and high < config.vocab_size,
-          f"tokens go from 0 to {config.vocab_size - 1}, not from {low} to {high}")
+    low, high, last = tokens.min(), tokens.max(), config.vocab_size - 1
+    check(low >= 0 and high <= last, f"tokens go from 0 to {last}, not from {low} to {high}")
 
 # ---- the model and its loss ----------------------------------------------------------------------
 
@@ -692,7 +670,6 @@ def head_backward(dlogits: Array, cache: tuple) -> tuple[Array, Array]:
     h, E = cache
     dlogits, rows = dlogits.reshape(-1, len(E)), h.reshape(-1, E.shape[1])  # (T, V), (T, d)
     return (dlogits @ E).reshape(h.shape), dlogits.T @ rows
-
 
 def model_forward(
     params: Params, config: Config, tokens: Array, past=None, start: int = 0, draw: Callable | None = None
@@ -759,8 +736,8 @@ def loss_and_grads(
     x, y = np.asarray(x), np.asarray(y)
     check(x.shape == y.shape, f"x and y must have one shape, not {x.shape} and {y.shape}")
     check_model(params, config)
-    check_tokens(x, config)
-    check_tokens(y, config)
+    for tokens in (x, y):
+        check_tokens(tokens, config)
     first, n = rows or (0, len(x))
     draw = None if seed is None else draw_rows(seed, first, n)
     logits, cache = model_forward(params, config, x, draw=draw)
@@ -856,8 +833,7 @@ def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tu
     """
     tokens, most = list(tokens), 512  # at once: few, so that they stay in the processor's caches
     check(len(tokens) > 0, "there is nothing to read: give one token or more")
-    check(min(tokens) >= 0 and max(tokens) < config.vocab_size,
-          f"tokens go from 0 to {config.vocab_size - 1}, not from {min(tokens)} to {max(tokens)}")
+    check(0 <= min(tokens) <= max(tokens) < config.vocab_size, f"tokens go from 0 to {config.vocab_size - 1}")
     while tokens:
         if config.positions:
             if state["position"] == config.context:

@@ -19,19 +19,13 @@ def available_cores() -> set[int]:
     """The cores that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
-def environ(*names: str) -> int:
-    """The first whole number among these environment variables, or 0."""
-    return next((int(text) for text in map(os.environ.get, names) if text and text.isdecimal()), 0)
-
-size, rank, local_size, cores = 1, 0, 1, len(available_cores())  # local_size: ranks on this machine
-if environ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") > 1:  # started by Open MPI, or by MPICH or a relative
-    k = environ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(k + 1)))).split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[k] if k < len(gpus) else ""  # before MPI: it may touch one
+size, rank, local_size, local_rank, cores = 1, 0, 1, 0, len(available_cores())  # local: on this machine
+started = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or ""
+if started.isdecimal() and int(started) > 1:  # by Open MPI's mpiexec, or that of MPICH or a relative
     from mpi4py import MPI
 
     comm, machine = MPI.COMM_WORLD, MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    size, rank, local_size = comm.size, comm.rank, machine.size
+    size, rank, local_size, local_rank = comm.size, comm.rank, machine.size, machine.rank
     cores = max(1, len(set().union(*machine.allgather(available_cores()))) // local_size)
 caught, stops = [], []  # signals: of this rank; known to all ranks, which stop at the same step
 

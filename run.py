@@ -38,7 +38,7 @@ class Run:
     log: list[list] = field(default_factory=list)  # rows of log.csv
 
     def save(self, name: str) -> None:
-        """best.npz, to sample from; or last.npz, all that --resume needs, and log.csv. Raises UserError, OSError."""
+        """best.npz, to sample from; or last.npz, all that --resume needs. And log.csv. Raises UserError, OSError."""
         settings = {key: value for key, value in self.settings.items() if not hasattr(self.config, key)}
         extra = {"vocab": self.corpus.vocab, "most_common": self.corpus.most_common, "settings": settings,
                  "text_sha256": self.corpus.sha256, "step": self.step, "best": self.best}
@@ -48,9 +48,8 @@ class Run:
             save_checkpoint(self.out / name, self.params, self.config, **extra)
             rows = [["step", "train_loss", "val_loss", "lr", "seconds"], *self.log]
             lines = [",".join("" if cell is None else str(cell) for cell in row) for row in rows]
-            unfinished = self.out / "log.csv.tmp"
-            unfinished.write_text("\n".join([*lines, ""]), encoding="ascii", newline="\n")
-            unfinished.replace(self.out / "log.csv")
+            (self.out / "log.csv.tmp").write_text("\n".join([*lines, ""]), encoding="ascii", newline="\n")
+            (self.out / "log.csv.tmp").replace(self.out / "log.csv")
 
     def losses(self) -> list[float]:
         """The training losses since the last row of the log, as numbers: waits for a GPU. Raises UserError."""
@@ -70,13 +69,12 @@ class Run:
 
             figure = Figure(figsize=(7, 4.2), layout="constrained")
             axes = figure.subplots()
-            for k, name, style in (1, "training", {"lw": 0.8, "alpha": 0.6}), (2, "validation", {"marker": "o", "ms": 3}):
-                axes.plot(*zip(*((row[0], row[k]) for row in self.log if row[k] is not None), strict=True), label=name, **style)
+            for k, name, style in (1, "training", "-"), (2, "validation", "o-"):
+                points = [(row[0], row[k]) for row in self.log if row[k] is not None]
+                axes.plot(*zip(*points, strict=True), style, label=name, lw=0.8, ms=3)
             axes.axhline(self.best[1], color="gray", ls=":", label=f"best {self.best[1]:.3f}")
             axes.set(xlabel="step", ylabel="loss (nats per character)")
             axes.set_ylim(top=1.05 * max(row[1] for row in self.log[len(self.log) // 20 :]))  # not the fall at first
-            bits = axes.secondary_yaxis("right", functions=(lambda x: x / math.log(2), lambda x: x * math.log(2)))
-            bits.set_ylabel("bits per character")
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
             figure.savefig(self.out / "loss.png", dpi=130)
@@ -89,17 +87,17 @@ def read_run(model: ModuleType, last: Path) -> dict:
     params, config, extra = load_checkpoint(last, getattr(model, "Flat", dict))
     try:
         settings, best = extra["settings"], extra["best"]
-        texts = [extra["text_sha256"], *(settings["data"] or ())]
-        check(all(isinstance(text, str) for text in texts) and {"adam_m", "adam_v"} <= extra.keys(), "")
         Training(**{f.name: settings[f.name] for f in fields(Training)})
         extra |= {"params": params, "config": config, "step": int(extra["step"]), "seconds": float(extra["seconds"]),
                   "settings": settings | {f.name: getattr(config, f.name) for f in fields(Config)[1:]},
                   "recent": [float(loss) for loss in extra["recent"]], "best": best and [int(best[0]), float(best[1])],
                   "log": [[int(row[0]), *(c if c is None else float(c) for c in row[1:])] for row in extra["log"]]}
+        "".join([extra["text_sha256"], *(settings["data"] or ())])  # words
+        1 // settings["eval_every"], extra["adam_m"]["E"], extra["adam_v"]["E"]
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
         raise UserError(f"{last} cannot be resumed: settings or progress are missing or make no sense") from None
-    if last.with_name("best.npz").exists():
-        load_checkpoint(last.with_name("best.npz"))
+    if (path := last.with_name("best.npz")).exists():
+        load_checkpoint(path)
     else:
         extra["best"] = None
     return extra

@@ -19,21 +19,20 @@ from text import encode, start_token, visible
 
 SHIPPED = Path(__file__).with_name("shakespeare.npz")
 
-def load_trained(model: ModuleType, checkpoint: Path) -> tuple[Params, Config, dict]:
+def load_trained(model: ModuleType, path: Path) -> tuple[Params, Config, dict]:
     """(params, config, extra) of a checkpoint that train_char.py wrote, for model, grassmann or gpu.
 
-    Of a run that was stopped before its first validation, last.npz is read in place of best.npz;
-    before any run, the model that the project ships in place of cli.BEST. Raises UserError, OSError.
+    Where there is no best.npz, a run that has not come so far gives its last.npz, and before any run
+    cli.BEST is the model that the project ships. Raises UserError, OSError.
     """
-    wanted, last = checkpoint, checkpoint.with_name("last.npz")
-    if checkpoint.name == "best.npz" and not checkpoint.exists():
-        checkpoint = last if last.exists() else SHIPPED if checkpoint == cli.BEST else checkpoint
-    if checkpoint != wanted:
-        print(f"there is no {wanted} yet, so this is {checkpoint}", file=sys.stderr)
-    check(checkpoint.exists(), f"{checkpoint} does not exist; train_char.py writes it")
-    params, config, extra = load_checkpoint(checkpoint, getattr(model, "Flat", dict))
+    others = [path, path.with_name("last.npz"), *[SHIPPED] * (path == cli.BEST)] if path.name == "best.npz" else [path]
+    found = next((other for other in others if other.exists()), path)
+    if found != path:
+        print(f"there is no {path} yet, so this is {found}", file=sys.stderr)
+    check(found.exists(), f"{path} does not exist; train_char.py writes it")
+    params, config, extra = load_checkpoint(found, getattr(model, "Flat", dict))
     check(extra.get("vocab") is not None and extra.get("most_common") in range(config.vocab_size),
-          f"{checkpoint} was not written by train_char.py")
+          f"{found} was not written by train_char.py")
     return params, config, extra
 
 def write_sample(

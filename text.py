@@ -44,21 +44,20 @@ def corpus_of(text: str, context: int) -> Corpus:
     n_val = len(text) // 10
     check(len(text) - n_val > context and n_val >= 2, f"the text has {len(text):,} characters, "
           f"a context of {context} needs {max(20, context * 10 // 9 + 1)}")
-    vocab = vocabulary(text)
-    tokens = encode(text, vocab)
+    tokens = encode(text, vocab := vocabulary(text))
     most_common = int(np.bincount(tokens[: 1 << 20]).argmax())
     return Corpus(text_sha256(text), vocab, tokens[:-n_val], tokens[-n_val:], most_common)
+
+def text_name(data: Sequence[str] | None) -> str:
+    return " ".join(data or ["the documentation of this Python"])
 
 def text_sha256(text: str) -> str:
     """By which a checkpoint knows its text again."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 def load_text(data: str | Sequence[str] | None) -> str:
-    """The text behind --data: files, folders, "shakespeare", or Python's documentation if None.
-
-    Of a folder all UTF-8 files below are read, in order of their names, except hidden files and the
-    programs' own. Raises UserError.
-    """
+    """The text behind --data, or Python's documentation if None: files, also as folder/**/*.py, folders,
+    "shakespeare". Raises UserError."""
     if data is None:
         try:
             from pydoc_data.topics import topics
@@ -68,42 +67,40 @@ def load_text(data: str | Sequence[str] | None) -> str:
     texts = []
     for name in [data] if isinstance(data, str) else data:
         check(name != "", "--data needs the name of a file or a folder")
-        for found in glob.glob(name, recursive=True) if "*" in name and not os.path.exists(name) else [name]:
-            path = shakespeare() if found == "shakespeare" else Path(found)
+        path = shakespeare() if name == "shakespeare" else Path(name)
+        if "*" in name and not path.exists():
+            texts += [read_file(Path(found)) for found in sorted(glob.glob(name, recursive=True))]
+        else:
             texts += read_folder(path) if path.is_dir() else [read_file(path)]
-    check(len(texts) > 0, f"no file is named like {' '.join(data)}")
+    check(len(texts) > 0, f"no file is called {data}")
     return texts[0] if len(texts) == 1 else "".join(t if t.endswith("\n") else t + "\n" for t in texts)
 
 def read_folder(folder: Path) -> list[str]:
-    """The texts of all files below that are UTF-8, except hidden ones and those of a run of ours.
-
-    Says what was read. Raises UserError if nothing was.
-    """
+    """All files below that are UTF-8, in order of their names, except hidden files and those of our own
+    runs. Says what was read. Raises UserError if nothing was."""
     below = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     runs = {path.parent for path in below if path.name in ("best.npz", "last.npz")}
-    texts, sizes, left_out = [], Counter(), 0
+    texts, kinds, left_out = [], Counter(), 0
     for path in below:
-        written = any(run in runs and path.relative_to(run).parts[0] in WRITTEN for run in path.parents)
-        if written or any(part[0] == "." for part in path.parts):
+        ours = any(run in runs and path.relative_to(run).parts[0] in WRITTEN for run in path.parents)
+        if ours or any(part[0] == "." for part in path.parts):
             continue
         try:
             texts.append(read_file(folder / path))
-            sizes[path.suffix or path.name] += len(texts[-1])
+            kinds[f"*{path.suffix}" if path.suffix else path.name] += len(texts[-1])
         except UserError:
             left_out += 1
     check(len(texts) > 0, f"there is no UTF-8 text in {folder}")
-    kinds = ", ".join(f"{100 * n / max(1, sizes.total()):.0f}% {kind}" for kind, n in sizes.most_common(3))
-    print(f"{folder}: {len(texts)} files are read ({kinds}); {left_out} are left out, as too large, unreadable or "
-          f"not UTF-8. One kind alone: --data {shlex.quote(f'{folder}/**/*{sizes.most_common(1)[0][0]}')}")
+    shares = ", ".join(f"{kind} {100 * n / max(1, kinds.total()):.0f}%" for kind, n in kinds.most_common(3))
+    print(f"{folder}: {len(texts)} files are read ({shares}), {left_out} are left out (too large, unreadable, not "
+          f"UTF-8); one kind alone: --data {shlex.quote(f'{folder}/**/{kinds.most_common(1)[0][0]}')}")
     return texts
 
 def read_file(path: Path) -> str:
     """A UTF-8 file, without a byte order mark, its line ends as \\n. Raises UserError."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        check(len(content) <= MOST_BYTES, f"{path} is larger than {MOST_BYTES >> 30} GB")
-        return content.decode("utf-8", "surrogatepass").removeprefix("\ufeff").replace("\r\n", "\n")
+        check(path.stat().st_size <= MOST_BYTES, f"{path} is larger than {MOST_BYTES >> 30} GB")
+        return path.read_bytes().decode("utf-8", "surrogatepass").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         code = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
         raise UserError(f"{path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); save it as "
@@ -120,19 +117,13 @@ def shakespeare() -> Path:
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
             text = response.read(10**7)
-        check(hashlib.sha256(text).hexdigest() == SHAKESPEARE_SHA256, f"{len(text)} bytes came, and they are not it")
+        check(hashlib.sha256(text).hexdigest() == SHAKESPEARE_SHA256, f"{len(text)} bytes came that are something else")
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_bytes(text)
-        unfinished.replace(path)
+        path.write_bytes(text)  # an unfinished file has another hash
     except (OSError, http.client.HTTPException, UserError) as error:
         raise UserError(f"Tiny Shakespeare could not be downloaded ({error}); download it in a browser and give it "
                         "with --data FILE, or leave --data out for the text that Python ships") from None
     return path
-
-def code_points(text: str) -> Array:
-    """The Unicode code points of a text, lone surrogates included, as uint32."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 def vocabulary(text: str) -> list[int]:
     """The code points that occur in a text, in order; token k stands for the k-th of them."""
@@ -140,13 +131,10 @@ def vocabulary(text: str) -> list[int]:
 
 def encode(text: str, vocab: list[int]) -> Array:
     """Text -> tokens, integers as small as they can be. Raises UserError, naming what is unknown."""
-    known, tokens = np.array(vocab, np.uint32), np.empty(len(text), np.min_scalar_type(len(vocab) - 1))
-    for k in range(0, len(text), 1 << 20):
-        points = code_points(text[k : k + (1 << 20)])
-        ids = np.searchsorted(known, points).clip(0, len(known) - 1)
-        missing = np.unique(points[known[ids] != points])
-        check(len(missing) == 0, f"not in the model's vocabulary: {' '.join(repr(chr(c)) for c in missing[:10])}")
-        tokens[k : k + len(ids)] = ids
+    points, known = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32), np.array(vocab, np.uint32)
+    tokens = np.searchsorted(known, points).clip(0, len(known) - 1).astype(np.min_scalar_type(len(known) - 1))
+    missing = np.unique(points[known[tokens] != points])
+    check(len(missing) == 0, f"not in the model's vocabulary: {' '.join(repr(chr(c)) for c in missing[:10])}")
     return tokens
 
 def decode(tokens: Iterable[int], vocab: list[int]) -> str:

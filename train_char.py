@@ -36,7 +36,7 @@ from checkpoint import load_checkpoint
 from grassmann import Config, check, param_shapes
 from run import Run, lock, read_run, set_aside
 from sample import write_sample
-from text import decode, read_corpus, start_token, visible
+from text import decode, read_corpus, start_token, text_name, visible
 from training import SHARD_TOKENS, Training, in_threads, train_step
 
 LOG_EVERY = 10  # steps per row of log.csv; its training loss is their mean
@@ -79,12 +79,15 @@ OPTIONS = {  # name: (type, choices or bool, help)
 }
 IGNORED = {"attention": ("rank", "offsets", "taps", "normalize", "memory"), "grassmann": ("n_head",)}
 PRESETS = {
-    "laptop": {name: DEFAULTS[name] for name in ("n_layer", "d_model", "context", "batch_size", "dropout", "iters")},
+    "laptop": {},  # the defaults
     "tiny": {"iters": 1000, "d_model": 64, "eval_every": 100},
     "best": {"iters": 8000, "eval_every": 500, "n_layer": 6, "d_model": 224, "context": 1024, "batch_size": 2,
-             "dropout": 0.25, "min_lr": 1e-4, "offsets": offsets("1,2;1,2,3,4;1,2,3,4,5,6;1,2,3,4,6,8;"
-                                                                 "1,2,4,8,12,16;1,2,4,8,16,32,64")},
+             "dropout": 0.25, "min_lr": 1e-4, "offsets": offsets(
+                 "1,2;1,2,3,4;1,2,3,4,5,6;1,2,3,4,6,8;1,2,4,8,12,16;1,2,4,8,16,32,64")},
 }
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 def build_parser() -> cli.Parser:
     """The OPTIONS are absent unless given: a resumed run must know which."""
@@ -101,9 +104,8 @@ def build_parser() -> cli.Parser:
     for name, (kind, text) in OPTIONS.items():
         how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
-        how |= {"nargs": "+"} if name == "data" else {}
         text += "" if DEFAULTS[name] is None else f" (default: {DEFAULTS[name]})"
-        add(f"--{name.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **how)
+        add(flag(name), help=text, default=argparse.SUPPRESS, **how, **{"nargs": "+"} if name == "data" else {})
     return parser
 
 def paper(n_layer: int, d_model: int, context: int) -> dict:
@@ -119,16 +121,16 @@ def make_run(args: argparse.Namespace) -> Run:
     if "data" in typed:
         typed["data"] = [name if name in ("shakespeare", "") else os.path.abspath(name) for name in typed["data"]]
     saved = read_run(model, last) if args.resume else {"settings": {}, "step": 0, "recent": []}
-    asked = PRESETS.get(args.preset, {}) | typed
-    settings = DEFAULTS | saved["settings"] | asked  # what is typed counts most
+    before, asked = saved["settings"], PRESETS.get(args.preset, {}) | typed
+    settings = DEFAULTS | before | asked  # what is typed counts most
     asked |= paper(settings["n_layer"], settings["d_model"], settings["context"]) | typed if args.paper else {}
     for name in IGNORED[settings["mixer"]]:
-        check(name not in typed, f"--{name.replace('_', '-')} is of no use with --mixer {settings['mixer']}")
-        asked[name] = saved["settings"].get(name, DEFAULTS[name])  # whatever a preset says
+        check(name not in typed, f"{flag(name)} is of no use with --mixer {settings['mixer']}")
+        asked[name] = before.get(name, DEFAULTS[name])  # whatever a preset says
     settings |= asked
-    for name in asked.keys() - PACE if args.resume else ():
-        check(asked[name] == saved["settings"][name], f"--resume cannot change --{name.replace('_', '-')}: {last} has "
-              f"{saved['settings'][name]}, not {asked[name]}")
+    for name in asked.keys() & before.keys() - PACE:
+        check(asked[name] == before[name], f"--resume cannot change {flag(name)}: {last} has {before[name]}, "
+              f"not {asked[name]}")
     check(saved["step"] < settings["iters"] or saved["recent"],  # or it waits for its last validation
           f"{last} is at step {saved['step']}; to go on, give --iters more than that, not {settings['iters']}")
     check(settings["eval_every"] >= 1, f"--eval-every must be at least 1, not {settings['eval_every']}")
@@ -136,9 +138,8 @@ def make_run(args: argparse.Namespace) -> Run:
     config = Config(len(corpus.vocab), **{f.name: settings[f.name] for f in fields(Config)[1:]})
     training = Training(**{f.name: settings[f.name] for f in fields(Training)})
     if args.resume:
-        where = " ".join(settings["data"] or ["the documentation of this Python"])
         check((corpus.sha256, config) == (saved["text_sha256"], saved["config"]),
-              f"--resume cannot change the text, and {where} is not what {last} was trained on")
+              f"--resume cannot change the text, and {text_name(settings["data"])} is not what {last} was trained on")
     else:
         check_memory(config, training.batch_size, args.threads)
         params = model.init_params(config, training.seed)
@@ -169,16 +170,16 @@ def say(text: str) -> None:
         cli.leave_quietly()
 
 def catch_signals() -> list[int]:
-    """Ctrl-C, SIGTERM and a closed terminal end nothing at first: they are noted in the list that is returned."""
+    """From now on Ctrl-C, SIGTERM and a closed terminal are noted in the list that is returned."""
 
     def note(number: int, frame: object) -> None:
         (parallel.caught if parallel.size > 1 else parallel.stops).append(number)
-        signal.signal(number, signal.SIG_IGN if number == getattr(signal, "SIGHUP", 0) else signal.SIG_DFL)
-        if parallel.rank == 0 and number == signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+        if number == signal.SIGINT and parallel.rank == 0:
             os.write(2, b"\nSaving and stopping. Press Ctrl-C again to quit now.\n")
 
-    for stop in (getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)):
-        if signal.getsignal(stop) != signal.SIG_IGN:  # as nohup has it
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if signal.getsignal(stop := getattr(signal, name, signal.SIGINT)) != signal.SIG_IGN:  # as nohup has it
             signal.signal(stop, note)
     return parallel.stops
 
@@ -204,8 +205,9 @@ def train(run: Run, signals: list[int]) -> None:
                         run.save("best.npz")
                     run.save("last.npz")
                     run.plot()
+                    left = (time.perf_counter() - started) * (t.iters - run.step) / max(1, run.step - first)
                     say(f"step {run.step:6d}   train {train_loss:.4f}   val {val_loss:.4f} nats/char   "
-                        f"{run.seconds:6.1f} s\n  {preview(run)}")
+                        f"{run.seconds:6.1f} s, {left:.0f} to go\n  {preview(run)}")
             if signals or run.step >= t.iters:
                 break
             loss = train_step(run.model, run.params, run.config, t, run.optimizer, run.step, tokens, run.threads)
@@ -213,8 +215,6 @@ def train(run: Run, signals: list[int]) -> None:
             run.step += 1
             run.seconds = before + time.perf_counter() - started
             bar.update()
-            if run.step == first + 10 < t.iters:
-                say(f"about {minutes_left(run, (run.seconds - before) / 10):.1f} minutes to go")
     if signals:
         run.save("last.npz")
 
@@ -240,12 +240,6 @@ def estimate_loss(run: Run, signals: list[int]) -> float | None:
     check(math.isfinite(loss), f"the validation loss became {loss} at step {run.step}: lower --lr")
     return loss
 
-def minutes_left(run: Run, per_step: float) -> float:
-    """With validations: a pass forward takes 0.4 of the seconds of a step on as many tokens."""
-    steps = run.training.iters - run.step
-    in_steps = min(len(run.corpus.val), MOST_VALIDATED) / (run.training.batch_size * run.config.context)
-    return per_step / 60 * (steps + 0.4 * in_steps * math.ceil(steps / run.settings["eval_every"]))
-
 def preview(run: Run) -> str:
     """70 characters that the model writes by now, always from the same start and seed."""
     start = [start_token(run.corpus.vocab, run.corpus.most_common)]
@@ -258,9 +252,9 @@ def report(run: Run, go_on: str) -> None:
     """The numbers, the files and a sample; `go_on` is the command that trains further."""
     best, (step, loss) = run.out / "best.npz", run.best
     say(f"best validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}\n"
-        f"{best}   to sample from: {cli.command('sample.py', best)}\n"
-        f"{run.out / 'last.npz'}   to go on from: {go_on} --iters {2 * run.step}\n"
-        f"{run.out / 'log.csv'}, {run.out / 'loss.png'}   the losses\n\nA sample:\n")
+        f"{best}: sample from it with {cli.command('sample.py', best)}\n"
+        f"{run.out / 'last.npz'}: go on from it with {go_on} --iters {2 * run.step}\n"
+        f"{run.out / 'log.csv'}, {run.out / 'loss.png'}: the losses\n\nA sample:\n")
     params, config, extra = load_checkpoint(best, getattr(run.model, "Flat", dict))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end it at once
     write_sample(run.model, params, config, extra, "", 600, temperature=0.8)
@@ -280,17 +274,17 @@ def main() -> None:
             lock(run.out)
             set_aside(run.out)
             run.save("last.npz")  # before any work: is the folder writable?
-        text, corpus = " ".join(run.settings["data"] or ["the documentation of this Python"]), run.corpus
-        say(f"{visible(text)}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate, "
-            f"{len(corpus.vocab):,} different ones\n{sum(p.size for p in run.params.values()) / 1e6:.2f}M parameters; "
+        corpus, n_params = run.corpus, sum(p.size for p in run.params.values())
+        say(f"{visible(text_name(run.settings["data"]))}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to "
+            f"validate, {len(corpus.vocab):,} different ones\n{n_params / 1e6:.2f}M parameters; "
             f"threads: {args.threads}, processes: {parallel.size}; writing into {run.out}")
         signals = catch_signals()
         train(run, signals)
-        go_on = cli.command("train_char.py", "--resume", "--out", run.out, *["--gpu"] * args.gpu, *(
-            ["--precision", args.precision] if args.precision else []))
+        how = ["--gpu"] * args.gpu + ["--precision", args.precision] * bool(args.precision)
+        go_on = cli.command("train_char.py", "--resume", "--out", run.out, *how)
         if signals and (run.step < run.training.iters or run.recent):
             say(f"stopped at step {run.step} and saved; go on with: {go_on}\n"
-                f"best so far: {run.best}; sample from it with: {cli.command('sample.py', run.out / 'best.npz')}")
+                f"sample from it with: {cli.command('sample.py', run.out / 'best.npz')}")
             sys.exit(128 + signals[0])
         if parallel.rank == 0:
             report(run, go_on)

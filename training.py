@@ -1,7 +1,4 @@
-"""One step of training, on all cores: what train_char.py, the comparison and the benchmark repeat.
-
-`model` is the module that computes, grassmann or gpu.
-"""
+"""One step of training, on all cores. `model` is the module that computes, grassmann or gpu."""
 
 from __future__ import annotations
 
@@ -41,8 +38,7 @@ class Training:
                   f"{name} must be 0 or more{' and whole' * whole}, not {value!r}")
 
     def rate(self, step: int) -> float:
-        """The learning rate: linear up to lr, from its (warmup_iters + 1)-th part, then half a cosine
-        down to min_lr."""
+        """The learning rate: linear up to lr, then half a cosine down to min_lr."""
         if step < self.warmup_iters:
             return self.lr * (step + 1) / (self.warmup_iters + 1)
         progress = (step - self.warmup_iters) / max(1, self.iters - self.warmup_iters)
@@ -75,11 +71,10 @@ def loss_and_grads(
     model: ModuleType, params: Params, config: Config, x: Array, y: Array,
     seed: Sequence[int] | None, threads: int,
 ) -> tuple[float, Params]:
-    """The model's `loss_and_grads` on so many threads: rows are dealt out in shards of bounded size.
+    """The model's `loss_and_grads` on so many threads (0, for a GPU: all rows at once).
 
-    Their gradients are added in a fixed order: a run repeats bit for bit with as many threads, and
-    with others up to rounding. (threads 0, for a GPU: all rows at once.) Under mpiexec each process
-    has its part of the rows, and gets the sums over all of them (parallel.py). Raises UserError.
+    The rows are dealt out in shards, whose gradients are added in a fixed order: a run repeats bit for
+    bit with as many threads. Under mpiexec each process has its part of the rows (parallel.py).
     """
     check(threads >= 0, f"threads must be 1 or more, or 0 for the batch as a whole, not {threads}")
     check(x.shape == y.shape, f"x and y must have one shape, not {x.shape} and {y.shape}")
