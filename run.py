@@ -92,9 +92,11 @@ def read_run(model: ModuleType, last: Path) -> dict:
         texts = [extra["text_sha256"], *(settings["data"] or ())]
         check(all(isinstance(text, str) for text in texts) and {"adam_m", "adam_v"} <= extra.keys(), "")
         Training(**{f.name: settings[f.name] for f in fields(Training)})
+        check(0 <= extra["step"] < 1e18 and settings["eval_every"] >= 1, "")
         extra |= {"params": params, "config": config, "step": int(extra["step"]), "seconds": float(extra["seconds"]),
                   "settings": settings | {f.name: getattr(config, f.name) for f in fields(Config)[1:]},
-                  "recent": [float(loss) for loss in extra["recent"]], "best": best and [int(best[0]), float(best[1])],
+                  "recent": [float(loss) for loss in extra["recent"]],
+                  "best": [int(best[0]), float(best[1])] if best else None,
                   "log": [[int(row[0]), *(c if c is None else float(c) for c in row[1:])] for row in extra["log"]]}
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
         raise UserError(f"{last} cannot be resumed: settings or progress are missing or make no sense") from None

@@ -132,15 +132,19 @@ def make_run(args: argparse.Namespace) -> Run:
     check(saved["step"] < settings["iters"] or saved["recent"],  # or it waits for its last validation
           f"{last} is at step {saved['step']}; to go on, give --iters more than that, not {settings['iters']}")
     check(settings["eval_every"] >= 1, f"--eval-every must be at least 1, not {settings['eval_every']}")
+    for name in () if "data" in typed else saved["settings"].get("data") or ():
+        check(os.path.exists(name) or name == "shakespeare" or "*" in name,
+              f"cannot read {name}: it is gone; if it was moved, add --data with its new place")
     corpus = read_corpus(settings["data"], settings["context"])
     config = Config(len(corpus.vocab), **{f.name: settings[f.name] for f in fields(Config)[1:]})
     training = Training(**{f.name: settings[f.name] for f in fields(Training)})
+    if not args.gpu:  # a GPU says itself that it is full
+        check_memory(config, training.batch_size, args.threads)
     if args.resume:
         where = " ".join(settings["data"] or ["the documentation of this Python"])
         check((corpus.sha256, config) == (saved["text_sha256"], saved["config"]),
               f"--resume cannot change the text, and {where} is not what {last} was trained on")
     else:
-        check_memory(config, training.batch_size, args.threads)
         params = model.init_params(config, training.seed)
         saved = {"params": params, **model.adamw_init(params)}
     state = {name: saved[name] for name in ("step", "seconds", "recent", "best", "log") if name in saved}
