@@ -14,7 +14,7 @@ from tqdm import tqdm
 import parallel
 from checkpoint import load_checkpoint, save_checkpoint
 from grassmann import Config, Params, UserError, check
-from text import WRITTEN, Corpus
+from text import WRITTEN, Corpus, visible
 from training import Training
 
 
@@ -126,6 +126,6 @@ def set_aside(out: Path) -> None:
         folder.mkdir()
         for name in found:
             (out / name).rename(folder / name)
-        print(f"the earlier run in {out} is now in {folder} (--resume would have gone on with it)")
+        print(visible(f"the earlier run in {out} is now in {folder} (--resume would have gone on with it)"))
     else:
         check(not {"log.csv", "loss.png"} & {*found}, f"{out} has a log.csv or loss.png, but no run; give another --out")

@@ -29,7 +29,7 @@ def load_trained(model: ModuleType, checkpoint: Path) -> tuple[Params, Config, d
     if checkpoint.name == "best.npz" and not checkpoint.exists():
         checkpoint = last if last.exists() else SHIPPED if checkpoint == cli.BEST else checkpoint
     if checkpoint != wanted:
-        print(f"there is no {wanted} yet, so this is {checkpoint}", file=sys.stderr)
+        print(visible(f"there is no {wanted} yet, so this is {checkpoint}"), file=sys.stderr)
     check(checkpoint.exists(), f"{checkpoint} does not exist; train_char.py writes it")
     params, config, extra = load_checkpoint(checkpoint, getattr(model, "Flat", dict))
     check(extra.get("vocab") is not None and extra.get("most_common") in range(config.vocab_size),

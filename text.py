@@ -83,7 +83,7 @@ def read_folder(folder: Path) -> list[str]:
     runs = {path.parent for path in below if path.name in ("best.npz", "last.npz")}
     texts, sizes, left_out = [], Counter(), 0
     for path in below:
-        written = any(run in runs and path.relative_to(run).parts[0] in WRITTEN for run in path.parents)
+        written = any(run in runs and path.relative_to(run).parts[0].removesuffix(".tmp") in WRITTEN for run in path.parents)
         if written or any(part[0] == "." for part in path.parts):
             continue
         try:
@@ -93,8 +93,8 @@ def read_folder(folder: Path) -> list[str]:
             left_out += 1
     check(len(texts) > 0, f"there is no UTF-8 text in {folder}")
     kinds = ", ".join(f"{100 * n / max(1, sizes.total()):.0f}% {kind}" for kind, n in sizes.most_common(3))
-    print(f"{folder}: {len(texts)} files are read ({kinds}); {left_out} are left out, as too large, unreadable or "
-          f"not UTF-8. One kind alone: --data {shlex.quote(f'{folder}/**/*{sizes.most_common(1)[0][0]}')}")
+    print(visible(f"{folder}: {len(texts)} files are read ({kinds}); {left_out} are left out, as too large, unreadable "
+                  f"or not UTF-8. One kind alone: --data {shlex.quote(f'{folder}/**/*{sizes.most_common(1)[0][0]}')}"))
     return texts
 
 def read_file(path: Path) -> str:

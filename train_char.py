@@ -167,7 +167,7 @@ def check_memory(config: Config, batch_size: int, threads: int) -> None:
 def say(text: str) -> None:
     """Print a line above the progress bar. If nobody reads the output any more (| head), go on in silence."""
     try:
-        tqdm.write(text)
+        tqdm.write(visible(text))
         sys.stdout.flush()
     except OSError:
         cli.leave_quietly()
@@ -285,7 +285,7 @@ def main() -> None:
             set_aside(run.out)
             run.save("last.npz")  # before any work: is the folder writable?
         text, corpus = " ".join(run.settings["data"] or ["the documentation of this Python"]), run.corpus
-        say(f"{visible(text)}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate, "
+        say(f"{text}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate, "
             f"{len(corpus.vocab):,} different ones\n{sum(p.size for p in run.params.values()) / 1e6:.2f}M parameters; "
             f"threads: {args.threads}, processes: {parallel.size}; writing into {run.out}")
         signals = catch_signals()
