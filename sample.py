@@ -25,7 +25,7 @@ def load_trained(model: ModuleType, checkpoint: Path) -> tuple[Params, Config, d
     Of a run that was stopped before its first validation, last.npz is read in place of best.npz;
     before any run, the model that the project ships in place of cli.BEST. Raises UserError, OSError.
     """
-    wanted, last = checkpoint, checkpoint.with_name("last.npz")
+    wanted, last = checkpoint, checkpoint.parent / "last.npz"
     if checkpoint.name == "best.npz" and not checkpoint.exists():
         checkpoint = last if last.exists() else SHIPPED if checkpoint == cli.BEST else checkpoint
     if checkpoint != wanted:
