@@ -14,7 +14,7 @@ from tqdm import tqdm
 import parallel
 from checkpoint import load_checkpoint, save_checkpoint
 from grassmann import Config, Params, UserError, check
-from text import WRITTEN, Corpus
+from text import WRITTEN, Corpus, visible
 from training import Training
 
 
@@ -88,9 +88,11 @@ def read_run(model: ModuleType, last: Path) -> dict:
     try:
         settings, best = extra["settings"], extra["best"]
         Training(**{f.name: settings[f.name] for f in fields(Training)})
+        check(0 <= extra["step"] < 1e18 and settings["eval_every"] >= 1, "")
         extra |= {"params": params, "config": config, "step": int(extra["step"]), "seconds": float(extra["seconds"]),
                   "settings": settings | {f.name: getattr(config, f.name) for f in fields(Config)[1:]},
-                  "recent": [float(loss) for loss in extra["recent"]], "best": best and [int(best[0]), float(best[1])],
+                  "recent": [float(loss) for loss in extra["recent"]],
+                  "best": [int(best[0]), float(best[1])] if best else None,
                   "log": [[int(row[0]), *(c if c is None else float(c) for c in row[1:])] for row in extra["log"]]}
         "".join([extra["text_sha256"], *(settings["data"] or ())])  # words
         1 // settings["eval_every"], extra["adam_m"]["E"], extra["adam_v"]["E"]
@@ -122,6 +124,6 @@ def set_aside(out: Path) -> None:
         folder.mkdir()
         for name in found:
             (out / name).rename(folder / name)
-        print(f"the earlier run in {out} is now in {folder} (--resume would have gone on with it)")
+        print(visible(f"the earlier run in {out} is now in {folder} (--resume would have gone on with it)"))
     else:
         check(not {"log.csv", "loss.png"} & {*found}, f"{out} has a log.csv or loss.png, but no run; give another --out")

@@ -28,7 +28,7 @@ def load_trained(model: ModuleType, path: Path) -> tuple[Params, Config, dict]:
     others = [path, path.with_name("last.npz"), *[SHIPPED] * (path == cli.BEST)] if path.name == "best.npz" else [path]
     found = next((other for other in others if other.exists()), path)
     if found != path:
-        print(f"there is no {path} yet, so this is {found}", file=sys.stderr)
+        print(visible(f"there is no {path} yet, so this is {found}"), file=sys.stderr)
     check(found.exists(), f"{path} does not exist; train_char.py writes it")
     params, config, extra = load_checkpoint(found, getattr(model, "Flat", dict))
     check(extra.get("vocab") is not None and extra.get("most_common") in range(config.vocab_size),

@@ -34,22 +34,20 @@ class Corpus:
     train: Array
     val: Array
     most_common: int  # token
+    name: str  # where the text comes from
 
 def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
     """The text behind --data as tokens. Raises UserError, also if it is too short for the context."""
-    return corpus_of(load_text(data), context)
+    return corpus_of(load_text(data), context, " ".join(data or ["the documentation of this Python"]))
 
-def corpus_of(text: str, context: int) -> Corpus:
+def corpus_of(text: str, context: int, name: str = "") -> Corpus:
     """A text as tokens. Raises UserError if it is too short for the context."""
     n_val = len(text) // 10
     check(len(text) - n_val > context and n_val >= 2, f"the text has {len(text):,} characters, "
           f"a context of {context} needs {max(20, context * 10 // 9 + 1)}")
     tokens = encode(text, vocab := vocabulary(text))
     most_common = int(np.bincount(tokens[: 1 << 20]).argmax())
-    return Corpus(text_sha256(text), vocab, tokens[:-n_val], tokens[-n_val:], most_common)
-
-def text_name(data: Sequence[str] | None) -> str:
-    return " ".join(data or ["the documentation of this Python"])
+    return Corpus(text_sha256(text), vocab, tokens[:-n_val], tokens[-n_val:], most_common, name)
 
 def text_sha256(text: str) -> str:
     """By which a checkpoint knows its text again."""
@@ -82,7 +80,7 @@ def read_folder(folder: Path) -> list[str]:
     runs = {path.parent for path in below if path.name in ("best.npz", "last.npz")}
     texts, kinds, left_out = [], Counter(), 0
     for path in below:
-        ours = any(run in runs and path.relative_to(run).parts[0] in WRITTEN for run in path.parents)
+        ours = any(run in runs and path.relative_to(run).parts[0].removesuffix(".tmp") in WRITTEN for run in path.parents)
         if ours or any(part[0] == "." for part in path.parts):
             continue
         try:
@@ -92,8 +90,8 @@ def read_folder(folder: Path) -> list[str]:
             left_out += 1
     check(len(texts) > 0, f"there is no UTF-8 text in {folder}")
     shares = ", ".join(f"{kind} {100 * n / max(1, kinds.total()):.0f}%" for kind, n in kinds.most_common(3))
-    print(f"{folder}: {len(texts)} files are read ({shares}), {left_out} are left out (too large, unreadable, not "
-          f"UTF-8); one kind alone: --data {shlex.quote(f'{folder}/**/{kinds.most_common(1)[0][0]}')}")
+    print(visible(f"{folder}: {len(texts)} files are read ({shares}), {left_out} are left out (too large, unreadable, not "
+                  f"UTF-8); one kind alone: --data {shlex.quote(f'{folder}/**/{kinds.most_common(1)[0][0]}')}"))
     return texts
 
 def read_file(path: Path) -> str:

@@ -36,7 +36,7 @@ from checkpoint import load_checkpoint
 from grassmann import Config, check, param_shapes
 from run import Run, lock, read_run, set_aside
 from sample import write_sample
-from text import decode, read_corpus, start_token, text_name, visible
+from text import decode, read_corpus, start_token, visible
 from training import SHARD_TOKENS, Training, in_threads, train_step
 
 LOG_EVERY = 10  # steps per row of log.csv; its training loss is their mean
@@ -134,14 +134,18 @@ def make_run(args: argparse.Namespace) -> Run:
     check(saved["step"] < settings["iters"] or saved["recent"],  # or it waits for its last validation
           f"{last} is at step {saved['step']}; to go on, give --iters more than that, not {settings['iters']}")
     check(settings["eval_every"] >= 1, f"--eval-every must be at least 1, not {settings['eval_every']}")
+    for name in () if "data" in typed else saved["settings"].get("data") or ():
+        check(os.path.exists(name) or name == "shakespeare" or "*" in name,
+              f"cannot read {name}: it is gone; if it was moved, add --data with its new place")
     corpus = read_corpus(settings["data"], settings["context"])
     config = Config(len(corpus.vocab), **{f.name: settings[f.name] for f in fields(Config)[1:]})
     training = Training(**{f.name: settings[f.name] for f in fields(Training)})
+    if not args.gpu:  # a GPU says itself that it is full
+        check_memory(config, training.batch_size, args.threads)
     if args.resume:
         check((corpus.sha256, config) == (saved["text_sha256"], saved["config"]),
-              f"--resume cannot change the text, and {text_name(settings["data"])} is not what {last} was trained on")
+              f"--resume cannot change the text, and {corpus.name} is not what {last} was trained on")
     else:
-        check_memory(config, training.batch_size, args.threads)
         params = model.init_params(config, training.seed)
         saved = {"params": params, **model.adamw_init(params)}
     state = {name: saved[name] for name in ("step", "seconds", "recent", "best", "log") if name in saved}
@@ -164,7 +168,7 @@ def check_memory(config: Config, batch_size: int, threads: int) -> None:
 def say(text: str) -> None:
     """Print a line above the progress bar. If nobody reads the output any more (| head), go on in silence."""
     try:
-        tqdm.write(text)
+        tqdm.write(visible(text))
         sys.stdout.flush()
     except OSError:
         cli.leave_quietly()
@@ -275,9 +279,9 @@ def main() -> None:
             set_aside(run.out)
             run.save("last.npz")  # before any work: is the folder writable?
         corpus, n_params = run.corpus, sum(p.size for p in run.params.values())
-        say(f"{visible(text_name(run.settings["data"]))}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to "
-            f"validate, {len(corpus.vocab):,} different ones\n{n_params / 1e6:.2f}M parameters; "
-            f"threads: {args.threads}, processes: {parallel.size}; writing into {run.out}")
+        say(f"{corpus.name}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate, "
+            f"{len(corpus.vocab):,} different ones\n{n_params / 1e6:.2f}M parameters; threads: {args.threads}, "
+            f"processes: {parallel.size}; writing into {run.out}")
         signals = catch_signals()
         train(run, signals)
         how = ["--gpu"] * args.gpu + ["--precision", args.precision] * bool(args.precision)

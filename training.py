@@ -34,7 +34,7 @@ class Training:
         for name, value in vars(self).items():
             whole = name in ("iters", "batch_size", "warmup_iters", "seed")
             number = isinstance(value, (int, np.integer) if whole else (int, float, np.number))
-            check((number and 0 <= value < math.inf) or (name == "min_lr" and value is None),
+            check((number and 0 <= value < 1e300) or (name == "min_lr" and value is None),
                   f"{name} must be 0 or more{' and whole' * whole}, not {value!r}")
 
     def rate(self, step: int) -> float:
