@@ -26,11 +26,10 @@ def save_checkpoint(path: str | os.PathLike, params: Params, config: Config, **e
     In `extra`, a dict of arrays named like the parameters becomes arrays `KEY/NAME`; the rest must
     be JSON. The file is written beside its place, flushed to the disk and renamed: whatever
     happens, `path` is the old file or the new one, whole. Raises OSError, and UserError for what
-    `load_checkpoint` would refuse (values that are not finite, another model's parameters, …): no
-    good checkpoint is ever replaced by a bad one.
+    `load_checkpoint` would refuse: no good checkpoint is ever replaced by a bad one.
     """
     groups = {"param": on_host(params)}
-    groups |= {key: on_host(value) for key, value in extra.items() if is_arrays(value)}
+    groups |= {key: on_host(value) for key, value in extra.items() if hasattr(value, "keys") and "E" in value}
     check_content(groups, config, extra)
     rest = {key: value for key, value in extra.items() if key not in groups}
     document = json.dumps({"format": FORMAT, "config": asdict(config), "extra": rest}).encode()
@@ -87,9 +86,6 @@ def check_content(groups: dict[str, Params], config: Config, extra: dict) -> Non
         type(vocab) is list and all(type(point) is int and 0 <= point <= 0x10FFFF for point in vocab)
         and vocab == sorted(set(vocab)) and len(vocab) == config.vocab_size),
         "its vocabulary is not one of vocab_size code points in ascending order")
-
-def is_arrays(value: object) -> bool:
-    return isinstance(value, dict) and {hasattr(a, "dtype") for a in value.values()} == {True}
 
 def on_host(arrays: Params) -> Params:
     """CuPy's arrays are fetched."""

@@ -120,12 +120,10 @@ def gelu_backward(dy: Array, cache: tuple) -> Array:
 def draw_rows(seed: int | Sequence[int], first: int = 0, n: int | None = None) -> Callable:
     """draw(shape): uniform numbers in [0, 1), float32, for rows `first`, first + 1, … of a batch of n.
 
-    A row gets the same numbers whoever computes which rows: those of one generator for the whole
-    batch, of which this one skips what belongs to other rows. A step of the generator, 64 bits,
-    makes two numbers, so an odd place is the second number of its step.
+    A row gets the same numbers whoever computes which rows: those that one generator draws for the
+    whole batch. What belongs to other rows is skipped. A step of the generator makes two numbers.
     """
     bits, begin, done = np.random.PCG64(seed), 0, 0  # begin: of the next array; done: steps so far
-    rng = np.random.Generator(bits)
 
     def draw(shape: tuple[int, ...]) -> Array:
         nonlocal begin, done
@@ -134,7 +132,7 @@ def draw_rows(seed: int | Sequence[int], first: int = 0, n: int | None = None) -
         begin += (shape[0] if n is None else n) * row
         bits.advance(start - done)
         done = start + (odd + size + 1) // 2
-        return rng.random(odd + size, np.float32)[odd:].reshape(shape)
+        return np.random.Generator(bits).random(odd + size, np.float32)[odd:].reshape(shape)
 
     return draw
 
@@ -671,9 +669,7 @@ def head_backward(dlogits: Array, cache: tuple) -> tuple[Array, Array]:
     dlogits, rows = dlogits.reshape(-1, len(E)), h.reshape(-1, E.shape[1])  # (T, V), (T, d)
     return (dlogits @ E).reshape(h.shape), dlogits.T @ rows
 
-def model_forward(
-    params: Params, config: Config, tokens: Array, past=None, start: int = 0, draw: Callable | None = None
-) -> tuple[Array, dict]:
+def model_forward(params: Params, config: Config, tokens: Array, past=None, start=0, draw=None) -> tuple[Array, dict]:
     """Embed, N blocks, project onto the embedding: tokens (B, L) -> logits (B, L, V), cache.
 
     `past`, one dict per layer, and `start`, the position of the first token, are for streaming;
@@ -713,25 +709,19 @@ def model_backward(dlogits: Array, cache: dict) -> Params:
     return grads
 
 def forward(params: Params, config: Config, tokens: Array) -> Array:
-    """Logits of the next token at every position: (B, L) integers -> (B, L, V).
-
-    Raises UserError on another config's parameters, on what are no such tokens, and if the model has
-    positions and L exceeds its context.
-    """
+    """Logits of the next token at every position: (B, L) integers -> (B, L, V). Raises UserError on
+    another config's parameters, on other tokens, and if a model with positions gets more than its context."""
     tokens = np.asarray(tokens)
     check_model(params, config)
     check_tokens(tokens, config)
     return model_forward(params, config, tokens)[0]
 
-def loss_and_grads(
-    params: Params, config: Config, x: Array, y: Array,
-    seed: int | Sequence[int] | None = None, rows: tuple[int, int] | None = None,
-) -> tuple[float, Params]:
+def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None, rows=None) -> tuple[float, Params]:
     """Mean cross-entropy in nats of predicting y from x, (B, L), and its gradients, a new dict.
 
-    `seed` drives dropout, None switches it off. `rows` = (first, n): x and y are the rows first,
-    first + 1, … of a batch of n, and loss and gradients are their part, B/n, of the whole batch's.
-    Raises UserError as `forward`, and where x and y differ in shape.
+    `seed`, a whole number or several, drives dropout; None switches it off. `rows` = (first, n): x and
+    y are the rows first, first + 1, … of a batch of n, and loss and gradients are their part, B/n, of
+    the whole batch's. Raises UserError as `forward`, and where x and y differ in shape.
     """
     x, y = np.asarray(x), np.asarray(y)
     check(x.shape == y.shape, f"x and y must have one shape, not {x.shape} and {y.shape}")
@@ -782,10 +772,7 @@ def clip_grads(grads: Params, max_norm: float) -> float:
 # ---- batches and validation ----------------------------------------------------------------------
 
 def get_batch(tokens: Array, batch_size: int, context: int, seed: int, step: int) -> tuple:
-    """x (B, L) and y, the same windows one later; where they lie is drawn from (seed, step).
-
-    Raises UserError if the text is too short for a window.
-    """
+    """x (B, L) and y, the same windows one later; where they lie is drawn from (seed, step). Raises UserError."""
     check(len(tokens) > context, f"{len(tokens)} tokens are too few: a window takes {context} and one more")
     rng = np.random.default_rng((seed, step))
     starts = np.asarray(rng.integers(0, len(tokens) - context, batch_size))  # (on a GPU: copied)
@@ -818,8 +805,7 @@ def stream_init(params: Params, config: Config) -> dict:
     """The state of a decoder that has read nothing.
 
     It keeps, per layer, the last max(Δ) reduced states, and the memory, if any: a token costs the
-    same at position 10 and at position 100,000. (Attention keeps all keys and values.) Raises
-    UserError on another config's parameters.
+    same at position 10 and at position 100,000. (Attention keeps all keys and values.)
     """
     check_model(params, config)
     return {"past": [{} for _ in range(config.n_layer)], "position": 0, "recent": []}
@@ -829,7 +815,6 @@ def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tu
 
     Equals `forward` on the whole text. With positions, the table ends at the context: then the
     decoder forgets all but the last half of the context and reads that again from position 0.
-    Raises UserError if there are no tokens, or one is not in the vocabulary.
     """
     tokens, most = list(tokens), 512  # at once: few, so that they stay in the processor's caches
     check(len(tokens) > 0, "there is nothing to read: give one token or more")
@@ -867,8 +852,7 @@ def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> in
     return int(cumulative.searchsorted(rng.random() * cumulative[-1], side="right"))
 
 def generate(
-    params: Params, config: Config, prompt: Iterable[int], n: int,
-    temperature: float = 1.0, top_k: int | None = None, seed: int = 0,
+    params: Params, config: Config, prompt: Iterable[int], n: int, temperature=1.0, top_k=None, seed=0
 ) -> Iterator[int]:
     """Read the prompt (if empty, token 0), then yield n tokens, each drawn and read in turn.
 

@@ -3,17 +3,14 @@
 Each process (a rank) runs the whole program, on its rows of every batch and its part of a validation. Sums over
 all ranks keep their steps equal; rank 0 prints and writes. Without mpiexec there is one rank, and no mpi4py.
 """
-import io
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import numpy as np
 
 from grassmann import check
-
 
 def available_cores() -> set[int]:
     """The cores that this process may use."""
@@ -23,6 +20,7 @@ size, rank, local_size, local_rank, cores = 1, 0, 1, 0, len(available_cores())  
 started = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or ""
 if started.isdecimal() and int(started) > 1:  # by Open MPI's mpiexec, or that of MPICH or a relative
     from mpi4py import MPI
+    from mpi4py.run import set_abort_status
 
     comm, machine = MPI.COMM_WORLD, MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
     size, rank, local_size, local_rank = comm.size, comm.rank, machine.size, machine.rank
@@ -59,22 +57,14 @@ def shared_map(function: Callable, chunks: list, run: Callable) -> Iterable:
 
 @contextmanager
 def together():
-    """Within the `with` block: only rank 0 prints, and what ends one rank ends all."""
-    if rank:
-        sys.stdout, sys.stderr = open(os.devnull, "w"), io.StringIO()  # noqa: SIM115  (to the end)
+    """Within the `with` block: only rank 0 prints to the standard output, and what ends one rank ends all."""
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (to the end)
     try:
         yield
     except BaseException as end:
-        code = getattr(end, "code", 1)
-        if size == 1 or not code:
-            raise
-        if stops:  # all ranks come here, and the first that ends must not end the others
-            comm.Barrier()
-            sys.exit(0 if rank else code)
-        if not isinstance(end, SystemExit):
-            sys.excepthook(type(end), end, end.__traceback__)
-        if rank:
-            time.sleep(3)  # rank 0, if it has the same error, prints it in this time and ends all
-            print(sys.stderr.getvalue(), end="", file=sys.__stderr__, flush=True)
-        time.sleep(0.5)  # Open MPI's mpiexec drops what it has not read yet
-        comm.Abort(code)
+        if size > 1:
+            if stops:  # all ranks come here, and the first that ends would end the others
+                comm.Barrier()
+            set_abort_status(end)
+        raise

@@ -17,7 +17,6 @@ from grassmann import Config, Params, UserError, check
 from text import WRITTEN, Corpus, visible
 from training import Training
 
-
 @dataclass
 class Run:
     """What is trained, with what, and how far it is."""
@@ -75,7 +74,6 @@ class Run:
             axes.axhline(self.best[1], color="gray", ls=":", label=f"best {self.best[1]:.3f}")
             axes.set(xlabel="step", ylabel="loss (nats per character)")
             axes.set_ylim(top=1.05 * max(row[1] for row in self.log[len(self.log) // 20 :]))  # not the fall at first
-            axes.grid(alpha=0.3)
             axes.legend(frameon=False)
             figure.savefig(self.out / "loss.png", dpi=130)
         except Exception as error:
@@ -88,14 +86,13 @@ def read_run(model: ModuleType, last: Path) -> dict:
     try:
         settings, best = extra["settings"], extra["best"]
         Training(**{f.name: settings[f.name] for f in fields(Training)})
-        check(0 <= extra["step"] < 1e18 and settings["eval_every"] >= 1, "")
+        check(0 <= extra["step"] < 1e18 and settings["eval_every"] >= 1 and "adam_m" in extra and "adam_v" in extra, "")
         extra |= {"params": params, "config": config, "step": int(extra["step"]), "seconds": float(extra["seconds"]),
                   "settings": settings | {f.name: getattr(config, f.name) for f in fields(Config)[1:]},
                   "recent": [float(loss) for loss in extra["recent"]],
                   "best": [int(best[0]), float(best[1])] if best else None,
                   "log": [[int(row[0]), *(c if c is None else float(c) for c in row[1:])] for row in extra["log"]]}
         "".join([extra["text_sha256"], *(settings["data"] or ())])  # words
-        1 // settings["eval_every"], extra["adam_m"]["E"], extra["adam_v"]["E"]
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
         raise UserError(f"{last} cannot be resumed: settings or progress are missing or make no sense") from None
     if (path := last.with_name("best.npz")).exists():

@@ -25,8 +25,8 @@ def load_trained(model: ModuleType, path: Path) -> tuple[Params, Config, dict]:
     Where there is no best.npz, a run that has not come so far gives its last.npz, and before any run
     cli.BEST is the model that the project ships. Raises UserError, OSError.
     """
-    others = [path, path.with_name("last.npz"), *[SHIPPED] * (path == cli.BEST)] if path.name == "best.npz" else [path]
-    found = next((other for other in others if other.exists()), path)
+    others = [path.parent / "last.npz", *[SHIPPED] * (path == cli.BEST)] * (path.name == "best.npz")
+    found = next((other for other in [path, *others] if other.exists()), path)
     if found != path:
         print(visible(f"there is no {path} yet, so this is {found}"), file=sys.stderr)
     check(found.exists(), f"{path} does not exist; train_char.py writes it")

@@ -34,11 +34,12 @@ class Corpus:
     train: Array
     val: Array
     most_common: int  # token
-    name: str  # where the text comes from
+    name: str = ""  # where the text comes from
 
 def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
     """The text behind --data as tokens. Raises UserError, also if it is too short for the context."""
-    return corpus_of(load_text(data), context, " ".join(data or ["the documentation of this Python"]))
+    name = data if isinstance(data, str) else " ".join(data or ["the documentation of this Python"])
+    return corpus_of(load_text(data), context, name)
 
 def corpus_of(text: str, context: int, name: str = "") -> Corpus:
     """A text as tokens. Raises UserError if it is too short for the context."""

@@ -7,8 +7,8 @@
   python train_char.py --resume                 go on after Ctrl-C, or with a larger --iters
   mpiexec -n 4 python train_char.py             on four processes (requirements-parallel.txt)
 
-Writes into --out: best.npz (lowest validation loss, for sample.py), last.npz (for --resume),
-log.csv, loss.png. The last tenth of the text is held out for validation. Ctrl-C loses nothing.
+Writes into --out: best.npz (lowest validation loss), last.npz (to resume), log.csv, loss.png. The
+last tenth of the text is held out for validation. Ctrl-C loses nothing.
 """
 
 from __future__ import annotations
@@ -210,8 +210,11 @@ def train(run: Run, signals: list[int]) -> None:
                     run.save("last.npz")
                     run.plot()
                     left = (time.perf_counter() - started) * (t.iters - run.step) / max(1, run.step - first)
+                    start = [start_token(run.corpus.vocab, run.corpus.most_common)]
+                    written = run.model.generate(run.params, run.config, start, 70, temperature=0.8)
+                    line = decode(written, run.corpus.vocab).replace("\n", "⏎").replace("\t", " ")
                     say(f"step {run.step:6d}   train {train_loss:.4f}   val {val_loss:.4f} nats/char   "
-                        f"{run.seconds:6.1f} s, {left:.0f} to go\n  {preview(run)}")
+                        f"{run.seconds:6.1f} s, {left:.0f} to go\n  {line}")
             if signals or run.step >= t.iters:
                 break
             loss = train_step(run.model, run.params, run.config, t, run.optimizer, run.step, tokens, run.threads)
@@ -223,10 +226,7 @@ def train(run: Run, signals: list[int]) -> None:
         run.save("last.npz")
 
 def estimate_loss(run: Run, signals: list[int]) -> float | None:
-    """The validation loss, of all that is held out or of MOST_VALIDATED characters; None after a signal.
-
-    Raises UserError if it is not finite.
-    """
+    """The validation loss, of at most MOST_VALIDATED characters; None after a signal. Raises UserError."""
     tokens, losses = run.model.np.asarray(run.corpus.val), []
     starts = np.linspace(0, len(tokens) - PIECE - 1, MOST_VALIDATED // PIECE).astype(int).tolist()
 
@@ -244,24 +244,7 @@ def estimate_loss(run: Run, signals: list[int]) -> float | None:
     check(math.isfinite(loss), f"the validation loss became {loss} at step {run.step}: lower --lr")
     return loss
 
-def preview(run: Run) -> str:
-    """70 characters that the model writes by now, always from the same start and seed."""
-    start = [start_token(run.corpus.vocab, run.corpus.most_common)]
-    tokens = run.model.generate(run.params, run.config, start, 70, temperature=0.8, seed=0)
-    return visible(decode(tokens, run.corpus.vocab)).replace("\n", "⏎").replace("\t", " ")
-
 # ---- the program -----------------------------------------------------------------------------------
-
-def report(run: Run, go_on: str) -> None:
-    """The numbers, the files and a sample; `go_on` is the command that trains further."""
-    best, (step, loss) = run.out / "best.npz", run.best
-    say(f"best validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}\n"
-        f"{best}: sample from it with {cli.command('sample.py', best)}\n"
-        f"{run.out / 'last.npz'}: go on from it with {go_on} --iters {2 * run.step}\n"
-        f"{run.out / 'log.csv'}, {run.out / 'loss.png'}: the losses\n\nA sample:\n")
-    params, config, extra = load_checkpoint(best, getattr(run.model, "Flat", dict))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end it at once
-    write_sample(run.model, params, config, extra, "", 600, temperature=0.8)
 
 @parallel.together()
 def main() -> None:
@@ -290,8 +273,15 @@ def main() -> None:
             say(f"stopped at step {run.step} and saved; go on with: {go_on}\n"
                 f"sample from it with: {cli.command('sample.py', run.out / 'best.npz')}")
             sys.exit(128 + signals[0])
+        best, (step, loss) = run.out / "best.npz", run.best
+        say(f"best validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}\n"
+            f"{best}: sample from it with {cli.command('sample.py', best)}\n"
+            f"{run.out / 'last.npz'}: go on from it with {go_on} --iters {2 * run.step}\n"
+            f"{run.out / 'log.csv'}, {run.out / 'loss.png'}: the losses\n\nA sample:\n")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end it at once
         if parallel.rank == 0:
-            report(run, go_on)
+            params, config, extra = load_checkpoint(best, getattr(run.model, "Flat", dict))
+            write_sample(run.model, params, config, extra, "", 600, temperature=0.8)
 
 if __name__ == "__main__":
     main()

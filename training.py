@@ -97,11 +97,8 @@ def loss_and_grads(
 
 @lru_cache
 def pool(threads: int) -> ThreadPoolExecutor:
-    """So many threads, kept: new ones for every step would each take memory of their own anew.
-
-    They hand over the global interpreter lock at every array operation. By default a waiting thread
-    can lose 5 ms, a dozen array operations, so the pool asks for the lock more often.
-    """
+    """So many threads, kept. They hand over the global interpreter lock at every array operation; by
+    default a waiting thread can lose 5 ms, a dozen array operations, so they ask more often."""
     sys.setswitchinterval(1e-4)
     return ThreadPoolExecutor(threads)
 
