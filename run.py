@@ -95,7 +95,7 @@ def read_run(model: ModuleType, last: Path) -> dict:
                   "best": [int(best[0]), float(best[1])] if best else None,
                   "log": [[int(row[0]), *(c if c is None else float(c) for c in row[1:])] for row in extra["log"]]}
         "".join([extra["text_sha256"], *(settings["data"] or ())])  # words
-        1 // settings["eval_every"], extra["adam_m"]["E"], extra["adam_v"]["E"]
+        extra["adam_m"]["E"], extra["adam_v"]["E"]
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
         raise UserError(f"{last} cannot be resumed: settings or progress are missing or make no sense") from None
     if (path := last.with_name("best.npz")).exists():
