@@ -18,14 +18,12 @@ from types import ModuleType
 
 VERSION = "3.0"
 BEST = Path("out/best.npz")  # what the programs read unless told otherwise
-INSTALL = "-m", "pip", "install", "-r", str(Path(__file__).with_name("requirements.txt"))
 
 def prepare() -> None:
     """Settings of the process, before NumPy is imported. They do not change results.
 
-    One BLAS thread: the matrices of a small model are too small to share between cores, so training.py
-    splits the batch instead. And with glibc, keep freed memory: by default the space of large
-    temporaries goes back to the system, and getting it again takes a third of a step.
+    One BLAS thread: small matrices are not worth sharing between cores, so training.py splits the batch. And
+    glibc keeps freed memory: giving it back to the system and getting it again takes a third of a step.
     """
     sys.excepthook = without_traceback
     for library in ("OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):
@@ -37,7 +35,9 @@ def prepare() -> None:
 def without_traceback(kind: type, error: BaseException, trace: object) -> None:
     """During imports: a missing package is a sentence, and Ctrl-C ends in silence."""
     if kind is ModuleNotFoundError:
-        print(f"{error}; install it: {shlex.join([sys.executable, *INSTALL])}", file=sys.stderr)
+        file = Path(__file__).with_name("requirements-parallel.txt" if error.name == "mpi4py" else "requirements.txt")
+        install = shlex.join([sys.executable, "-m", "pip", "install", "-r", str(file)])
+        print(f"{error}; install it: {install}", file=sys.stderr)
     elif kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, error, trace)
 

@@ -26,6 +26,9 @@ def helper(function: Callable) -> Callable:
     """Tests ask for the function as for a fixture, by its name."""
     return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
 
+contents, differences = helper(kill_and_resume.contents), helper(kill_and_resume.differences)
+log_lines = helper(kill_and_resume.log_lines)
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
@@ -38,7 +41,7 @@ def without(tmp_path_factory) -> Callable:
 
     def without(package: str) -> dict[str, str]:
         folder = tmp_path_factory.mktemp("without")
-        (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
+        (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}', name={package!r})")
         return os.environ | {"PYTHONPATH": str(folder)}
 
     return without
