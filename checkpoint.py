@@ -16,17 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from grassmann import Config, Params, UserError, check, check_model, param_shapes
+from grassmann import Array, Config, Params, UserError, check, check_model, param_shapes
 
 FORMAT = 1  # version of the file; a loader refuses any other
 
 def save_checkpoint(path: str | os.PathLike, params: Params, config: Config, **extra) -> None:
     """Write parameters, configuration and `extra`.
 
-    In `extra`, a dict of arrays named like the parameters becomes arrays `KEY/NAME`; the rest must
-    be JSON. The file is written beside its place, flushed to the disk and renamed: whatever
-    happens, `path` is the old file or the new one, whole. Raises OSError, and UserError for what
-    `load_checkpoint` would refuse: no good checkpoint is ever replaced by a bad one.
+    In `extra`, a dict of arrays named like the parameters becomes arrays `KEY/NAME`; the rest must be JSON.
+    The file is written beside its place, flushed to the disk and renamed: whatever happens, `path` is the
+    old file or the new one, whole. Raises OSError, and UserError for what `load_checkpoint` would refuse.
     """
     groups = {"param": on_host(params)}
     groups |= {key: on_host(value) for key, value in extra.items() if hasattr(value, "keys") and "E" in value}
@@ -48,22 +47,21 @@ def save_checkpoint(path: str | os.PathLike, params: Params, config: Config, **e
 def load_checkpoint(path: str | os.PathLike, place: Callable = dict) -> tuple[Params, Config, dict]:
     """Read what `save_checkpoint` wrote: (params, config, extra). `place`: gpu.Flat for a GPU.
 
-    Nothing in the file is executed, and nothing in it is compressed: it takes no more memory than it
-    has bytes. Raises OSError if it cannot be read, and UserError, with one line, if it is not a whole
-    checkpoint of this version.
+    Nothing in the file is executed or unpacked. Raises OSError if it cannot be read, and UserError, with
+    one line, if it is not a whole checkpoint of this version.
     """
     check(not Path(path).exists() or Path(path).is_file(), f"{path} is not a file")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            check(all(member.compress_type == zipfile.ZIP_STORED for member in file.zip.infolist()), "it is compressed")
-            meta = json.loads(file["meta"].tobytes())
+        with zipfile.ZipFile(path) as file:
+            check(all(member.compress_type == zipfile.ZIP_STORED for member in file.infolist()), "it is compressed")
+            meta, found = json.loads(read_array(file, "meta").tobytes()), file.namelist()
             check(meta["format"] == FORMAT, f"format version {meta['format']!r}, this program reads {FORMAT}")
-            check(meta["config"]["n_layer"] < len(file.files), "layers are missing")
+            check(meta["config"]["n_layer"] < len(found), "layers are missing")
             config, extra = Config(**meta["config"]), dict(meta["extra"])
-            shapes, keys = param_shapes(config), {name.split("/")[0] for name in file.files} - {"meta"} | {"param"}
-            names = ["meta", *(f"{key}/{name}" for key in keys for name in shapes)]
-            check(sorted(file.files) == sorted(names), "its arrays are not those of its configuration")
-            groups = {key: {name: np.array(file[f"{key}/{name}"], order="C") for name in shapes} for key in keys}
+            shapes, keys = param_shapes(config), {name.split("/")[0] for name in found} - {"meta.npy"} | {"param"}
+            names = ["meta.npy", *(f"{key}/{name}.npy" for key in keys for name in shapes)]
+            check(sorted(found) == sorted(names), "its arrays are not those of its configuration")
+            groups = {key: {name: read_array(file, f"{key}/{name}") for name in shapes} for key in keys}
         check_content(groups, config, extra)
     except OSError:
         raise
@@ -72,6 +70,13 @@ def load_checkpoint(path: str | os.PathLike, place: Callable = dict) -> tuple[Pa
         raise UserError(f"{path} is not a usable checkpoint: {reason[:200]}") from error
     groups = {key: place(group) for key, group in groups.items()}
     return groups.pop("param"), config, extra | groups
+
+def read_array(archive: zipfile.ZipFile, name: str) -> Array:
+    """An array. It takes no more memory than the file has bytes, whatever its header says."""
+    with archive.open(f"{name}.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.array(np.frombuffer(file.read(), dtype).reshape(shape, order="F" if by_columns else "C"), order="C")
 
 def check_content(groups: dict[str, Params], config: Config, extra: dict) -> None:
     """What a checkpoint must be, when it is written and when it is read. Raises UserError."""
