@@ -62,22 +62,20 @@ def backend(gpu: bool, precision: str | None = None) -> ModuleType:
     """The module that computes: grassmann (NumPy) or gpu (CuPy), same names. Raises UserError."""
     import grassmann
 
+    grassmann.check(gpu or precision is None, "--precision is a choice for GPUs, it needs --gpu")
     if not gpu:
-        grassmann.check(precision is None, "--precision is a choice for GPUs, it needs --gpu")
         return grassmann
     try:
         import gpu as cuda
-
-        cuda.set_precision(precision or "float32")
     except ImportError as error:
         raise grassmann.UserError(f"--gpu: {error}") from None
+    cuda.set_precision(precision or "float32")
     return cuda
 
 def command(script: str, *args: object) -> str:
     """A command line to copy: with the interpreter that runs, and the script as it was found."""
     python = "python" if shutil.which("python") == sys.executable else sys.executable
-    paths = [f"./{a}" if isinstance(a, Path) and str(a).startswith("-") else str(a) for a in args]
-    words = [python, str(Path(sys.argv[0]).with_name(script)), *paths]
+    words = [python, str(Path(sys.argv[0]).with_name(script)), *map(str, args)]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 def plain_output() -> None:
@@ -111,9 +109,5 @@ def short_errors(parser: Parser, where: object, memory: str = "not enough memory
         parser.error(f"{error.filename or where}: {error.strerror}")
     except MemoryError:
         parser.error(memory)
-    except RuntimeError as error:
-        if not str(error).lower().startswith(("cuda", "cublas", "nccl")):
-            raise
-        parser.error(f"the GPU, its driver or its libraries failed: {error}")
     except KeyboardInterrupt:
         parser.exit(130, stopped)

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 import parallel
 from checkpoint import load_checkpoint, save_checkpoint
-from grassmann import Config, Params, UserError, check
+from grassmann import Config, Params, UserError, check, param_shapes
 from text import WRITTEN, Corpus, visible
-from training import Training
+from training import SHARD_TOKENS, Training
 
 @dataclass
 class Run:
@@ -100,6 +100,17 @@ def read_run(model: ModuleType, last: Path) -> dict:
     else:
         extra["best"] = None
     return extra
+
+def check_memory(config: Config, batch_size: int, threads: int) -> None:
+    """Refuse, before anything is allocated, what this machine cannot hold. Raises UserError."""
+    n_params = sum(math.prod(shape) for shape in param_shapes(config).values())
+    tokens = min(math.ceil(batch_size / parallel.size) * config.context, threads * max(SHARD_TOKENS, config.context))
+    of_mixer = 4 * config.n_head * config.context if config.mixer == "attention" else 3 * config.rank**2
+    per_token = config.n_layer * (16 * config.d_model + 6 * config.d_ff + of_mixer) + 4 * config.vocab_size
+    needed = 4e-9 * parallel.local_size * (n_params * (5 + threads) + tokens * per_token)
+    if hasattr(os, "sysconf"):  # not Windows
+        has = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        check(needed <= has, f"this needs about {needed:.1f} GB of memory, the machine has {has:.1f}")
 
 def lock(out: Path) -> None:
     """Keep the folder for this process until it ends: two runs would mix their files. Raises UserError."""

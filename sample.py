@@ -62,10 +62,15 @@ def main() -> None:
         help="below 1 safer, above 1 wilder, 0 always the likeliest (default: 0.8)")
     add("--top-k", type=int, help="draw only among the k likeliest characters (default: all)")
     add("--seed", type=int, help="the same seed, the same text (default: a new one)")
+    add("--mixer", help="the file with the layer of your own that the model has")
     cli.add_gpu_option(parser)
     args = parser.parse_args()
     with cli.short_errors(parser, "standard output", "not enough memory for this model"):
         model = cli.backend(args.gpu, args.precision)
+        if args.mixer:
+            from experiments.layer_checks import load_layer
+
+            load_layer(args.mixer)
         params, config, extra = load_trained(model, args.checkpoint)
         prompt = os.fsencode(args.prompt).decode("utf-8", "surrogateescape")  # in any locale
         prompt = (sys.stdin.read() if prompt == "-" else prompt).replace("\r\n", "\n")

@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 import parallel
 from checkpoint import load_checkpoint
-from grassmann import Config, check, param_shapes
-from run import Run, lock, read_run, set_aside
+from grassmann import Config, check
+from run import Run, check_memory, lock, read_run, set_aside
 from sample import write_sample
 from text import decode, read_corpus, start_token, visible
-from training import SHARD_TOKENS, Training, in_threads, train_step
+from training import Training, in_threads, train_step
 
 LOG_EVERY = 10  # steps per row of log.csv; its training loss is their mean
 MOST_VALIDATED, PIECE = 200_000, 10_000  # characters; of more held out, evenly spread pieces are read
@@ -73,7 +73,7 @@ OPTIONS = {  # name: (type, choices or bool, help)
     "taps": (bool, "learned weights per offset, or their plain average"),
     "normalize": (bool, "divide bivectors by their length"),
     "positions": (bool, "learned position vectors; beyond the context sampling re-reads its last half"),
-    "mixer": (["grassmann", "attention"], "what mixes the tokens"),
+    "mixer": (str, "what mixes the tokens: grassmann, attention, or a file with a layer of your own"),
     "n_head": (int, "attention heads"),
     "memory": (bool, "a bivector in every layer that all tokens so far have written"),
 }
@@ -120,11 +120,17 @@ def make_run(args: argparse.Namespace) -> Run:
     typed = {name: value for name, value in vars(args).items() if name in OPTIONS}
     if "data" in typed:
         typed["data"] = [name if name in ("shakespeare", "") else os.path.abspath(name) for name in typed["data"]]
+    if typed.get("mixer", "").endswith(".py"):  # docs/my_layer.py is one
+        from experiments.layer_checks import check_layer, load_layer
+
+        check(not args.gpu, f"{typed['mixer']} is a layer for NumPy; it runs without --gpu")
+        typed["mixer"] = load_layer(typed["mixer"])
+        check_layer(typed["mixer"])
     saved = read_run(model, last) if args.resume else {"settings": {}, "step": 0, "recent": []}
     before, asked = saved["settings"], PRESETS.get(args.preset, {}) | typed
     settings = DEFAULTS | before | asked  # what is typed counts most
     asked |= paper(settings["n_layer"], settings["d_model"], settings["context"]) | typed if args.paper else {}
-    for name in IGNORED[settings["mixer"]]:
+    for name in IGNORED.get(settings["mixer"], ()):
         check(name not in typed, f"{flag(name)} is of no use with --mixer {settings['mixer']}")
         asked[name] = before.get(name, DEFAULTS[name])  # whatever a preset says
     settings |= asked
@@ -151,17 +157,6 @@ def make_run(args: argparse.Namespace) -> Run:
     state = {name: saved[name] for name in ("step", "seconds", "recent", "best", "log") if name in saved}
     return Run(model, args.out, 0 if args.gpu else args.threads, settings, corpus, config, training, saved["params"],
                {name: saved[name] for name in ("adam_m", "adam_v")}, **state)
-
-def check_memory(config: Config, batch_size: int, threads: int) -> None:
-    """Refuse, before anything is allocated, what this machine cannot hold. Raises UserError."""
-    n_params = sum(math.prod(shape) for shape in param_shapes(config).values())
-    tokens = min(math.ceil(batch_size / parallel.size) * config.context, threads * max(SHARD_TOKENS, config.context))
-    of_mixer = 4 * config.n_head * config.context if config.mixer == "attention" else 3 * config.rank**2
-    per_token = config.n_layer * (16 * config.d_model + 6 * config.d_ff + of_mixer) + 4 * config.vocab_size
-    needed = 4e-9 * parallel.local_size * (n_params * (5 + threads) + tokens * per_token)
-    if hasattr(os, "sysconf"):  # not Windows
-        has = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        check(needed <= has, f"this needs about {needed:.1f} GB of memory, the machine has {has:.1f}")
 
 # ---- training --------------------------------------------------------------------------------------
 
