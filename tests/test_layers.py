@@ -8,7 +8,7 @@ import pytest
 import grassmann as G
 from experiments.layer_checks import check_layer, load_layer
 
-START = Path(G.__file__).parent / "docs" / "my_layer.py"
+START = Path(__file__).parent.parent / "docs" / "my_layer.py"
 
 @pytest.fixture
 def checked(monkeypatch, tmp_path):
