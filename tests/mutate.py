@@ -3,16 +3,15 @@
     python tests/mutate.py                  every mutation, ten minutes or so
     python tests/mutate.py plucker          those with "plucker" in their line
 
-A test that cannot fail proves nothing. Every line of MUTATIONS is a mistake that one could make: a
-function or class, the code as it is, the code with the mistake. The code is an expression or statement
+A test that cannot fail proves nothing. Every line of MUTATIONS has mistakes that one could make: a function
+or class, the code as it is, the code with a mistake, with another, … The code is an expression or statement
 that occurs once there. The tests run with the broken module in place of the right one until one fails.
-Exit code 1 if none does, or the list does not fit, or they fail as it is.
+Exit code 1 if none does, or the list does not fit, or the tests fail as it is.
 """
 
 import ast
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,14 +48,12 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("cross_entropy_forward", "losses.mean()", "losses.sum()"),
     ("cross_entropy_backward", "dlogits[np.arange(len(targets)), targets] -= 1", "pass"),
     ("cross_entropy_backward", "dloss / len(targets)", "dloss"),
-    ("pairs", "np.triu_indices(r, 1)", "np.tril_indices(r, -1)[::-1]"),
-    ("pairs", "np.triu_indices(r, 1)", "np.triu_indices(r, 0)"),
+    ("pairs", "np.triu_indices(r, 1)", "np.tril_indices(r, -1)[::-1]", "np.triu_indices(r, 0)"),
     ("plucker_forward", "u.take(j, 0) * v.take(i, 0)", "-u.take(j, 0) * v.take(i, 0)"),
     ("plucker_backward", "-dp", "dp"),
     ("plucker_backward", "A[i, j], A[j, i] = dp, -dp", "A[j, i], A[i, j] = dp, -dp"),
     ("plucker_backward", '-np.einsum("ijt,jt->it", A, u)', 'np.einsum("ijt,jt->it", A, u)'),
-    ("unit_area_forward", "1e-5", "1e-4"),
-    ("unit_area_forward", "1e-5", "1e-6"),
+    ("unit_area_forward", "1e-5", "1e-4", "1e-6"),
     ("unit_area_forward", "(uu > tiny) & (vv > tiny)", "uu > tiny"),
     ("unit_area_forward", "plane / np.where(plane, height, 1)", "1 / np.maximum(height, 1e-12)"),
     ("unit_area_forward", "dot(v_perp, v_perp)", "np.maximum(vv - uv * uv / uu, 0)"),
@@ -83,8 +80,7 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("gate_forward", "0.5 + 0.5 * np.tanh(0.5 * a)", "1 / (1 + np.exp(-a))"),
     ("gate_backward", "difference * direct * (1 - alpha)", "difference * direct"),
     ("gate_backward", "dout - direct", "direct"),
-    ("contract", "M + A_T @ B - B_T @ A", "M + A_T @ B"),
-    ("contract", "M + A_T @ B - B_T @ A", "A_T @ B - B_T @ A"),
+    ("contract", "M + A_T @ B - B_T @ A", "M + A_T @ B", "A_T @ B - B_T @ A"),
     ("contract", "(X @ B_T * causal) @ A", "(X @ B_T) @ A"),
     ("contract", "X @ M", "X @ M.swapaxes(1, 2)"),
     ("memory_forward", "seen + 1", "seen"),
@@ -95,16 +91,14 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("memory_backward", "contract(b_r, dc_r, z_r)[0]", "contract(b_r, z_r, dc_r)[0]"),
     ("memory_backward", "db[:, ::-1]", "db"),
     ("mix_forward", 'cache["gate"][1]', '1 - cache["gate"][1]'),
-    ("mix_forward", "window[:, -max(offsets):]", "window[:, 1 - max(offsets):]"),
-    ("mix_forward", "window[:, -max(offsets):]", "window"),
+    ("mix_forward", "window[:, -max(offsets):]", "window[:, 1 - max(offsets):]", "window"),
     ("mix_forward", 'np.concatenate([past["z"], z], 1)', 'np.concatenate([z, past["z"]], 1)'),
     ("mix_backward", "dz += dz_partner", "pass"),
     ("mix_backward", "dh + dh_red", "dh"),
     ("mix_backward", "dh + dh_memory", "dh"),
     ("mix_shapes", "(2 * d, d)", "(d, d)"),
     ("attention_forward", "math.sqrt(d // n_head)", "math.sqrt(d)"),
-    ("attention_forward", "k.shape[2] - L", "k.shape[2] - L + 1"),
-    ("attention_forward", "k.shape[2] - L", "max(k.shape[2] - L - 1, 0)"),
+    ("attention_forward", "k.shape[2] - L", "k.shape[2] - L + 1", "max(k.shape[2] - L - 1, 0)"),
     ("attention_forward", "scores - scores.max(-1, keepdims=True)", "scores"),
     ("attention_forward", '[past["v"], v]', '[v, past["v"]]'),
     ("attention_backward", "da - dot(a, da)", "da"),
@@ -118,21 +112,19 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("paper_block_backward", "dsum + dh", "dh"),
     ("paper_block_backward", "dh += dmix", "pass"),
     ("default_offsets", "3 - 4 * (n_layer - 1 - i) // n_layer", "4 * i // n_layer"),
-    ("Config", "0 < min(layer) <= max(layer) < self.context", "max(layer) < self.context"),
-    ("Config", "0 < min(layer) <= max(layer) < self.context", "0 < min(layer) <= self.context"),
+    ("Config", "0 < min(layer) <= max(layer) < self.context",
+     "max(layer) < self.context", "0 < min(layer) <= self.context"),
     ("Config", "len(set(layer)) == len(layer) > 0", "len(layer) > 0"),
     ("Config", '2 if name == "rank" else 1', "1"),
     ("Config", "0 <= self.dropout < 1", "0 <= self.dropout <= 1"),
     ("Config", "self.d_model % self.n_head == 0", "self.d_model >= self.n_head"),
     ("Config", "len(self.offsets) == self.n_layer", "True"),
-    ("Config", "not self.memory and not self.offsets", "not self.offsets"),
-    ("Config", "not self.memory and not self.offsets", "not self.memory"),
+    ("Config", "not self.memory and not self.offsets", "not self.offsets", "not self.memory"),
     ("init_params", "math.sqrt(2 * config.n_layer)", "math.sqrt(config.n_layer)"),
     ("init_params", "scales.get(kind, 0.02)", 'scales.get(kind.replace("taps", ""), 0.02)'),
     ("init_params", "config.d_model ** -0.5", "0.02"),
-    ("check_model", "given != shapes", "given.keys() != shapes.keys()"),
-    ("check_model", "given != shapes", "given.keys() < shapes.keys()"),
-    ("check_model", "given != shapes", "given.keys() > shapes.keys()"),
+    ("check_model", "given != shapes",
+     "given.keys() != shapes.keys()", "given.keys() < shapes.keys()", "given.keys() > shapes.keys()"),
     ("check_tokens", "tokens.ndim == 2", "True"),
     ("check_tokens", "tokens.size > 0", "True"),
     ("check_tokens", 'tokens.dtype.kind in "iu"', "True"),
@@ -150,8 +142,7 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("loss_and_grads", "share * loss", "loss"),
     ("loss_and_grads", "cross_entropy_backward(share, c_loss)", "cross_entropy_backward(1.0, c_loss)"),
     ("loss_and_grads", "check_model(params, config)", "None"),
-    ("loss_and_grads", "check_tokens(tokens, config)", "check_tokens(x, config)"),
-    ("loss_and_grads", "check_tokens(tokens, config)", "check_tokens(y, config)"),
+    ("loss_and_grads", "check_tokens(tokens, config)", "check_tokens(x, config)", "check_tokens(y, config)"),
     ("loss_and_grads", "x.shape == y.shape", "True"),
     ("adamw_step", "(0.9, 0.99)", "(0.9, 0.999)"),
     ("adamw_step", "beta_1**t", "beta_1 ** (t + 1)"),
@@ -177,8 +168,8 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("stream_read", "state |= stream_init(params, config)", 'state["position"] = 0'),
     ("stream_read", 'state["position"] == config.context', 'state["position"] > config.context'),
     ("stream_read", "len(tokens) > 0", "True"),
-    ("stream_read", "0 <= min(tokens) <= max(tokens) < config.vocab_size", "max(tokens) < config.vocab_size"),
-    ("stream_read", "0 <= min(tokens) <= max(tokens) < config.vocab_size", "0 <= min(tokens)"),
+    ("stream_read", "0 <= min(tokens) <= max(tokens) < config.vocab_size",
+     "max(tokens) < config.vocab_size", "0 <= min(tokens)"),
     ("sample", "logits.argmax()", "logits.argmin()"),
     ("sample", "(logits - logits.max()) / temperature", "(logits - logits.max()) * temperature"),
     ("sample", "np.partition(logits, -top_k)[-top_k]", "np.sort(logits)[1 - top_k]"),
@@ -229,22 +220,22 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("checkpoint.check_content", "vocab == sorted(set(vocab))", "True"),
 ]
 
-def source(module: str) -> Path:
-    return Path(f"{module.replace('.', '/')}.py")
+def source(module: str) -> str:
+    return (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
 
 def broken(where: str, old: str, new: str) -> tuple[str, str, str]:
     """The module, the function, and the module's source with the mistake."""
-    module, _, name = where.rpartition(".")
-    module = module or "grassmann"
-    tree = ast.parse((ROOT / source(module)).read_text(encoding="utf-8"))
+    module, _, name = f"grassmann.{where}".removeprefix("grassmann." * ("." in where)).rpartition(".")
+    tree = ast.parse(source(module))
     (one,), (other,) = ast.parse(old).body, ast.parse(new).body
     if isinstance(one, ast.Expr):
         one, other = one.value, other.value
+    code = ast.unparse(one)
     scopes = [node for node in ast.walk(tree) if getattr(node, "name", None) == name] or [tree]
     places = [(parent, field, k) for parent in ast.walk(scopes[0])
               for field, value in ast.iter_fields(parent)
               for k, node in enumerate(value if isinstance(value, list) else [value])
-              if type(node) is type(one) and ast.unparse(node) == ast.unparse(one)]
+              if type(node) is type(one) and ast.unparse(node) == code]
     if len(scopes) != 1 or len(places) != 1:
         sys.exit(f"{where}: {old!r} occurs {len(places)} times, not once: update the list")
     (parent, field, k), = places
@@ -259,10 +250,10 @@ def killer(mutant: tuple[str, str, str]) -> str | None:
     op = re.sub("_(forward|backward)$", "", name)
     tests = sorted(MATHEMATICS, key=lambda test: op not in (ROOT / test).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, source(module))
-        if path.parent != Path(folder):  # a package is there whole or not at all
-            shutil.copytree((ROOT / source(module)).parent, path.parent, ignore=shutil.ignore_patterns("results"))
-        path.write_text(code, encoding="utf-8")
+        package, _, file = module.rpartition(".")
+        Path(folder, package).mkdir(exist_ok=True)
+        Path(folder, package, "__init__.py").touch()
+        Path(folder, package, f"{file}.py").write_text(code, encoding="utf-8")
         tests = ["tests/programs/test_checkpoints.py"] if module == "checkpoint" else tests
         run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o",
                               f"pythonpath={ROOT} {folder}", *tests], cwd=ROOT, capture_output=True, text=True)
@@ -272,12 +263,13 @@ def killer(mutant: tuple[str, str, str]) -> str | None:
     return failed[1] if failed else None
 
 def main() -> int:
-    chosen = [m for m in MUTATIONS if all(word in " ".join(m) for word in sys.argv[1:])]
+    every = [(where, old, new) for where, old, *mistakes in MUTATIONS for new in mistakes]
+    chosen = [mutation for mutation in every if all(word in " ".join(mutation) for word in sys.argv[1:])]
     if not chosen:
         sys.exit(f"{__doc__}\nno mutation has {' '.join(sys.argv[1:])} in its line")
     mutants, survivors = [broken(*mutation) for mutation in chosen], 0
-    for module in {module for module, *_ in mutants}:
-        if failed := killer((module, "", (ROOT / source(module)).read_text(encoding="utf-8"))):
+    for module in {module == "checkpoint": module for module, *_ in mutants}.values():
+        if failed := killer((module, "", source(module))):
             sys.exit(f"without any mutation {failed} fails: repair that first")
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         for mutation, found in zip(chosen, workers.map(killer, mutants), strict=True):
