@@ -9,7 +9,6 @@ import numpy as np
 
 from grassmann import linear_backward, linear_forward, partner_backward, partner_forward
 
-
 def forward(h, w, config, layer, past=None):
     """h (B, L, d) -> (B, L, d), and what backward needs; `past` keeps what later tokens need."""
     z, c_red = linear_forward(h, w["W_red"], w["b_red"])  # (B, L, r)

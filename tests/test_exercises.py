@@ -6,7 +6,6 @@ import grassmann as G
 from experiments import layer_checks
 from text import encode, load_text, vocabulary
 
-
 def test_1_exchanging_the_vectors_changes_every_sign(rng):
     # p_ij(v, u) = v_i u_j - v_j u_i = -(u_i v_j - u_j v_i); for u = v it equals its negative: 0.
     u, v = rng.standard_normal((2, 6))
