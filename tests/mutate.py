@@ -1,17 +1,17 @@
 """Break the mathematics on purpose, in one place at a time, and see whether the tests notice.
 
-    python tests/mutate.py                  every mutation, half an hour or so
+    python tests/mutate.py                  every mutation, ten minutes or so
     python tests/mutate.py plucker          those with "plucker" in their line
 
-A test that cannot fail proves nothing. Every line of MUTATIONS is a mistake that one could make: a
-function or class, the code as it is, the code with the mistake; code is found as syntax, an
-expression or statement that occurs once there. A copy of the project gets one of them and runs the
-tests until one fails. Exit code 1 if none does, or the list does not fit, or they fail as it is.
+A test that cannot fail proves nothing. Every line of MUTATIONS has mistakes that one could make: a function
+or class, the code as it is, the code with a mistake, with another, … The code is an expression or statement
+that occurs once there. The tests run with the broken module in place of the right one until one fails.
+Exit code 1 if none does, or the list does not fit, or the tests fail as it is.
 """
 
 import ast
+import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,23 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MATHEMATICS = [f"tests/test_{name}.py"
-               for name in ("wedge", "numerics", "model", "gradients", "training")]
+MATHEMATICS = [f"tests/test_{name}.py" for name in ("layers", "wedge", "model", "gradients", "training", "numerics")]
 
 MUTATIONS = [  # in grassmann.py unless a module is named
-    ("Config", "0 < min(layer) <= max(layer) < self.context", "max(layer) < self.context"),
-    ("Config", "0 < min(layer) <= max(layer) < self.context", "0 < min(layer) <= self.context"),
-    ("Config", "len(set(layer)) == len(layer) > 0", "len(layer) > 0"),
-    ("Config", '2 if name == "rank" else 1', "1"),
-    ("Config", "0 <= self.dropout < 1", "0 <= self.dropout <= 1"),
-    ("Config", "self.d_model % self.n_head == 0", "self.d_model >= self.n_head"),
-    ("default_offsets", "3 - 4 * (n_layer - 1 - i) // n_layer", "4 * i // n_layer"),
-    ("init_params", "math.sqrt(2 * config.n_layer)", "math.sqrt(config.n_layer)"),
-    ("init_params", "scales.get(kind, 0.02)", 'scales.get(kind.replace("taps", ""), 0.02)'),
-    ("init_params", "config.d_model ** -0.5", "0.02"),
-    ("mix_shapes", "(2 * d, d)", "(d, d)"),
-    # small ops
+    ("", "0.044715", "0.0447"),
     ("linear_forward", "y += b", "y -= b"),
+    ("linear_forward", "x.shape[-1] != len(W)", "False"),
     ("linear_backward", "W.T", "W"),
     ("linear_backward", "dy.sum(0)", "dy.mean(0)"),
     ("layernorm_forward", "np.sqrt(var + eps)", "np.sqrt(var) + eps"),
@@ -44,26 +33,27 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("layernorm_backward", "dx_hat - mean(dx_hat)", "dx_hat"),
     ("layernorm_backward", "x_hat * (dot(dx_hat, x_hat) / len(w))", "0"),
     ("layernorm_backward", "dy * x_hat", "dx_hat * x_hat"),
-    ("", "0.044715", "0.0447"),
     ("gelu_forward", "x.clip(-10, 10)", "x"),
     ("gelu_backward", "1.5 * GELU_CA", "GELU_CA"),
     ("gelu_backward", "tanh * tanh", "tanh"),
+    ("draw_rows", "begin + first * row", "begin"),
+    ("draw_rows", "start - done", "start"),
+    ("draw_rows", "(shape[0] if n is None else n) * row", "size"),
+    ("draw_rows", "odd + size + 1", "odd + size"),
+    ("draw_rows", "rng.random(odd + size, np.float32)[odd:]", "rng.random(odd + size, np.float32)[:size]"),
     ("dropout_forward", "1 - rate", "1"),
-    ("dropout_forward", "rng.random(x.shape, np.float32) >= rate", "rng.random(x.shape) < rate"),
+    ("dropout_forward", "draw(x.shape) >= rate", "draw(x.shape) < rate"),
     ("embedding_backward", "np.add", "np.maximum"),
     ("cross_entropy_forward", "logits - logits.max(-1, keepdims=True)", "logits"),
-    ("cross_entropy_backward", "dlogits[np.arange(len(targets)), targets] -= 1", "pass"),
     ("cross_entropy_forward", "losses.mean()", "losses.sum()"),
+    ("cross_entropy_backward", "dlogits[np.arange(len(targets)), targets] -= 1", "pass"),
     ("cross_entropy_backward", "dloss / len(targets)", "dloss"),
-    # the wedge product
-    ("pairs", "np.triu_indices(r, 1)", "np.tril_indices(r, -1)[::-1]"),
-    ("pairs", "np.triu_indices(r, 1)", "np.triu_indices(r, 0)"),
+    ("pairs", "np.triu_indices(r, 1)", "np.tril_indices(r, -1)[::-1]", "np.triu_indices(r, 0)"),
     ("plucker_forward", "u.take(j, 0) * v.take(i, 0)", "-u.take(j, 0) * v.take(i, 0)"),
     ("plucker_backward", "-dp", "dp"),
     ("plucker_backward", "A[i, j], A[j, i] = dp, -dp", "A[j, i], A[i, j] = dp, -dp"),
     ("plucker_backward", '-np.einsum("ijt,jt->it", A, u)', 'np.einsum("ijt,jt->it", A, u)'),
-    ("unit_area_forward", "1e-5", "1e-4"),
-    ("unit_area_forward", "1e-5", "1e-6"),
+    ("unit_area_forward", "1e-5", "1e-4", "1e-6"),
     ("unit_area_forward", "(uu > tiny) & (vv > tiny)", "uu > tiny"),
     ("unit_area_forward", "plane / np.where(plane, height, 1)", "1 / np.maximum(height, 1e-12)"),
     ("unit_area_forward", "dot(v_perp, v_perp)", "np.maximum(vv - uv * uv / uu, 0)"),
@@ -73,7 +63,6 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("unit_area_forward", "vv * inv_height / uu", "np.sqrt(vv * inv_height / uu)"),
     ("unit_area_backward", "dq * inv_area - along * v_normal", "dq * inv_area"),
     ("unit_area_backward", "-along * u_normal", "along * u_normal"),
-    # the mixing layer
     ("partner_forward", "s[:, delta:] += term", "s[:, :-delta] += term"),
     ("partner_forward", "term = z[:, :-delta]", "term = z[:, 1 : 1 - delta or None]"),
     ("partner_forward", "s, cache = unit_area_forward(z, s)", "_, cache = unit_area_forward(z, s)"),
@@ -91,12 +80,7 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("gate_forward", "0.5 + 0.5 * np.tanh(0.5 * a)", "1 / (1 + np.exp(-a))"),
     ("gate_backward", "difference * direct * (1 - alpha)", "difference * direct"),
     ("gate_backward", "dout - direct", "direct"),
-    ("mix_forward", 'cache["gate"][1]', '1 - cache["gate"][1]'),
-    ("mix_backward", "dz += dz_partner", "pass"),
-    ("mix_backward", "dh + dh_red", "dh"),
-    # memory
-    ("contract", "M + A_T @ B - B_T @ A", "M + A_T @ B"),
-    ("contract", "M + A_T @ B - B_T @ A", "A_T @ B - B_T @ A"),
+    ("contract", "M + A_T @ B - B_T @ A", "M + A_T @ B", "A_T @ B - B_T @ A"),
     ("contract", "(X @ B_T * causal) @ A", "(X @ B_T) @ A"),
     ("contract", "X @ M", "X @ M.swapaxes(1, 2)"),
     ("memory_forward", "seen + 1", "seen"),
@@ -106,35 +90,60 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("memory_backward", "-contract(dc, a, b)[0]", "contract(dc, a, b)[0]"),
     ("memory_backward", "contract(b_r, dc_r, z_r)[0]", "contract(b_r, z_r, dc_r)[0]"),
     ("memory_backward", "db[:, ::-1]", "db"),
+    ("mix_forward", 'cache["gate"][1]', '1 - cache["gate"][1]'),
+    ("mix_forward", "window[:, -max(offsets):]", "window[:, 1 - max(offsets):]", "window"),
+    ("mix_forward", 'np.concatenate([past["z"], z], 1)', 'np.concatenate([z, past["z"]], 1)'),
+    ("mix_backward", "dz += dz_partner", "pass"),
+    ("mix_backward", "dh + dh_red", "dh"),
     ("mix_backward", "dh + dh_memory", "dh"),
-    # attention
+    ("mix_shapes", "(2 * d, d)", "(d, d)"),
     ("attention_forward", "math.sqrt(d // n_head)", "math.sqrt(d)"),
-    ("attention_forward", "k.shape[2] - L", "k.shape[2] - L + 1"),
-    ("attention_forward", "k.shape[2] - L", "max(k.shape[2] - L - 1, 0)"),
+    ("attention_forward", "k.shape[2] - L", "k.shape[2] - L + 1", "max(k.shape[2] - L - 1, 0)"),
     ("attention_forward", "scores - scores.max(-1, keepdims=True)", "scores"),
-    ("attention_backward", "da - dot(a, da)", "da"),
     ("attention_forward", '[past["v"], v]', '[v, past["v"]]'),
+    ("attention_backward", "da - dot(a, da)", "da"),
     ("attention_backward", "math.sqrt(d_h)", "1"),
     ("attention_backward", "dqk.swapaxes(-1, -2) @ q", "dqk @ q"),
-    # blocks and model
     ("prenorm_block_forward", "h + ffn", "ffn"),
     ("prenorm_block_backward", "dout + dh", "dh"),
     ("prenorm_block_backward", "dh + dx", "dx"),
-    ("prenorm_block_backward", 'cache["keep_mix"]', 'cache["keep_ffn"]'),
+    ("prenorm_block_backward", 'cache["mask_mix"]', 'cache["mask_ffn"]'),
     ("paper_block_forward", "h + mix", "mix"),
     ("paper_block_backward", "dsum + dh", "dh"),
     ("paper_block_backward", "dh += dmix", "pass"),
+    ("default_offsets", "3 - 4 * (n_layer - 1 - i) // n_layer", "4 * i // n_layer"),
+    ("Config", "0 < min(layer) <= max(layer) < self.context",
+     "max(layer) < self.context", "0 < min(layer) <= self.context"),
+    ("Config", "len(set(layer)) == len(layer) > 0", "len(layer) > 0"),
+    ("Config", '2 if name == "rank" else 1', "1"),
+    ("Config", "0 <= self.dropout < 1", "0 <= self.dropout <= 1"),
+    ("Config", "self.d_model % self.n_head == 0", "self.d_model >= self.n_head"),
+    ("Config", "len(self.offsets) == self.n_layer", "True"),
+    ("Config", "not self.memory and not self.offsets", "not self.offsets", "not self.memory"),
+    ("init_params", "math.sqrt(2 * config.n_layer)", "math.sqrt(config.n_layer)"),
+    ("init_params", "scales.get(kind, 0.02)", 'scales.get(kind.replace("taps", ""), 0.02)'),
+    ("init_params", "config.d_model ** -0.5", "0.02"),
+    ("check_model", "given != shapes",
+     "given.keys() != shapes.keys()", "given.keys() < shapes.keys()", "given.keys() > shapes.keys()"),
+    ("check_tokens", "tokens.ndim == 2", "True"),
+    ("check_tokens", "tokens.size > 0", "True"),
+    ("check_tokens", 'tokens.dtype.kind in "iu"', "True"),
+    ("check_tokens", "low >= 0", "True"),
+    ("check_tokens", "high <= last", "True"),
     ("model_forward", 'params["ln_f.b"]', '0 * params["ln_f.b"]'),
     ("model_forward", 'params["P"][start:end]', 'params["P"][:end - start]'),
-    ("model_forward", "end > config.context", "end >= config.context"),
+    ("model_forward", "end <= config.context", "end < config.context"),
     ("model_backward", 'dE + embedding_backward(dh, cache["embed"])', "dE"),
     ("model_backward", "dh.sum(0)", "dh.mean(0)"),
     ("model_backward", "reversed(range(config.n_layer))", "range(config.n_layer)"),
-    ("model_backward", 'dh = dropout_backward(dh, cache["keep"])', "pass"),
+    ("model_backward", 'dh = dropout_backward(dh, cache["mask"])', "pass"),
+    ("forward", "check_model(params, config)", "None"),
+    ("forward", "check_tokens(tokens, config)", "None"),
     ("loss_and_grads", "share * loss", "loss"),
-    ("loss_and_grads", "cross_entropy_backward(share, c_loss)",
-     "cross_entropy_backward(1.0, c_loss)"),
-    # training
+    ("loss_and_grads", "cross_entropy_backward(share, c_loss)", "cross_entropy_backward(1.0, c_loss)"),
+    ("loss_and_grads", "check_model(params, config)", "None"),
+    ("loss_and_grads", "check_tokens(tokens, config)", "check_tokens(x, config)", "check_tokens(y, config)"),
+    ("loss_and_grads", "x.shape == y.shape", "True"),
     ("adamw_step", "(0.9, 0.99)", "(0.9, 0.999)"),
     ("adamw_step", "beta_1**t", "beta_1 ** (t + 1)"),
     ("adamw_step", "np.sqrt(v / fix_2)", "np.sqrt(v)"),
@@ -144,101 +153,125 @@ MUTATIONS = [  # in grassmann.py unless a module is named
     ("adamw_step", "g * g - v", "np.abs(g) - v"),
     ("clip_grads", "g.astype(np.float64)", "g"),
     ("clip_grads", "max_norm / norm", "1 / norm"),
-    ("training.rate", "step + 1", "step"),
-    ("training.rate", "0.5 * (self.lr - min_lr)", "0.5 * self.lr"),
-    ("training.rate", "min(1.0, progress)", "progress"),
-    ("training.train_step", "(t.seed, step)", "(t.seed, 0)"),
-    ("training.loss_and_grads", "[*seed, 1]", "[*seed, 0]"),
-    ("training.train_step", "model.clip_grads(grads, t.grad_clip)", "model.clip_grads(grads, 1.0)"),
-    ("training.loss_and_grads", "len(rows) / len(x)", "1.0"),
-    ("training.loss_and_grads", "int(rows[0])", "0"),
-    ("training.loss_and_grads", "grads[name] += g", "grads[name] = g"),
-    ("training.loss_and_grads", "loss += shard_loss", "pass"),
     ("get_batch", "len(tokens) - context", "len(tokens) - context - 1"),
     ("get_batch", "tokens[windows + 1]", "tokens[windows]"),
     ("get_batch", "(seed, step)", "seed + step"),
+    ("get_batch", "len(tokens) > context", "len(tokens) >= context"),
     ("validation_loss", "whole < targets", "False"),
     ("validation_loss", "y.size", "context"),
     ("validation_loss", "tokens[None, whole:-1]", "tokens[None, whole - 1:-2]"),
-    # streaming and sampling
-    ("mix_forward", "window[:, -max(offsets):]", "window[:, 1 - max(offsets):]"),
-    ("mix_forward", "window[:, -max(offsets):]", "window"),
-    ("mix_forward", 'np.concatenate([past["z"], z], 1)', 'np.concatenate([z, past["z"]], 1)'),
+    ("validation_loss", "len(tokens) > 1", "len(tokens) > 0"),
+    ("stream_init", "check_model(params, config)", "None"),
     ("stream_read", 'state["position"] += len(now)', 'state["position"] += 1'),
     ("stream_read", 'config.context - state["position"]', "config.context"),
     ("stream_read", "config.context // 2", "config.context // 2 - 1"),
     ("stream_read", "state |= stream_init(params, config)", 'state["position"] = 0'),
     ("stream_read", 'state["position"] == config.context', 'state["position"] > config.context'),
+    ("stream_read", "len(tokens) > 0", "True"),
+    ("stream_read", "0 <= min(tokens) <= max(tokens) < config.vocab_size",
+     "max(tokens) < config.vocab_size", "0 <= min(tokens)"),
     ("sample", "logits.argmax()", "logits.argmin()"),
     ("sample", "(logits - logits.max()) / temperature", "(logits - logits.max()) * temperature"),
     ("sample", "np.partition(logits, -top_k)[-top_k]", "np.sort(logits)[1 - top_k]"),
     ("sample", "np.isfinite(logits).all()", "True"),
     ("generate", "np.random.default_rng(seed)", "np.random.default_rng(0)"),
     ("generate", "[0]", "[1]"),
-    ("generate", "config.vocab_size - 1", "config.vocab_size - 2"),
-    # checkpoints
+    ("generate", "check_tokens(np.array([prompt]), config)", "None"),
+    ("generate", "0 <= temperature < math.inf", "temperature < math.inf"),
+    ("generate", "operator.index(n) >= 0", "True"),
+    ("generate", "operator.index(top_k) >= 1", "operator.index(top_k) >= 0"),
+    ("training.__post_init__", "0 <= value < 1e300", "value < 1e300"),
+    ("training.__post_init__", 'name == "min_lr" and value is None', "value is None"),
+    ("training.rate", "step + 1", "step"),
+    ("training.rate", "0.5 * (self.lr - min_lr)", "0.5 * self.lr"),
+    ("training.rate", "min(1.0, progress)", "progress"),
+    ("training.train_step", 'hasattr(model, "train_step")', "False"),
+    ("training.train_step", "training.seed", "0"),
+    ("training.train_step", "training.batch_size", "2"),
+    ("training.step_on_batch", "(t.seed, step)", "(t.seed, 0)"),
+    ("training.step_on_batch", "model.clip_grads(grads, t.grad_clip)", "model.clip_grads(grads, 1.0)"),
+    ("training.step_on_batch", "t.rate(step)", "t.lr"),
+    ("training.step_on_batch", "t.weight_decay", "0.1"),
+    ("training.loss_and_grads", "(*seed, 1)", "(*seed, 0)"),
+    ("training.loss_and_grads", "int(rows[0])", "0"),
+    ("training.loss_and_grads", "(int(rows[0]), len(x))", "(int(rows[0]), len(rows))"),
+    ("training.loss_and_grads", "grads[name] += g", "grads[name] = g"),
+    ("training.loss_and_grads", "loss += shard_loss", "pass"),
+    ("training.loss_and_grads", "threads >= 0", "True"),
+    ("training.loss_and_grads", "x.shape == y.shape", "True"),
+    ("experiments.layer_checks.load_layer", "callable(vars(module).get(part))", "True"),
+    ("experiments.layer_checks.load_layer", "hashlib.sha256(content)", 'hashlib.sha256(b"")'),
+    ("experiments.layer_checks.gradient_error", "np.isfinite(error)", "True"),
+    ("experiments.layer_checks.gradient_error", "abs(derived - measured)", "derived - measured"),
+    ("experiments.layer_checks.sees_the_future", "(changed[half:] + 1) % config.vocab_size", "changed[half:]"),
+    ("experiments.layer_checks.check_layer", "2", "1"),
+    ("experiments.layer_checks.check_layer", "change < 1e-8", "True"),
     ("checkpoint.save_checkpoint", 'Path(f"{os.fspath(path)}.tmp")', "Path(path)"),
     ("checkpoint.save_checkpoint", "unfinished.unlink(missing_ok=True)", "None"),
-    ("checkpoint.save_checkpoint", "check(groups, config, extra)", "check({}, config, extra)"),
-    ("checkpoint.save_checkpoint", 'back["extra"] != rest', "False"),
-    ("checkpoint.load_checkpoint", "check(groups, config, extra)", "check({}, config, extra)"),
-    ("checkpoint.load_checkpoint", 'warnings.simplefilter("error")', "None"),
-    ("checkpoint.load_checkpoint", 'sorted(["meta.npy", *arrays])', "sorted(names)"),
-    ("checkpoint.load_checkpoint", 'meta["format"] != FORMAT', "False"),
-    ("checkpoint.check", "dtype not in (np.float32, np.float64)", "False"),
-    ("checkpoint.check", "a.shape != shapes[name]", "False"),
-    ("checkpoint.check", "np.isfinite(a).all()", "True"),
-    ("checkpoint.read", "info.compress_type != zipfile.ZIP_STORED", "False"),
-    ("checkpoint.read", "info.file_size > most + 4096", "False"),
-    ("checkpoint.read", 'np.array(array, order="C")', "array"),
+    ("checkpoint.save_checkpoint", "check_content(groups, config, extra)", "None"),
+    ("checkpoint.save_checkpoint", 'json.loads(document)["extra"] == rest', "True"),
+    ("checkpoint.load_checkpoint", "check_content(groups, config, extra)", "None"),
+    ("checkpoint.load_checkpoint", 'meta["format"] == FORMAT', "True"),
+    ("checkpoint.load_checkpoint", "member.compress_type == zipfile.ZIP_STORED", "True"),
+    ("checkpoint.check_content", "dtype in (np.float32, np.float64)", "True"),
+    ("checkpoint.check_content", "check_model(group, config)", "None"),
+    ("checkpoint.check_content", "a.dtype == dtype", "True"),
+    ("checkpoint.check_content", "np.isfinite(a).all()", "True"),
+    ("checkpoint.check_content", "vocab == sorted(set(vocab))", "True"),
 ]
 
-def broken(where: str, old: str, new: str) -> tuple[str, str]:
-    """The module, and its source with the mistake."""
-    module, _, name = where.rpartition(".")
-    tree = ast.parse((ROOT / f"{module or 'grassmann'}.py").read_text(encoding="utf-8"))
+def source(module: str) -> str:
+    return (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+
+def broken(where: str, old: str, new: str) -> tuple[str, str, str]:
+    """The module, the function, and the module's source with the mistake."""
+    module, _, name = f"grassmann.{where}".removeprefix("grassmann." * ("." in where)).rpartition(".")
+    tree = ast.parse(source(module))
     (one,), (other,) = ast.parse(old).body, ast.parse(new).body
     if isinstance(one, ast.Expr):
         one, other = one.value, other.value
+    code = ast.unparse(one)
     scopes = [node for node in ast.walk(tree) if getattr(node, "name", None) == name] or [tree]
     places = [(parent, field, k) for parent in ast.walk(scopes[0])
               for field, value in ast.iter_fields(parent)
               for k, node in enumerate(value if isinstance(value, list) else [value])
-              if type(node) is type(one) and ast.unparse(node) == ast.unparse(one)]
+              if type(node) is type(one) and ast.unparse(node) == code]
     if len(scopes) != 1 or len(places) != 1:
         sys.exit(f"{where}: {old!r} occurs {len(places)} times, not once: update the list")
     (parent, field, k), = places
     if isinstance(value := getattr(parent, field), list):
         other = [*value[:k], other, *value[k + 1 :]]
     setattr(parent, field, other)
-    return module or "grassmann", ast.unparse(ast.fix_missing_locations(tree))
+    return module, name, ast.unparse(ast.fix_missing_locations(tree))
 
-def killer(mutant: tuple[str, str]) -> str | None:
-    """The test that fails first, or None."""
-    module, code = mutant
-    tests = ["tests/programs/test_checkpoints.py"] if module == "checkpoint" else MATHEMATICS
+def killer(mutant: tuple[str, str, str]) -> str | None:
+    """The test that fails first, or None. Tests that name the function come first."""
+    module, name, code = mutant
+    op = re.sub("_(forward|backward)$", "", name)
+    tests = sorted(MATHEMATICS, key=lambda test: op not in (ROOT / test).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
-        for file in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py"), ROOT / "pyproject.toml"]:
-            copy = Path(folder, file.relative_to(ROOT))
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, copy)
-        Path(folder, f"{module}.py").write_text(code, encoding="utf-8")
-        run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", *tests], cwd=folder,
-                             capture_output=True, text=True)
+        package, _, file = module.rpartition(".")
+        Path(folder, package).mkdir(exist_ok=True)
+        Path(folder, package, "__init__.py").touch()
+        Path(folder, package, f"{file}.py").write_text(code, encoding="utf-8")
+        tests = ["tests/programs/test_checkpoints.py"] if module == "checkpoint" else tests
+        run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o",
+                              f"pythonpath={ROOT} {folder}", *tests], cwd=ROOT, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)( - |$)", run.stdout, re.MULTILINE)
     if run.returncode and not failed:
         sys.exit(f"pytest ended with {run.returncode}:\n{run.stdout}{run.stderr}")
     return failed[1] if failed else None
 
 def main() -> int:
-    chosen = [m for m in MUTATIONS if all(word in " ".join(m) for word in sys.argv[1:])]
+    every = [(where, old, new) for where, old, *mistakes in MUTATIONS for new in mistakes]
+    chosen = [mutation for mutation in every if all(word in " ".join(mutation) for word in sys.argv[1:])]
     if not chosen:
         sys.exit(f"{__doc__}\nno mutation has {' '.join(sys.argv[1:])} in its line")
     mutants, survivors = [broken(*mutation) for mutation in chosen], 0
-    for module in {module for module, _ in mutants}:
-        if failed := killer((module, (ROOT / f"{module}.py").read_text(encoding="utf-8"))):
+    for module in {module == "checkpoint": module for module, *_ in mutants}.values():
+        if failed := killer((module, "", source(module))):
             sys.exit(f"without any mutation {failed} fails: repair that first")
-    with ThreadPoolExecutor(2) as workers:
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
         for mutation, found in zip(chosen, workers.map(killer, mutants), strict=True):
             survivors += not found
             print(f"{': '.join(mutation)[:90]:90} {found or 'SURVIVED'}", flush=True)

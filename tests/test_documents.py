@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:```text\n(.*?)```)?", re.DOTALL)
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[-+]?\d+)?")
-PAGES = [page.relative_to(ROOT).as_posix() for folder in (".", "docs", "experiments") for page in (ROOT / folder).glob("*.md")]
+PAGES = [page for folder in (".", "docs", "experiments") for page in (ROOT / folder).glob("*.md")]
 
-@pytest.fixture(params=PAGES)
+@pytest.fixture(params=PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def page(request) -> Path:
-    return ROOT / request.param
+    return request.param
 
 @pytest.fixture
 def document(page) -> str:

@@ -3,8 +3,8 @@
 import numpy as np
 
 import grassmann as G
+from experiments import layer_checks
 from text import encode, load_text, vocabulary
-
 
 def test_1_exchanging_the_vectors_changes_every_sign(rng):
     # p_ij(v, u) = v_i u_j - v_j u_i = -(u_i v_j - u_j v_i); for u = v it equals its negative: 0.
@@ -35,9 +35,8 @@ def test_5_the_receptive_field_is_the_sum_of_the_largest_offsets(tiny_model):
 
 def test_6_the_backward_of_a_dot_product(rng, check_op):
     # out = Σ_i a_i b_i, so da_i = dout b_i and db_i = dout a_i; dout (..., 1) is stretched over i.
-    a, b = rng.standard_normal((2, 3, 4))
     forward, backward = lambda a, b: (G.dot(a, b), (a, b)), lambda d, c: (d * c[1], d * c[0])
-    check_op("exercise 6", forward, backward, a, b)
+    check_op("exercise 6", forward, backward, *rng.standard_normal((2, 3, 4)))
 
 def rmsnorm_forward(x, w, eps=1e-5):
     sigma = np.sqrt(G.mean(x * x) + eps)
@@ -49,34 +48,30 @@ def rmsnorm_backward(dy, cache):
     return (dy * w - x_hat * G.mean(dy * w * x_hat)) / sigma, (dy * x_hat).sum(0)
 
 def test_7_rmsnorm(rng, check_op):
-    x, w = rng.standard_normal((3, 5)), rng.standard_normal(5)
-    check_op("exercise 7", rmsnorm_forward, rmsnorm_backward, x, w)
+    check_op("exercise 7", rmsnorm_forward, rmsnorm_backward, rng.standard_normal((3, 5)), rng.standard_normal(5))
 
 def test_8_squared_relu(rng, check_op):
     # max(x, 0)² has the slope 2 max(x, 0), from both sides 0 at 0: only the second derivative
     # jumps there, and the central difference, h / 2, is small.
-    x = rng.standard_normal((4, 5))
     forward, backward = lambda x: (np.maximum(x, 0) ** 2, x), lambda d, x: d * 2 * np.maximum(x, 0)
-    check_op("exercise 8", forward, backward, x)
+    check_op("exercise 8", forward, backward, rng.standard_normal((4, 5)))
 
 def test_9_an_average_cannot_tell_its_offsets_apart(rng):
-    z = rng.standard_normal((1, 5, 3))
+    z, taps = rng.standard_normal((1, 5, 3)), np.array([[1.0, 2, 3], [4, 5, 6]])
     swapped = z[:, [0, 1, 3, 2, 4]]  # exchange the tokens one and two back from the last
-    taps = np.array([[1.0, 2, 3], [4, 5, 6]])
-    for how, same in (((None, (1, 2), False), True), ((None, (1, 2), True), True), ((taps, (1, 2), False), False)):
-        s, s_swapped = (G.partner_forward(z, *how)[0][0, -1] for z in (z, swapped))
+    for weights, normalize, same in ((None, False, True), (None, True, True), (taps, False, False)):
+        s, s_swapped = (G.partner_forward(x, weights, (1, 2), normalize)[0][0, -1] for x in (z, swapped))
         assert np.allclose(s, s_swapped) is same
 
 def test_10_the_memory_of_a_stream():
     ours = 4 * 4 * 32 * 4  # layers, places, coordinates, bytes
     keys_and_values = 4 * 2 * 128 * 4  # a character: 41 MB after 10,000
-    for steps, mixer in ((10, "grassmann"), (30, "grassmann"), (30, "attention")):
-        config = G.Config(5, offsets=((1, 2, 3, 4),) * 4, mixer=mixer)
-        params, state = G.init_params(config), G.stream_init({}, config)
-        for _ in range(steps):
-            G.stream_step(params, config, state, 1)
-        held = sum(a.nbytes for layer in state["past"] for a in layer.values())
-        assert held == (ours if mixer == "grassmann" else steps * keys_and_values)
+    for steps, how, held in ((10, {"offsets": ((1, 2, 3, 4),) * 4}, ours),
+                             (30, {"mixer": "attention"}, 30 * keys_and_values)):
+        config = G.Config(5, **how)
+        params = G.init_params(config)
+        _, state = G.stream_read(params, config, G.stream_init(params, config), [1] * steps)
+        assert held == sum(a.nbytes for layer in state["past"] for a in layer.values())
 
 def product_forward(u, v):
     i, j = G.pairs(u.shape[-1])
@@ -98,20 +93,13 @@ def test_11_a_product_without_antisymmetry(rng, check_op):
     assert np.allclose(product_forward(u, v + 2 * w)[0], p + 2 * product_forward(u, w)[0])
 
 def test_12_looking_ahead_is_noticed(monkeypatch, tiny_model):
-    model, tokens = tiny_model(), np.tile(np.arange(8), (2, 1))
-    tokens[1, 5:] = 0
-
-    def leaks():  # does a later token change an earlier logit?
-        one, other = G.forward(*model, tokens)
-        return not np.allclose(one[:5], other[:5])
-
     def ahead(h, w, config, layer, past=None):
         mix, cache = G.mix_forward(h[:, ::-1], w, config, layer)
         return mix[:, ::-1], cache
 
-    assert not leaks()
-    monkeypatch.setitem(G.MIXERS, "grassmann", (ahead, None))
-    assert leaks()
+    assert layer_checks.sees_the_future(*tiny_model(), np.arange(8)) == 0
+    monkeypatch.setitem(G.MIXERS, "grassmann", (ahead, None, G.mix_shapes))
+    assert layer_checks.sees_the_future(*tiny_model(), np.arange(8)) > 1e-3
 
 wedge_forward, wedge_backward = G.plucker_forward, G.plucker_backward
 
@@ -130,32 +118,25 @@ def cosine_backward(dout, cache):
     d = dout[..., -1:]
     return du + d * (f - cosine * e) * per_u, dv + d * (e - cosine * f) * per_v
 
-def test_13_the_cosine_as_one_more_feature(
-        rng, check_op, check_gradients, monkeypatch, tiny_model, batch):
-    u, v = rng.standard_normal((2, 3, 5))
-    check_op("exercise 13", cosine_forward, cosine_backward, u, v)
+def cosine_shapes(config, layer):
+    return G.mix_shapes(config, layer) | {"W_plu": (config.rank * (config.rank - 1) // 2 + 1, config.d_model)}
 
+def test_13_the_cosine_as_one_more_feature(rng, check_op, monkeypatch):
+    check_op("exercise 13", cosine_forward, cosine_backward, *rng.standard_normal((2, 3, 5)))
     monkeypatch.setattr(G, "plucker_forward", cosine_forward)
     monkeypatch.setattr(G, "plucker_backward", cosine_backward)
-    params, config = tiny_model()
-    for name in params:
-        if name.endswith("W_plu"):  # a row more
-            params[name] = 0.4 * rng.standard_normal((7, config.d_model))
-    run = lambda: G.loss_and_grads(params, config, *batch(3))  # noqa: E731
-    check_gradients("exercise 13, the model", lambda: run()[0], params, run()[1], entries=5)
+    monkeypatch.setitem(G.MIXERS, "with the cosine", (G.mix_forward, G.mix_backward, cosine_shapes))
+    layer_checks.check_layer("with the cosine")
 
 def test_14_momentum_needs_a_larger_learning_rate():
     text = load_text("docs/genesis.txt")[:20000]
-    vocab = vocabulary(text)
-    tokens = encode(text, vocab)
-    config = G.Config(len(vocab), 32, 2, 32, 8, ((1, 2), (1, 2, 3, 4)))
+    tokens, config = encode(text, vocabulary(text)), G.Config(len(set(text)), 32, 2, 32, 8, ((1, 2), (1, 2, 3, 4)))
 
     def train(lr, adamw):
         params = G.init_params(config)
         state = G.adamw_init(params)
         for step in range(200):
-            x, y = G.get_batch(tokens[:18000], 16, 32, seed=0, step=step)
-            _, grads = G.loss_and_grads(params, config, x, y)
+            _, grads = G.loss_and_grads(params, config, *G.get_batch(tokens[:18000], 16, 32, seed=0, step=step))
             G.clip_grads(grads, 1.0)
             if adamw:
                 G.adamw_step(params, grads, state, step, lr)

@@ -1,0 +1,90 @@
+"""Three questions to ask of a mixing layer of your own, and the loader for its file (docs/my_layer.py is one).
+
+Are its gradients right? Does it give token by token what it gives all at once? Does it see the future?
+"""
+
+import hashlib
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+import grassmann as G
+
+PARTS = "forward", "backward", "shapes"  # what a layer's file defines: section 11 of the tutorial
+
+def load_layer(path: str | Path) -> str:
+    """Run the file, enter its layer in G.MIXERS under the file's name, return its sha256. Raises UserError."""
+    path = Path(path)
+    G.check(path.suffix == ".py" and path.is_file(), f"a layer is a Python file, and there is no such file: {path}")
+    content, module = path.read_bytes(), ModuleType(path.stem)
+    try:
+        exec(compile(content, path, "exec"), vars(module))  # not imported: what runs is what is hashed
+    except Exception as error:
+        lines = [f", line {at.lineno}" for at in traceback.extract_tb(error.__traceback__) if at.filename == str(path)]
+        raise G.UserError(f"{path}{''.join(lines[-1:])}: {type(error).__name__}: {error}") from error
+    for part in PARTS:
+        G.check(callable(vars(module).get(part)), f"{path} defines no function {part}; docs/my_layer.py has all three")
+    G.MIXERS[path.name] = tuple(vars(module)[part] for part in PARTS)
+    return hashlib.sha256(content).hexdigest()
+
+def slope(loss: Callable[[], float], x: G.Array, D: G.Array, h: float = 1e-5) -> float:
+    """The derivative of loss() as x, which it reads, moves along D: (f(x + hD) - f(x - hD)) / 2h."""
+    start, values = x.copy(), []
+    for side in (h, -h):
+        x[...] = start + side * D
+        values.append(float(loss()))
+    x[...] = start
+    return (values[0] - values[1]) / (2 * h)
+
+def gradient_error(loss: Callable[[], float], params: G.Params, grads: G.Params) -> tuple[float, str, float, float]:
+    """(error, name, derived, measured) of the gradient that central differences of loss() contradict most.
+
+    loss() reads the arrays `params`, float64. Errors are relative to the gradient's length, or 1e-3 if that is more.
+    """
+    G.check(grads.keys() == params.keys(), f"gradients and parameters differ: {sorted(grads.keys() ^ params.keys())}")
+    draw, found = np.random.default_rng(0).standard_normal, []
+    for name, x in params.items():
+        G.check(grads[name].shape == x.shape, f"the gradient of {name} has shape {grads[name].shape}, not {x.shape}")
+        D = draw(x.shape)  # a random direction: a mistake at any entry shows
+        derived, measured = np.vdot(grads[name], D), np.linalg.norm(D) * slope(loss, x, D / np.linalg.norm(D))
+        error = abs(derived - measured) / max(np.linalg.norm(grads[name]), 1e-3)
+        found.append((error if np.isfinite(error) else np.inf, name, derived, measured))
+    return max(found)
+
+def stream_error(params: G.Params, config: G.Config, tokens: G.Array) -> float:
+    """The largest difference of the logits, read as a prompt and then token by token, from those of `forward`."""
+    half, state, rows = len(tokens) // 2, G.stream_init(params, config), []
+    for part in (tokens[:half], *tokens[half:, None]):
+        logits, state = G.stream_read(params, config, state, part.tolist())
+        rows.append(logits)
+    return float(np.abs(rows - G.forward(params, config, tokens[None])[0, half - 1 :]).max())
+
+def sees_the_future(params: G.Params, config: G.Config, tokens: G.Array) -> float:
+    """How much the logits of the first half change with the tokens of the second half: 0 if they are causal."""
+    half, changed = len(tokens) // 2, tokens.copy()
+    changed[half:] = (changed[half:] + 1) % config.vocab_size
+    return float(np.ptp(G.forward(params, config, np.stack([tokens, changed]))[:, :half], axis=0).max())
+
+def check_layer(mixer: str) -> None:
+    """Ask a small model with two such layers all three questions. Raises UserError, saying what is wrong."""
+    # Two layers: rows that a layer puts out beside the new tokens' rows reach only the layer above.
+    config = G.Config(11, context=24, n_layer=2, d_model=8, rank=4, d_ff=10, dropout=0.0, mixer=mixer)
+    rng, params = np.random.default_rng(1), G.init_params(config, dtype=np.float64)
+    for value in params.values():  # the first weights are so small that they hide mistakes
+        value += 0.3 * rng.standard_normal(value.shape)
+    tokens = rng.integers(0, 11, 24)
+    run = lambda: G.loss_and_grads(params, config, tokens[None, :-1], tokens[None, 1:])  # noqa: E731
+    change, (_, grads) = sees_the_future(params, config, tokens), run()
+    G.check(change < 1e-9, f"{mixer} sees the future: later tokens change earlier logits, by {change:.2g}")
+    own = ({k: v for k, v in group.items() if ".mix." in k} or group for group in (params, grads))
+    error, name, derived, measured = gradient_error(lambda: run()[0], *own)
+    G.check(error < 1e-5, f"{mixer}: the gradient of {name} is wrong: along a random direction it is {derived:.6g}, "
+          f"central differences of the loss are {measured:.6g}")
+    try:
+        change = stream_error(params, config, tokens)
+    except Exception as error:
+        raise G.UserError(f"{mixer} reads a text at once, but not in parts: {type(error).__name__}: {error}") from error
+    G.check(change < 1e-8, f"{mixer}: token by token it gives other logits than all at once, by {change:.2g}")

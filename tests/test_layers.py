@@ -1,0 +1,57 @@
+"""A layer of one's own: the file to start from is right, and three wrong ones are found, in words."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+import grassmann as G
+from experiments.layer_checks import check_layer, load_layer
+
+START = Path(__file__).parent.parent / "docs" / "my_layer.py"
+
+@pytest.fixture
+def checked(monkeypatch, tmp_path):
+    def checked(old: str, new: str) -> None:
+        """Load and check the file with one change."""
+        source = START.read_text(encoding="utf-8")
+        assert source.count(old) == 1
+        layer = tmp_path / "mine.py"
+        layer.write_text(source.replace(old, new), encoding="utf-8")
+        monkeypatch.setattr(G, "MIXERS", G.MIXERS.copy())
+        load_layer(layer)
+        check_layer("mine.py")
+    return checked
+
+@pytest.mark.parametrize("mixer", ["grassmann", "attention"])
+def test_the_models_own_layers_pass(mixer):
+    check_layer(mixer)
+
+def test_the_file_to_start_from_passes_and_its_hash_is_that_of_the_file(monkeypatch):
+    monkeypatch.setattr(G, "MIXERS", G.MIXERS.copy())
+    assert load_layer(START) == hashlib.sha256(START.read_bytes()).hexdigest()
+    check_layer("my_layer.py")
+
+@pytest.mark.parametrize(("old", "new", "said"), [
+    ('dz = dz + dp * cache["s"]', "pass",
+     r"mine.py: the gradient of blocks.1.mix.b_red is wrong: along .* it is [\d.]+, .* are [\d.]+$"),
+    ('"W_mix": dW_mix,', '"W_mix": dW_mix.T,', r"the gradient of blocks.0.mix.W_mix has shape \(8, 4\), not \(4, 8\)"),
+    ('"W_mix": dW_mix,', "", r"gradients and parameters differ: \['blocks.0.mix.W_mix'"),
+    ("dp * cache[\"s\"]", "dp * np.nan", "the gradient of .* is wrong"),
+    ("s = s[:, -length:]", "pass", "mine.py reads a text at once, but not in parts: ValueError: operands"),
+    ("-max(config.offsets[layer]) :]", "-1:]",
+     r"mine.py: token by token it gives other logits than all at once, by [\d.]+$"),
+    ("z * s,", "z * s + z.mean(1, keepdims=True),", r"mine.py sees the future: .* by \d"),
+    ("def shapes", "def shape", "mine.py defines no function shapes; docs/my_layer.py has all three"),
+    ("import numpy", "import nonsense", "mine.py, line 8: ModuleNotFoundError: No module named 'nonsense'"),
+    ("z * s,", "z * s *,", r"mine.py: SyntaxError: invalid syntax \(mine.py, line \d+\)"),
+])
+def test_what_is_wrong_is_said(checked, old, new, said):
+    with pytest.raises(G.UserError, match=said) as error:
+        checked(old, new)
+    assert "Error" not in said or error.value.__cause__ is not None
+
+@pytest.mark.parametrize("path", ["missing.py", "docs", "README.md"])
+def test_what_is_no_python_file_is_refused(path):
+    with pytest.raises(G.UserError, match=f"a layer is a Python file, and there is no such file: {path}"):
+        load_layer(path)
