@@ -16,7 +16,10 @@ import grassmann as G
 PARTS = "forward", "backward", "shapes"  # what a layer's file defines: section 11 of the tutorial
 
 def load_layer(path: str | Path) -> str:
-    """Run the file, enter its layer in G.MIXERS under the file's name, return its sha256. Raises UserError."""
+    """Run the file, enter its layer in G.MIXERS under its name and hash, "my_layer.py#1a2b3c4d", and return that.
+
+    A Config of this mixer, and so a checkpoint, fits this very file and no other. Raises UserError.
+    """
     path = Path(path)
     G.check(path.suffix == ".py" and path.is_file(), f"a layer is a Python file, and there is no such file: {path}")
     content, module = path.read_bytes(), ModuleType(path.stem)
@@ -27,8 +30,9 @@ def load_layer(path: str | Path) -> str:
         raise G.UserError(f"{path}{''.join(lines[-1:])}: {type(error).__name__}: {error}") from error
     for part in PARTS:
         G.check(callable(vars(module).get(part)), f"{path} defines no function {part}; docs/my_layer.py has all three")
-    G.MIXERS[path.name] = tuple(vars(module)[part] for part in PARTS)
-    return hashlib.sha256(content).hexdigest()
+    mixer = f"{path.name}#{hashlib.sha256(content).hexdigest()[:8]}"
+    G.MIXERS[mixer] = tuple(vars(module)[part] for part in PARTS)
+    return mixer
 
 def slope(loss: Callable[[], float], x: G.Array, D: G.Array, h: float = 1e-5) -> float:
     """The derivative of loss() as x, which it reads, moves along D: (f(x + hD) - f(x - hD)) / 2h."""
@@ -71,6 +75,7 @@ def sees_the_future(params: G.Params, config: G.Config, tokens: G.Array) -> floa
 def check_layer(mixer: str) -> None:
     """Ask a small model with two such layers all three questions. Raises UserError, saying what is wrong."""
     # Two layers: rows that a layer puts out beside the new tokens' rows reach only the layer above.
+    file = mixer.partition("#")[0]
     config = G.Config(11, context=24, n_layer=2, d_model=8, rank=4, d_ff=10, dropout=0.0, mixer=mixer)
     rng, params = np.random.default_rng(1), G.init_params(config, dtype=np.float64)
     for value in params.values():  # the first weights are so small that they hide mistakes
@@ -78,13 +83,13 @@ def check_layer(mixer: str) -> None:
     tokens = rng.integers(0, 11, 24)
     run = lambda: G.loss_and_grads(params, config, tokens[None, :-1], tokens[None, 1:])  # noqa: E731
     change, (_, grads) = sees_the_future(params, config, tokens), run()
-    G.check(change < 1e-9, f"{mixer} sees the future: later tokens change earlier logits, by {change:.2g}")
+    G.check(change < 1e-9, f"{file} sees the future: later tokens change earlier logits, by {change:.2g}")
     own = ({k: v for k, v in group.items() if ".mix." in k} or group for group in (params, grads))
     error, name, derived, measured = gradient_error(lambda: run()[0], *own)
-    G.check(error < 1e-5, f"{mixer}: the gradient of {name} is wrong: along a random direction it is {derived:.6g}, "
+    G.check(error < 1e-5, f"{file}: the gradient of {name} is wrong: along a random direction it is {derived:.6g}, "
           f"central differences of the loss are {measured:.6g}")
     try:
         change = stream_error(params, config, tokens)
     except Exception as error:
-        raise G.UserError(f"{mixer} reads a text at once, but not in parts: {type(error).__name__}: {error}") from error
-    G.check(change < 1e-8, f"{mixer}: token by token it gives other logits than all at once, by {change:.2g}")
+        raise G.UserError(f"{file} reads a text at once, but not in parts: {type(error).__name__}: {error}") from error
+    G.check(change < 1e-8, f"{file}: token by token it gives other logits than all at once, by {change:.2g}")

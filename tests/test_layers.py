@@ -19,8 +19,7 @@ def checked(monkeypatch, tmp_path):
         layer = tmp_path / "mine.py"
         layer.write_text(source.replace(old, new), encoding="utf-8")
         monkeypatch.setattr(G, "MIXERS", G.MIXERS.copy())
-        load_layer(layer)
-        check_layer("mine.py")
+        check_layer(load_layer(layer))
     return checked
 
 @pytest.mark.parametrize("mixer", ["grassmann", "attention"])
@@ -29,8 +28,9 @@ def test_the_models_own_layers_pass(mixer):
 
 def test_the_file_to_start_from_passes_and_its_hash_is_that_of_the_file(monkeypatch):
     monkeypatch.setattr(G, "MIXERS", G.MIXERS.copy())
-    assert load_layer(START) == hashlib.sha256(START.read_bytes()).hexdigest()
-    check_layer("my_layer.py")
+    mixer = load_layer(START)
+    assert mixer == f"my_layer.py#{hashlib.sha256(START.read_bytes()).hexdigest()[:8]}"
+    check_layer(mixer)
 
 @pytest.mark.parametrize(("old", "new", "said"), [
     ('dz = dz + dp * cache["s"]', "pass",
