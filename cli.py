@@ -25,20 +25,11 @@ def prepare() -> None:
     One BLAS thread: small matrices are not worth sharing between cores; training.py splits the batch.
     With glibc, keep freed memory: to get it back from the system takes a third of a step.
     """
-    sys.excepthook = without_traceback
     for library in ("OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):
         os.environ.setdefault(f"{library}_THREADS", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for option, size in ((-1, (1 << 31) - 1), (-2, 1 << 26), (-3, 1 << 25)) if mallopt else ():
         mallopt(option, size)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
-
-def without_traceback(kind: type, error: BaseException, trace: object) -> None:
-    """During imports: a missing package is a sentence, and Ctrl-C ends in silence."""
-    if kind is ModuleNotFoundError:
-        needed = Path(__file__).with_name(f"requirements{'-parallel' * (error.name == 'mpi4py')}.txt")
-        print(f"{error}: {shlex.join([sys.executable, '-m', 'pip', 'install', '-r', str(needed)])}", file=sys.stderr)
-    elif kind is not KeyboardInterrupt:
-        sys.__excepthook__(kind, error, trace)
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, exit code 2."""

@@ -560,7 +560,7 @@ def default_offsets(n_layer: int, context: int, taps: bool) -> tuple[tuple[int, 
 
 @dataclass(unsafe_hash=True)  # dataclasses.replace changes one (and keeps its d_ff and offsets)
 class Config:
-    """The sizes and variants of one model; the defaults are train_char.py's. Raises UserError.
+    """The sizes and variants of one model; the defaults are train_char.py's. Raises UserError, TypeError.
 
     The paper's model: block="paper", taps=False, normalize=True, positions=True, d_ff=4*d_model, and
     for six layers offsets=((1,), (2,), (4,), (8,), (12,), (16,)).
@@ -584,19 +584,16 @@ class Config:
 
     def __post_init__(self) -> None:
         attention = self.mixer == "attention"
-        try:
-            if self.d_ff is None:
-                self.d_ff = (4 if attention else 2) * self.d_model
-            if self.offsets is None:
-                self.offsets = () if attention else default_offsets(self.n_layer, self.context, self.taps)
-            self.offsets = tuple(tuple(map(operator.index, layer)) for layer in self.offsets)
-            for name in ("vocab_size", "context", "n_layer", "d_model", "rank", "d_ff", "n_head"):
-                size, least = operator.index(getattr(self, name)), 2 if name == "rank" else 1
-                check(size >= least, f"{name} must be at least {least}, not {size}")
-                setattr(self, name, size)
-            self.dropout = float(self.dropout)
-        except (TypeError, ZeroDivisionError):
-            raise UserError("sizes and offsets must be whole numbers, dropout a number") from None
+        if self.d_ff is None:
+            self.d_ff = (4 if attention else 2) * self.d_model
+        if self.offsets is None:
+            self.offsets = () if attention else default_offsets(self.n_layer, self.context, self.taps)
+        self.offsets = tuple(tuple(map(operator.index, layer)) for layer in self.offsets)
+        for name in ("vocab_size", "context", "n_layer", "d_model", "rank", "d_ff", "n_head"):
+            size, least = operator.index(getattr(self, name)), 2 if name == "rank" else 1
+            check(size >= least, f"{name} must be at least {least}, not {size}")
+            setattr(self, name, size)
+        self.dropout = float(self.dropout)
         check(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
         check(self.block in BLOCKS, f"block must be one of {[*BLOCKS]}, not {self.block!r}")
         check(self.mixer in MIXERS, f"mixer must be one of {[*MIXERS]}, or a file that --mixer names, not {self.mixer!r}")
@@ -836,11 +833,8 @@ def stream_step(params: Params, config: Config, state: dict, token: int) -> tupl
     return stream_read(params, config, state, [token])
 
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
-    """Draw from softmax(logits / temperature), among the top_k largest and any equal to the last.
-
-    Temperature 0: the largest. Raises UserError if the logits are not finite, as those of a run
-    that diverged.
-    """
+    """Draw from softmax(logits / temperature), among the top_k largest and any equal to the last;
+    temperature 0: the largest. Raises UserError if the logits are not finite: the run diverged."""
     check(np.isfinite(logits).all(), "the model's logits are not finite")
     logits = logits.astype(np.float64)
     if temperature == 0:
@@ -854,10 +848,8 @@ def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> in
 def generate(
     params: Params, config: Config, prompt: Iterable[int], n: int, temperature=1.0, top_k=None, seed=0
 ) -> Iterator[int]:
-    """Read the prompt (if empty, token 0), then yield n tokens, each drawn and read in turn.
-
-    Raises UserError (and TypeError) on parameters, tokens, temperature, n or top_k that make no sense.
-    """
+    """Read the prompt (if empty, token 0), then yield n tokens, each drawn and read in turn. Raises
+    UserError and TypeError, at once, on parameters, tokens, temperature, n or top_k that make no sense."""
     prompt, rng = [operator.index(token) for token in prompt] or [0], np.random.default_rng(seed)
     state = stream_init(params, config)
     check_tokens(np.array([prompt]), config)

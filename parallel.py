@@ -5,7 +5,7 @@ all ranks keep their steps equal; rank 0 prints and writes. Without mpiexec ther
 """
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -47,13 +47,17 @@ def add_up(loss: float, grads: dict) -> tuple[float, dict]:
     parts = iter(np.split(flat, np.cumsum([g.size for g in grads.values()])))
     return flat[-2], {name: next(parts).reshape(g.shape) for name, g in grads.items()}
 
-def shared_map(function: Callable, chunks: list, run: Callable) -> Iterable:
-    """run(function, chunks), as of map; each rank does its part, and the results are numbers."""
-    if size == 1:
-        return run(function, chunks)
-    every = comm.allgather([*map(float, run(function, chunks[rank::size])), len(caught)])
-    stop_if(sum(part[-1] for part in every))
-    return [every[k % size][k // size] for k in range(len(chunks))]
+def shared_map(function: Callable, chunks: list, run: Callable) -> Iterator:
+    """run(function, chunks), as of map, until a signal; each rank does its part, and results are numbers."""
+    if size > 1:
+        every = comm.allgather([*map(float, run(function, chunks[rank::size])), len(caught)])
+        stop_if(sum(part[-1] for part in every))
+        yield from (every[k % size][k // size] for k in range(len(chunks)))
+    else:
+        for number in run(function, chunks):
+            yield number
+            if stops:
+                break
 
 @contextmanager
 def together():

@@ -80,7 +80,7 @@ class Run:
             tqdm.write(f"no loss.png: {type(error).__name__}: {' '.join(str(error).split()):.100}")
 
 def read_run(model: ModuleType, last: Path) -> dict:
-    """What last.npz holds; best.npz must be whole if it is there. Raises UserError and OSError."""
+    """What last.npz holds. Raises UserError and OSError."""
     check(last.exists(), f"nothing to resume: {last} does not exist")
     params, config, extra = load_checkpoint(last, getattr(model, "Flat", dict))
     try:
@@ -95,11 +95,7 @@ def read_run(model: ModuleType, last: Path) -> dict:
         "".join([extra["text_sha256"], *(settings["data"] or ())])  # words
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
         raise UserError(f"{last} cannot be resumed: settings or progress are missing or make no sense") from None
-    if (path := last.with_name("best.npz")).exists():
-        load_checkpoint(path)
-    else:
-        extra["best"] = None
-    return extra
+    return extra if last.with_name("best.npz").exists() else extra | {"best": None}
 
 def check_memory(config: Config, batch_size: int, threads: int) -> None:
     """Refuse, before anything is allocated, what this machine cannot hold. Raises UserError."""

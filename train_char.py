@@ -23,7 +23,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -168,8 +167,8 @@ def say(text: str) -> None:
     except OSError:
         cli.leave_quietly()
 
-def catch_signals() -> list[int]:
-    """From now on Ctrl-C, SIGTERM and a closed terminal are noted in the list that is returned."""
+def catch_signals() -> None:
+    """From now on Ctrl-C, SIGTERM and a closed terminal are noted in parallel.stops, for `train` to see."""
 
     def note(number: int, frame: object) -> None:
         (parallel.caught if parallel.size > 1 else parallel.stops).append(number)
@@ -180,9 +179,8 @@ def catch_signals() -> list[int]:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if signal.getsignal(stop := getattr(signal, name, signal.SIGINT)) != signal.SIG_IGN:  # as nohup has it
             signal.signal(stop, note)
-    return parallel.stops
 
-def train(run: Run, signals: list[int]) -> None:
+def train(run: Run) -> None:
     """Steps until --iters or a signal. Raises UserError and OSError."""
     t, eval_every, tokens = run.training, run.settings["eval_every"], run.model.np.asarray(run.corpus.train)
     first, before, started = run.step, run.seconds, time.perf_counter()
@@ -191,7 +189,7 @@ def train(run: Run, signals: list[int]) -> None:
             due = run.step % eval_every == 0 or run.step == t.iters
             if run.recent and (due or run.step % LOG_EVERY == 0):  # losses of the last step, or left by a stop
                 train_loss = math.fsum(run.losses()) / len(run.recent)
-                val_loss = estimate_loss(run, signals) if due else None
+                val_loss = estimate_loss(run) if due else None
                 if due and val_loss is None:  # a signal in the validation: the losses wait for the next time
                     break
                 run.log.append([run.step, train_loss, val_loss, t.rate(run.step - 1), round(run.seconds, 2)])
@@ -210,30 +208,24 @@ def train(run: Run, signals: list[int]) -> None:
                     line = decode(written, run.corpus.vocab).replace("\n", "⏎").replace("\t", " ")
                     say(f"step {run.step:6d}   train {train_loss:.4f}   val {val_loss:.4f} nats/char   "
                         f"{run.seconds:6.1f} s, {left:.0f} to go\n  {line}")
-            if signals or run.step >= t.iters:
+            if parallel.stops or run.step >= t.iters:
                 break
             loss = train_step(run.model, run.params, run.config, t, run.optimizer, run.step, tokens, run.threads)
             run.recent.append(loss)
             run.step += 1
             run.seconds = before + time.perf_counter() - started
             bar.update()
-    if signals:
+    if parallel.stops:
         run.save("last.npz")
 
-def estimate_loss(run: Run, signals: list[int]) -> float | None:
+def estimate_loss(run: Run) -> float | None:
     """The validation loss, of at most MOST_VALIDATED characters; None after a signal. Raises UserError."""
     tokens, losses = run.model.np.asarray(run.corpus.val), []
     starts = np.linspace(0, len(tokens) - PIECE - 1, MOST_VALIDATED // PIECE).astype(int).tolist()
-
-    def until_signal(function: Callable, chunks: list) -> Iterator:
-        for loss in parallel.shared_map(function, chunks, partial(in_threads, threads=run.threads or 1)):
-            yield loss
-            if signals:
-                break
-
+    each = partial(parallel.shared_map, run=partial(in_threads, threads=run.threads or 1))
     for piece in [tokens[k : k + PIECE + 1] for k in starts] if len(tokens) > MOST_VALIDATED else [tokens]:
-        losses.append(run.model.validation_loss(run.params, run.config, piece, until_signal))
-        if signals:
+        losses.append(run.model.validation_loss(run.params, run.config, piece, each))
+        if parallel.stops:
             return None
     loss = math.fsum(losses) / len(losses)
     check(math.isfinite(loss), f"the validation loss became {loss} at step {run.step}: lower --lr")
@@ -260,14 +252,14 @@ def main() -> None:
         say(f"{corpus.name}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate, "
             f"{len(corpus.vocab):,} different ones\n{n_params / 1e6:.2f}M parameters; threads: {args.threads}, "
             f"processes: {parallel.size}; writing into {run.out}")
-        signals = catch_signals()
-        train(run, signals)
+        catch_signals()
+        train(run)
         how = ["--gpu"] * args.gpu + ["--precision", args.precision] * bool(args.precision)
         go_on = cli.command("train_char.py", "--resume", "--out", run.out, *how)
-        if signals and (run.step < run.training.iters or run.recent):
+        if parallel.stops and (run.step < run.training.iters or run.recent):
             say(f"stopped at step {run.step} and saved; go on with: {go_on}\n"
                 f"sample from it with: {cli.command('sample.py', run.out / 'best.npz')}")
-            sys.exit(128 + signals[0])
+            sys.exit(128 + parallel.stops[0])
         best, (step, loss) = run.out / "best.npz", run.best
         say(f"best validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}\n"
             f"{best}: sample from it with {cli.command('sample.py', best)}\n"

@@ -77,7 +77,6 @@ def loss_and_grads(
     bit with as many threads. Under mpiexec each process has its part of the rows (parallel.py).
     """
     check(threads >= 0, f"threads must be 1 or more, or 0 for the batch as a whole, not {threads}")
-    check(x.shape == y.shape, f"x and y must have one shape, not {x.shape} and {y.shape}")
     mine = parallel.rows(len(x))
     tokens = len(mine) * x.shape[1]
     n_shards = threads * math.ceil(tokens / (threads * SHARD_TOKENS)) if threads else 1

@@ -1,0 +1,39 @@
+"""How much there is to read, against the limits that this project keeps: python tests/limits.py
+
+Exit code 1 if there is more.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU = "gpu.py", "cuda.py", "kernels.cu"
+
+def lines(*patterns: str) -> int:
+    """The lines of all files that fit a pattern."""
+    return sum(len(path.read_bytes().splitlines()) for pattern in patterns for path in ROOT.glob(pattern))
+
+def words(name: str) -> int:
+    """The words of a page, without its code blocks."""
+    return len(re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE).split())
+
+ROWS = [  # what, how much, at most
+    ("lines at the root, without the GPU's", lines("*.py") - lines(*GPU[:2]), 1900),
+    ("lines of train_char.py", lines("train_char.py"), 290),
+    ("lines of cli.py", lines("cli.py"), 120),
+    ("lines of parallel.py", lines("parallel.py"), 85),
+    ("lines of checkpoint.py", lines("checkpoint.py"), 100),
+    ("lines of training.py", lines("training.py"), 110),
+    (f"lines of {', '.join(GPU)}", lines(*GPU), 1050),
+    ("lines of Python in experiments", lines("experiments/**/*.py"), 2400),
+    ("lines of bench_gpu.py", lines("experiments/bench_gpu.py"), 250),
+    ("lines of tests", lines("tests/**/*.py", "tests/**/*.h"), 5000),
+    ("lines of tests/gpu", lines("tests/gpu/*.py", "tests/gpu/*.h"), 1000),
+]
+
+if __name__ == "__main__":
+    for what, found, most in ROWS:
+        print(f"{found:6,} of {most:6,} {what}{'   TOO MANY' * (found > most)}")
+    print(", ".join(f"{name}: {words(name):,} words" for name in ("README.md", "tutorial.md", "experiments/README.md")))
+    sys.exit(any(found > most for _, found, most in ROWS))
