@@ -233,6 +233,14 @@ def estimate_loss(run: Run) -> float | None:
 
 # ---- the program -----------------------------------------------------------------------------------
 
+def advice(run: Run) -> str:
+    """What helps next, by what was seen; measured in experiments/README.md, "What to try next"."""
+    rows = [row for row in run.log if row[2] is not None]
+    train_loss, loss, before = rows[-1][1], rows[-1][2], rows[-1 - len(rows) // 4][2]
+    if loss - train_loss > 0.15:
+        return f"it learns the text by heart: more --dropout helps (it is {run.config.dropout}), or more text"
+    return "a larger model helps: --d-model, --n-layer, --preset best" if loss > 0.99 * before else "more steps help"
+
 @parallel.together()
 def main() -> None:
     cli.plain_output()
@@ -252,6 +260,10 @@ def main() -> None:
         say(f"{corpus.name}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate, "
             f"{len(corpus.vocab):,} different ones\n{n_params / 1e6:.2f}M parameters; threads: {args.threads}, "
             f"processes: {parallel.size}; writing into {run.out}")
+        rate, before = run.training.rate(run.step), run.log[-1][3] if run.log else 1
+        if run.step > run.training.warmup_iters and rate > 1.1 * before:  # with more --iters
+            say(f"the learning rate rises from {before:.2g} to {rate:.2g} and falls again: this helps a model that was "
+                "still learning, not one that learns its text by heart")
         catch_signals()
         train(run)
         how = ["--gpu"] * args.gpu + ["--precision", args.precision] * bool(args.precision)
@@ -262,9 +274,8 @@ def main() -> None:
             sys.exit(128 + parallel.stops[0])
         best, (step, loss) = run.out / "best.npz", run.best
         say(f"best validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}\n"
-            f"{best}: sample from it with {cli.command('sample.py', best)}\n"
-            f"{run.out / 'last.npz'}: go on from it with {go_on} --iters {2 * run.step}\n"
-            f"{run.out / 'log.csv'}, {run.out / 'loss.png'}: the losses\n\nA sample:\n")
+            f"{run.out / 'log.csv'}, {run.out / 'loss.png'}: the losses; {best}: the model, for\n"
+            f"{cli.command('sample.py', best)}\n{advice(run)}; longer:\n{go_on} --iters {2 * run.step}\n\nA sample:\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end it at once
         if parallel.rank == 0:
             params, config, extra = load_checkpoint(best, getattr(run.model, "Flat", dict))
