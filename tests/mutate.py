@@ -256,7 +256,7 @@ def killer(mutant: tuple[str, str, str]) -> str | None:
         Path(folder, package, f"{file}.py").write_text(code, encoding="utf-8")
         tests = ["tests/programs/test_checkpoints.py"] if module == "checkpoint" else tests
         run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o",
-                              f"pythonpath={ROOT} {folder}", *tests], cwd=ROOT, capture_output=True, text=True)
+                              f"pythonpath={folder}", *tests], cwd=ROOT, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)( - |$)", run.stdout, re.MULTILINE)
     if run.returncode and not failed:
         sys.exit(f"pytest ended with {run.returncode}:\n{run.stdout}{run.stderr}")

@@ -277,4 +277,4 @@ assert "argparse" not in sys.modules
 import checkpoint, cli, parallel, text
 assert state() == before
 """
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(G.__file__).parent)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent)
