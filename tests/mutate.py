@@ -21,6 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MATHEMATICS = [f"tests/test_{name}.py" for name in ("layers", "wedge", "model", "gradients", "training", "numerics")]
 
+RUN = """
+import cli, importlib, pytest, sys
+cli.prepare()
+_, folder, module, *options = sys.argv
+sys.path.insert(0, folder)
+importlib.import_module(module)  # now, so that no test finds the right one first
+sys.exit(pytest.main(options))
+"""
+
 MUTATIONS = {  # in grassmann.py unless a module is named
     "": [("0.044715", "0.0447")],
     "linear_forward": [("y += b", "y -= b"), ("x.shape[-1] != len(W)", "False")],
@@ -189,8 +198,8 @@ def killer(mutant: tuple[str, str, str]) -> str | None:
         Path(folder, package, "__init__.py").touch()
         Path(folder, package, f"{file}.py").write_text(code, encoding="utf-8")
         tests = ["tests/programs/test_checkpoints.py"] if module == "checkpoint" else tests
-        run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o",
-                              f"pythonpath={folder}", *tests], cwd=ROOT, capture_output=True, text=True)
+        run = subprocess.run([sys.executable, "-c", RUN, folder, module, "-x", "-q", "-p", "no:cacheprovider", *tests],
+                             cwd=ROOT, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)( - |$)", run.stdout, re.MULTILINE)
     if run.returncode and not failed:
         sys.exit(f"pytest ended with {run.returncode}:\n{run.stdout}{run.stderr}")
