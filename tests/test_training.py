@@ -10,8 +10,6 @@ import grassmann as G
 import training
 from training import Training
 
-# ---- optimiser -----------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("given", [(), ((0.8, 0.95), 0.0, 1e-2)])
 def test_adamw_is_the_formula(rng, given):
     """Loshchilov and Hutter, algorithm 2, written out for five steps; matrices decay, vectors do not."""
@@ -51,8 +49,6 @@ def test_learning_rate():
     assert Training(iters=100, lr=2.0, warmup_iters=0).rate(0) == 2.0
     assert Training(iters=200, lr=2.0).rate(200) == pytest.approx(0.2)  # a tenth, unless given
 
-# ---- batches, dropout, validation ----------------------------------------------------------------
-
 def test_a_batch_is_windows_of_the_text_drawn_from_seed_and_step():
     """20 tokens have windows of 6 (with targets) at 0 … 14, drawn equally often; 6 have one, 5 none."""
     x, y = G.get_batch(np.arange(20) * 3, 3000, 5, seed=5, step=2)
@@ -89,8 +85,6 @@ def test_validation_takes_every_target_once(tiny_model, length):
     with pytest.raises(G.UserError, match="1 tokens are too few"):
         G.validation_loss(*model, text[:1])
 
-# ---- threads -------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("shape", [(4, 6), (3, 5), (1, 1)])  # rows of an even or an odd length
 def test_rows_of_a_batch_get_what_the_whole_batch_gets(shape):
     """From one generator's numbers, in several arrays one after the other."""
@@ -117,8 +111,6 @@ def test_shards_and_threads_change_nothing_but_rounding(
     loss_3, grads_3 = training.loss_and_grads(G, *model, *batch(B), (1, 2), threads)
     assert loss_2 == loss_3 and all(map(np.array_equal, grads_2.values(), grads_3.values()))
 
-# ---- the step ------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("changes", [{}, {"grad_clip": 0.0}, {"grad_clip": 1e-3, "min_lr": 0.2, "seed": 7}], ids=str)
 @pytest.mark.parametrize("step", [0, 9])
 def test_a_step_is_batch_rate_gradients_clipping_adamw(tiny_model, changes, step):
@@ -128,8 +120,8 @@ def test_a_step_is_batch_rate_gradients_clipping_adamw(tiny_model, changes, step
     optimizer, other_optimizer = G.adamw_init(params), G.adamw_init(expected)
     text = np.random.default_rng(1).integers(0, 11, 200)
     loss = training.train_step(G, params, config, t, optimizer, step, text, threads=2)
-    x, y = G.get_batch(text, 4, 9, t.seed, step)
-    other_loss, grads = training.loss_and_grads(G, expected, config, x, y, (t.seed, step), 2)
+    batch = G.get_batch(text, 4, 9, t.seed, step)
+    other_loss, grads = training.loss_and_grads(G, expected, config, *batch, (t.seed, step), 2)
     if t.grad_clip:
         G.clip_grads(grads, t.grad_clip)
     G.adamw_step(expected, grads, other_optimizer, step, t.rate(step), weight_decay=t.weight_decay)
@@ -137,10 +129,8 @@ def test_a_step_is_batch_rate_gradients_clipping_adamw(tiny_model, changes, step
     for name in params:
         np.testing.assert_array_equal(params[name], expected[name])
         np.testing.assert_array_equal(optimizer["adam_v"][name], other_optimizer["adam_v"][name])
-
-def test_a_module_with_a_step_of_its_own_makes_it():
-    model = SimpleNamespace(train_step=lambda *args: args)
-    assert training.train_step(model, 1, 2, 3, 4, 5, 6, threads=2) == (1, 2, 3, 4, 5, 6)
+    own = SimpleNamespace(train_step=lambda *args: args)  # a module with a step of its own makes it
+    assert training.train_step(own, params, config, t, optimizer, 3, text) == (params, config, t, optimizer, 3, text)
 
 def test_wrong_settings_get_a_sentence(tiny_model, batch):
     for rule, changes in (("lr must be 0 or more, not -1", {"lr": -1}), ("lr must", {"lr": math.nan}),
