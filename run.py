@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 
-from tqdm import tqdm
-
 import parallel
 from checkpoint import load_checkpoint, save_checkpoint
 from grassmann import Config, Params, UserError, check, param_shapes
@@ -59,10 +57,10 @@ class Run:
               f"lower --lr; {self.out / 'last.npz'} is the last good checkpoint")
         return self.recent
 
-    def plot(self) -> None:
-        """loss.png. Training goes on without it: a font cache, LaTeX, a backend are matplotlib's own."""
+    def plot(self) -> str:
+        """loss.png, or a line on why there is none: a font cache, LaTeX, a backend are matplotlib's own."""
         if parallel.rank > 0:
-            return
+            return ""
         try:
             from matplotlib.figure import Figure
 
@@ -76,8 +74,9 @@ class Run:
             axes.set_ylim(top=1.05 * max(row[1] for row in self.log[len(self.log) // 20 :]))  # not the fall at first
             axes.legend(frameon=False)
             figure.savefig(self.out / "loss.png", dpi=130)
+            return ""
         except Exception as error:
-            tqdm.write(f"no loss.png: {type(error).__name__}: {' '.join(str(error).split()):.100}")
+            return f"\nno loss.png: {type(error).__name__}: {' '.join(str(error).split()):.100}"
 
 def read_run(model: ModuleType, last: Path) -> dict:
     """What last.npz holds. Raises UserError and OSError."""
@@ -103,7 +102,8 @@ def check_memory(config: Config, batch_size: int, threads: int) -> None:
     tokens = min(math.ceil(batch_size / parallel.size) * config.context, threads * max(SHARD_TOKENS, config.context))
     of_mixer = 4 * config.n_head * config.context if config.mixer == "attention" else 3 * config.rank**2
     per_token = config.n_layer * (16 * config.d_model + 6 * config.d_ff + of_mixer) + 4 * config.vocab_size
-    needed = 4e-9 * parallel.local_size * (n_params * (5 + threads) + tokens * per_token)
+    batch = 4 * batch_size * config.context
+    needed = 4e-9 * parallel.local_size * (n_params * (5 + threads) + tokens * per_token + batch)
     if hasattr(os, "sysconf"):  # not Windows
         has = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         check(needed <= has, f"this needs about {needed:.1f} GB of memory, the machine has {has:.1f}")

@@ -98,10 +98,9 @@ def read_folder(folder: Path) -> list[str]:
 def read_file(path: Path) -> str:
     """A UTF-8 file, without a byte order mark, its line ends as \\n. Raises UserError."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        check(len(content) <= MOST_BYTES, f"{path} is larger than {MOST_BYTES >> 30} GB")
-        return content.decode("utf-8", "surrogatepass").removeprefix("\ufeff").replace("\r\n", "\n")
+        endless = path.is_char_device()
+        check(not endless and path.stat().st_size <= MOST_BYTES, f"{path} is larger than {MOST_BYTES >> 30} GB")
+        return path.read_bytes().decode("utf-8", "surrogatepass").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         code = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
         raise UserError(f"{path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); save it as "

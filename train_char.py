@@ -201,13 +201,12 @@ def train(run: Run) -> None:
                         run.best = [run.step, val_loss]
                         run.save("best.npz")
                     run.save("last.npz")
-                    run.plot()
                     left = (time.perf_counter() - started) * (t.iters - run.step) / max(1, run.step - first)
                     start = [start_token(run.corpus.vocab, run.corpus.most_common)]
                     written = run.model.generate(run.params, run.config, start, 70, temperature=0.8)
                     line = decode(written, run.corpus.vocab).replace("\n", "⏎").replace("\t", " ")
                     say(f"step {run.step:6d}   train {train_loss:.4f}   val {val_loss:.4f} nats/char   "
-                        f"{run.seconds:6.1f} s, {left:.0f} to go\n  {line}")
+                        f"{run.seconds:6.1f} s, {left:.0f} to go\n  {line}{run.plot()}")
             if parallel.stops or run.step >= t.iters:
                 break
             loss = train_step(run.model, run.params, run.config, t, run.optimizer, run.step, tokens, run.threads)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kill_and_resume  # before NumPy
+import numpy as np
 import pytest
 from kill_and_resume import MODEL, ROOT, TEXT
 
@@ -26,40 +28,30 @@ def helper(function: Callable) -> Callable:
     """Tests ask for the function as for a fixture, by its name."""
     return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
 
-contents, differences = helper(kill_and_resume.contents), helper(kill_and_resume.differences)
-log_lines = helper(kill_and_resume.log_lines)
-
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT, newline="\n")
     return path
 
-@pytest.fixture(scope="session")
-def without(tmp_path_factory) -> Callable:
-    """without(package) -> the environment of a Python where it is not installed."""
-
-    def without(package: str) -> dict[str, str]:
-        folder = tmp_path_factory.mktemp("without")
-        (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}', name={package!r})")
-        return os.environ | {"PYTHONPATH": str(folder)}
-
-    return without
+@helper
+def without(package: str, folder: Path) -> dict[str, str]:
+    """The environment of a Python where it is not installed."""
+    (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}', name={package!r})")
+    return os.environ | {"PYTHONPATH": str(folder)}
 
 @pytest.fixture(scope="session")
-def plain(without) -> dict[str, str]:
+def plain(without, tmp_path_factory) -> dict[str, str]:
     """The environment of most programs here: without matplotlib, which takes a second to draw."""
-    return without("matplotlib")
+    return without("matplotlib", tmp_path_factory.mktemp("without"))
 
 @pytest.fixture(scope="session")
 def start(plain) -> Callable:
-
     def start(name: str, *args, **how) -> subprocess.Popen:
         """Start a program of the root folder, its output in pipes."""
         words = [ROOT / name, *(word if isinstance(word, bytes) else str(word) for word in args)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
         return subprocess.Popen([sys.executable, *words], **pipes | {"env": plain} | how)
-
     return start
 
 @helper
@@ -75,7 +67,6 @@ def program(start, ended) -> Callable:
 
 @pytest.fixture
 def call(monkeypatch, text) -> Callable:
-
     def call(name: str, *args, stdin: str = "") -> Process:
         """main() of a program, in this process and without a plot; folders are not locked.
 
@@ -85,14 +76,13 @@ def call(monkeypatch, text) -> Callable:
             args = (*MODEL, "--threads", 1, "--data", text, *args)
         module, code = importlib.import_module(name.removesuffix(".py")), 0
         out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
-        stops = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
-        handlers = {number: signal.getsignal(number) for number in stops}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [str(ROOT / name), *map(str, args)])
             for stream in (("stdin", io.StringIO(stdin)), ("stdout", out), ("stderr", errors)):
                 patch.setattr(sys, *stream)
             patch.setattr(train_char, "lock", lambda out: None)
-            patch.setattr(run.Run, "plot", lambda self: None)
+            patch.setattr(run.Run, "plot", lambda self: "")
             try:
                 module.main()
             except SystemExit as end:
@@ -103,7 +93,6 @@ def call(monkeypatch, text) -> Callable:
                     signal.signal(number, handler)
         printed = (stream.flush() or stream.buffer.getvalue().decode() for stream in (out, errors))
         return Process([name, *args], code, *printed)
-
     return call
 
 @helper
@@ -115,17 +104,13 @@ def succeeded(process: Process) -> str:
 @helper
 def refused(process: Process) -> str:
     """The one line with which a program stops. It must not be a traceback."""
-    assert process.returncode == 2, process
-    assert re.fullmatch(r"(train_char|sample)\.py: .+\n", process.stderr), process.stderr
+    assert process.returncode == 2 and re.fullmatch(r"(train_char|sample)\.py: .+\n", process.stderr), process
     assert "None" not in process.stderr and process.stderr[:-1].isprintable()
     return process.stderr
 
 @pytest.fixture(scope="session")
 def trained(program, text, succeeded, tmp_path_factory) -> tuple[Path, str]:
-    """A run of 30 steps, with its plot: its folder and what it printed. Tests may read it only.
-
-    Its learning rate is so high that one character soon matters to the next.
-    """
+    """A run of 30 steps, with its plot: its folder and what it printed. Tests may read it only."""
     out, options = tmp_path_factory.mktemp("run") / "out", ["--lr", 0.1, "--warmup-iters", 0, "--threads", 1]
     options += ["--iters", 30, "--eval-every", 15, "--data", text, "--out", out]
     return out, succeeded(program("train_char.py", *MODEL, *options, env=None))
@@ -140,22 +125,14 @@ def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
         time.sleep(0.001)
     raise AssertionError(f"the run ended first: {process.communicate()}")
 
-@pytest.fixture(scope="session")
-def on_terminal(plain) -> Callable:
-
-    def on_terminal(name: str, *args) -> tuple[int, str]:
-        """Run a program on a terminal: its exit code, all that it shows."""
-        pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))
-        ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, b"\x18\0\x50\0\0\0\0\0")  # 24 lines, 80 columns
-        command, ends = [sys.executable, ROOT / name, *args], ("stdin", "stdout", "stderr")
-        process = subprocess.Popen([*map(str, command)], env=plain, **dict.fromkeys(ends, theirs))
-        os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError):  # how Linux says that nobody holds the other end
-            while piece := os.read(ours, 10_000):
-                shown += piece
-        os.close(ours)
-        return process.wait(), shown.decode()
-
-    return on_terminal
+@helper
+def with_meta(checkpoint: Path, place: str, value: object) -> dict:
+    """Its arrays, with another value in the description, at a place such as "extra.settings.lr"."""
+    with np.load(checkpoint) as file:
+        arrays = dict(file)
+    part = meta = json.loads(arrays["meta"].tobytes())
+    *groups, key = place.split(".")
+    for group in groups:
+        part = part[group]
+    part[key] = value
+    return arrays | {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}

@@ -2,10 +2,9 @@
 
   python tests/programs/kill_and_resume.py --kills 50
 
-SIGKILL cannot be caught: nothing is flushed or tidied up, as when the power fails. A third of the kills
-fall into the start of the program, a third anywhere in its work, a third as soon as the .tmp file of a
-checkpoint is seen. After each, last.npz and best.npz must load, and the run must not have gone back. In
-the end both runs must agree bit for bit. Exits with 1 if anything is wrong.
+SIGKILL cannot be caught: nothing is flushed, as when the power fails. A third of the kills fall into the start
+of the program, a third anywhere in its work, a third while a checkpoint is written. After each, the checkpoints
+must load, and the run must not have gone back. In the end both runs must agree bit for bit.
 """
 
 import argparse
@@ -51,37 +50,32 @@ def differences(one: Path, other: Path) -> list[str]:
         found += [f"{name}: {key}" for key in a.keys() | b.keys() if a.get(key) != b.get(key)]
     return found
 
-def written(file: Path) -> int:
-    """When, in nanoseconds; 0 for a file that is not there."""
-    with contextlib.suppress(FileNotFoundError):
-        return file.stat().st_mtime_ns
-    return 0
-
 def wait_for(process: subprocess.Popen, file: Path) -> None:
     """Return as soon as the file is written or the process ends."""
-    before = written(file)
-    while process.poll() is None and written(file) in (0, before):
+    written = lambda: file.stat().st_mtime_ns  # noqa: E731
+    before = written() if file.exists() else None
+    while process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            if written() != before:
+                return
         time.sleep(0.0002)
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="(default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = parser.parse_args(argv)
-    rng = random.Random(args.seed)
+    rng, kills, step = random.Random(0), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         text, alone, out = (Path(folder, name) for name in ("text.txt", "alone", "killed"))
         last, best = out / "last.npz", out / "best.npz"
         text.write_text(TEXT)
         Path(folder, "matplotlib.py").write_text("raise ImportError")  # drawing takes too long
         how = {"stdout": subprocess.DEVNULL, "env": os.environ | {"PYTHONPATH": folder}}
-        train = [sys.executable, ROOT / "train_char.py"]
-        new = [*MODEL, "--dropout", "0.1", "--threads", "2", "--eval-every", "5", "--data", text,
-               "--iters", str(100 + 40 * args.kills)]
-        subprocess.run([*train, *new, "--out", alone], check=True, **how)
-        kills = step = 0
+        new = [*MODEL, "--dropout", "0.1", "--threads", "2", "--eval-every", "5", "--data", text]
+        train, new = [sys.executable, ROOT / "train_char.py"], [*new, "--iters", str(100 + 40 * args.kills), "--out"]
+        subprocess.run([*train, *new, alone], check=True, **how)
         while True:
-            command = [*train, *(["--resume"] if last.exists() else new), "--out", out]
+            command = [*train, "--resume", "--out", out] if last.exists() else [*train, *new, out]
             process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **how)
             if kills < args.kills:
                 for _ in range(rng.randint(1, 3) if kills % 3 else 0):
@@ -94,17 +88,13 @@ def main(argv: list[str] | None = None) -> None:
             errors = process.communicate()[1]
             if process.returncode == 0:
                 break
-            if process.returncode != -9:
-                sys.exit(f"after {kills} kills, it ended with {process.returncode}: {errors}")
+            assert process.returncode == -9, f"after {kills} kills, it ended with {process.returncode}: {errors}"
             kills += 1
             steps = [load_checkpoint(file)[2]["step"] for file in (best, last) if file.exists()]
-            if step and (not last.exists() or steps[-1] < step):
-                sys.exit(f"kill {kills} took the run back from step {step}")
+            assert not step or (last.exists() and steps[-1] >= step), f"kill {kills} took the run back from {step}"
             step = steps[-1] if steps else 0
-        if wrong := differences(alone, out):
-            sys.exit(f"after {kills} kills, the run differs in {wrong}")
-        if kills < args.kills:
-            sys.exit(f"the run ended after {kills} kills")
+        assert not (wrong := differences(alone, out)), f"after {kills} kills, the run differs in {wrong}"
+        assert kills == args.kills, f"the run ended after {kills} kills"
     print(f"{kills} kills up to step {step}: the run equals, bit for bit, one that was left alone")
 
 if __name__ == "__main__":
