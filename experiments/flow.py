@@ -13,8 +13,6 @@ character there is the explorer (python -m explorer). The first token has no par
 plane. With positions, windows overlap by half a context.
 """
 
-# ruff: noqa: E402  (settings before NumPy is imported)
-
 import cli
 
 cli.prepare()  # before NumPy
@@ -36,6 +34,7 @@ from tqdm import tqdm
 import grassmann as G
 from experiments.figures import BLUE, INK, ORANGE, STYLE
 from grassmann import Array, Config, Params
+from sample import load_trained
 from text import encode, held_out, read_file
 
 MEASURED, LEAST = 16384, 20  # characters: at most, at least
@@ -307,7 +306,7 @@ def main() -> None:
 
 def measure_and_draw(checkpoint: Path, texts: list[str | Path], out: Path) -> None:
     """Read the texts, measure, print, draw. Raises ValueError and OSError."""
-    params, config, extra = cli.load_trained(G, checkpoint)
+    params, config, extra = load_trained(G, checkpoint)
     if config.mixer == "attention" or config.rank == 2:
         raise ValueError(f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
     texts = [read_file(text) if isinstance(text, Path) else text for text in texts]

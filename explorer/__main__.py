@@ -5,8 +5,6 @@ nothing from the network and can be sent to anyone. It opens on text that was he
 or on what the model itself writes if the text of the run is not there any more.
 """
 
-# ruff: noqa: E402  (settings before NumPy is imported)
-
 import cli
 
 cli.prepare()  # before NumPy
@@ -22,6 +20,7 @@ import numpy as np
 
 import grassmann
 from grassmann import Config, Params, UserError, check
+from sample import find_trained, load_trained
 from text import SHAKESPEARE_SHA256, decode, encode, held_out, read_file, start_token
 
 HERE = Path(__file__).resolve().parent
@@ -57,7 +56,7 @@ def opening_text(params: Params, config: Config, extra: dict) -> str:
     if extra.get("text_sha256") == SHAKESPEARE_SHA256:  # held-out lines that need no download
         return read_file(HERE / "passage.txt")
     try:
-        check("text_sha256" in extra, "only a text with the hash of the run's text may come into a page")
+        check(bool(extra.get("text_sha256")), "only a text with the hash of the run's text may come into a page")
         text = held_out(extra)[:800]
         return text.rpartition("\n")[0] or text
     except UserError:
@@ -88,7 +87,7 @@ def main() -> None:
     add("--out", type=Path, help="the page (default: explorer.html, beside the checkpoint)")
     args = parser.parse_args()
     with cli.short_errors(parser, args.checkpoint, "not enough memory for this model"):
-        checkpoint = cli.find_trained(args.checkpoint)
+        checkpoint = find_trained(args.checkpoint)
         out = args.out or checkpoint.with_name("explorer.html")
         write(out, checkpoint, args.text)
     with cli.short_errors(parser, "standard output"):
@@ -100,7 +99,7 @@ def write(out: Path, checkpoint: Path, text: str | None) -> None:
     check(not taken, f"--out {out} is a checkpoint; give the page another name, as in --out explorer.html")
     check(out.is_file() or not os.path.lexists(out), f"--out {out} is not a file; give one, as in --out explorer.html")
     check(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
-    params, config, extra = cli.load_trained(grassmann, checkpoint)
+    params, config, extra = load_trained(grassmann, checkpoint)
     check(config.mixer == "grassmann", f"the explorer cannot show {checkpoint}: its mixer is {config.mixer}, "
           "and only the Grassmann mixer has planes to draw")
     if text is None:

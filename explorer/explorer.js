@@ -234,7 +234,7 @@ function draw_next(reader, t) {
     `<code>${glyph(rows[t].first)}</code> <b>${percent(p[rows[t].first])}</b>`);
   $("guess").innerHTML = `Likeliest next: ${most.slice(touched ? 0 : 1).join(" → ")}`;
   $("after").innerHTML = `After <code dir="auto">${from ? "…" : ""}${before}</code> comes${
-    touched ? ' <span class="soft">(thin bar: all parts on; thick bar: parts off)</span>' : ""}`;
+    touched ? ' <span class="soft">(thin bar: all parts on)</span>' : ""}`;
   $("next").innerHTML = list.filter((k, rank) => rank < 10 || k === came).map(k => `
     <tr class="${k === came ? "came" : ""}"><th scope="row">${glyph(k)}</th>
       <td>${bar(p[k], "")}${touched ? bar(whole[k], "whole") : ""}</td>
