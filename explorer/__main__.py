@@ -99,9 +99,13 @@ def write(out: Path, checkpoint: Path, text: str | None) -> None:
     check(not taken, f"--out {out} is a checkpoint; give the page another name, as in --out explorer.html")
     check(out.is_file() or not os.path.lexists(out), f"--out {out} is not a file; give one, as in --out explorer.html")
     check(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
-    params, config, extra = load_trained(grassmann, checkpoint)
-    check(config.mixer == "grassmann", f"the explorer cannot show {checkpoint}: its mixer is {config.mixer}, "
-          "and only the Grassmann mixer has planes to draw")
+    cannot = f"the explorer cannot show {checkpoint}: its mixer is %s, and only the Grassmann mixer has planes to draw"
+    try:
+        params, config, extra = load_trained(grassmann, checkpoint)
+    except UserError as error:
+        own = "a file that --mixer names" in str(error)  # which is not loaded here
+        raise UserError(cannot % "a layer of one's own" if own else str(error)) from None
+    check(config.mixer == "grassmann", cannot % config.mixer)
     if text is None:
         text = opening_text(params, config, extra)
     elif text.startswith("@"):

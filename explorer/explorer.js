@@ -424,9 +424,9 @@ function explain({ target }) {  // what a term means, beside it, and where the l
 }
 
 // ---- a first minute: what a button says; what a click on it does, and what is to be seen then ----
-const see = (tab, id) => { form.tab.value = tab; show(); $(id).scrollIntoView({ block: "nearest" }); };
-const TOUR = [
-  ["", () => "New here? Take four clicks, one minute."],
+const block = () => innerWidth > 860 ? "nearest" : "start";  // a phone has one column
+const see = (tab, id) => { form.tab.value = tab; show(); $(id).scrollIntoView({ block: block() }); };
+const TOUR = [["", () => "New here? Take four clicks, one minute."],
   ["show a surprise", () => {
     const t = page.at, guess = glyph(intact.rows[t - 1].first), came = glyph(intact.tokens[t]);
     see("layers", "page"); go_to(t - 1);

@@ -11,7 +11,7 @@ import grassmann as G
 from explorer.__main__ import page
 from text import vocabulary
 
-FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-component-update --disable-background-networking"
+FLAGS = "--headless --no-sandbox --no-first-run --disable-component-update --disable-background-networking"
 PAGE = Path(__file__).resolve().parents[2] / "explorer" / "explorer.html"
 KINDS = {
     "default": {}, "paper": {"block": "paper", "taps": False, "normalize": True, "positions": True},

@@ -18,7 +18,6 @@ from text import encode, held_out, load_text, text_sha256, vocabulary
 
 ROOT, LINES = PAGE.parents[1], "".join(f"line {k} of the text\n" for k in range(400))
 CACHED = Path("~/.cache/grassmann/shakespeare.txt").expanduser()
-
 def make(folder, *args, **how):
     command, env = [sys.executable, "-m", "explorer", *map(str, args)], os.environ | {"PYTHONPATH": str(ROOT)}
     how = {"stdout": subprocess.PIPE, "cwd": folder, "env": env} | how
@@ -87,10 +86,14 @@ def test_a_strange_number_in_a_checkpoint_is_a_sentence(tmp_path, best):
     with pytest.raises(G.UserError, match=r"its best validation loss is .*; expected"):
         maker.write(tmp_path / "a.html", save(tmp_path / "best.npz", best=best), None)
 
-def test_another_mixer_and_a_full_or_closed_standard_output_are_a_sentence_at_most(tmp_path):
-    done = make(tmp_path, save(tmp_path / "best.npz", mixer="attention"))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "the explorer cannot show" in done.stderr and "its mixer is attention" in done.stderr
+def test_another_mixer_and_a_full_or_closed_standard_output_are_a_sentence_at_most(tmp_path, monkeypatch):
+    for mixer, name in (("attention", "attention"), ("mine.py", "a layer of one's own")):
+        with monkeypatch.context() as own:
+            own.setitem(G.MIXERS, mixer, G.MIXERS.get(mixer, G.MIXERS["grassmann"]))
+            save(tmp_path / "best.npz", mixer=mixer)
+        done = make(tmp_path, "best.npz")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"the explorer cannot show best.npz: its mixer is {name}, and only" in done.stderr
     (tmp_path / "out").mkdir()
     save(tmp_path / "out" / "last.npz")  # of a run that was stopped
     done = make(tmp_path, stdout=None, preexec_fn=lambda: os.close(1))
