@@ -18,10 +18,10 @@ from text import encode, held_out, load_text, text_sha256, vocabulary
 
 ROOT, LINES = PAGE.parents[1], "".join(f"line {k} of the text\n" for k in range(400))
 CACHED = Path("~/.cache/grassmann/shakespeare.txt").expanduser()
-def make(folder, *args, **how):
+
+def make(folder, *args, stdout=subprocess.PIPE, **how):
     command, env = [sys.executable, "-m", "explorer", *map(str, args)], os.environ | {"PYTHONPATH": str(ROOT)}
-    how = {"stdout": subprocess.PIPE, "cwd": folder, "env": env} | how
-    return subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", **how)
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, cwd=folder, env=env, encoding="utf-8", **how)
 
 def save(path, text=LINES, mixer="grassmann", **extra):
     """A checkpoint of a small model, as of a run on LINES, and beside it its text as it is now."""
