@@ -443,7 +443,7 @@ const TOUR = [["", () => "New here? Take four clicks, one minute."],
     return "Nothing comes from the planes now. Under the text stands the loss, before → after.";
   }],
   ["let the model write", () => {
-    state.off.clear(); touch(); see("write", "output"); $("start").click();
+    state.off.clear(); touch(); $("start").click(); see("write", "output");
     return "All parts are on again, and the model goes on from its text. Now type a text of your own.";
   }]];
 function tour(k) {
