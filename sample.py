@@ -19,16 +19,21 @@ from text import encode, start_token, visible
 
 SHIPPED = Path(__file__).with_name("shakespeare.npz")
 
-def load_trained(model: ModuleType, path: Path) -> tuple[Params, Config, dict]:
-    """(params, config, extra) of a checkpoint that train_char.py wrote, for model, grassmann or gpu.
-
-    Where there is no best.npz, a run that has not come so far gives its last.npz, and before any run
-    cli.BEST is the model that the project ships. Raises UserError, OSError.
-    """
+def find_trained(path: Path) -> Path:
+    """The file to read. Where there is no best.npz, a run that has not come so far gives its last.npz, and
+    before any run cli.BEST is the model that the project ships."""
     others = [path.parent / "last.npz", *[SHIPPED] * (path == cli.BEST)] * (path.name == "best.npz")
     found = next((other for other in [path, *others] if other.exists()), path)
     if found != path:
         print(visible(f"there is no {path} yet, so this is {found}"), file=sys.stderr)
+    return found
+
+def load_trained(model: ModuleType, path: Path) -> tuple[Params, Config, dict]:
+    """(params, config, extra) of a checkpoint that train_char.py wrote, for model, grassmann or gpu.
+
+    Raises UserError, OSError.
+    """
+    found = find_trained(path)
     check(found.exists(), f"{path} does not exist; train_char.py writes it")
     params, config, extra = load_checkpoint(found, getattr(model, "Flat", dict))
     check(extra.get("vocab") is not None and extra.get("most_common") in range(config.vocab_size),

@@ -5,19 +5,26 @@
   python -m experiments.flow --file one.txt --file two.txt    two texts, side by side in the table
 
 In each layer a token and its partner span a plane, a point of the Grassmannian Gr(2, r); a text is
-a path of such points. Of up to 16,384 characters are printed the steps and the gate by kind of
-character, the steps at different scales against those in random order, and invariants, as tables
-in Markdown; drawn is the length of the path at different scales. To look at a text character by
+a path of such points. The program reads up to 16,384 characters. It prints first whether there is
+a flow, a sentence for each layer; then the steps and the gate by kind of character, the steps at
+different scales against steps in random order, and invariants, as tables in Markdown. It draws the
+length of the path at different scales. To look at a text character by
 character there is the explorer (python -m explorer). The first token has no partner and spans no
 plane. With positions, windows overlap by half a context.
 """
 
-import cli  # noqa: I001  (before NumPy)
+import cli
 
+cli.prepare()  # before NumPy
+
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # it draws into files only, whatever draws in windows here
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,7 +34,8 @@ from tqdm import tqdm
 import grassmann as G
 from experiments.figures import BLUE, INK, ORANGE, STYLE
 from grassmann import Array, Config, Params
-from text import decode, encode, load_text, read_corpus
+from sample import load_trained
+from text import encode, held_out, read_file
 
 MEASURED, LEAST = 16384, 20  # characters: at most, at least
 KINDS = ("in a word", "word start", "capital", "punctuation", "space", "line end")
@@ -230,23 +238,22 @@ def draw_coastline(measured: dict[str, list[Array]], random_step: float) -> plt.
 LEGEND = ("ruler k: every k-th plane. block k, word, line: the plane nearest to the sum of its bivectors. slope: of log "
           "length over log ruler, 0 if smooth, -1/2 of a random walk, -1 of noise. turn: π less the angle between two steps.")
 
-def held_out(checkpoint: Path, context: int, extra: dict) -> str:
-    """The text a run was validated on, from the start of a paragraph. Raises ValueError."""
-    settings, sha256 = extra.get("settings"), extra.get("text_sha256")
-    data = settings.get("data", "?") if isinstance(settings, dict) else "?"
-    data = data if data is None or isinstance(data, list) else [data]
+def text_of_run(checkpoint: Path, extra: dict) -> str:
+    """The text held out from the training. Raises UserError where it is not to be found."""
     try:
-        for name in data or ():
-            if name != "shakespeare" and not (Path(str(name)).is_file() or Path(str(name)).is_dir()):
-                raise ValueError(f"there is no file {name!r}")
-        corpus = read_corpus(data, context)
-        if sha256 not in (None, corpus.sha256):
-            raise ValueError("it has changed since")
-    except ValueError as error:
-        raise ValueError(f"the text that {checkpoint} was trained on is not here ({error}); "
-                         "give one with --text or --file") from None
-    text = decode(corpus.val, corpus.vocab)
-    return text[text.find("\n\n", 0, 1000) + 1 :].lstrip()
+        return held_out(extra)
+    except G.UserError as error:
+        raise G.UserError(f"the text that {checkpoint} was trained on is not here ({error}); "
+                          "give one with --text or --file") from None
+
+def verdict(table: Array, shuffled: Array) -> str:
+    """Whether one layer's path is a flow: only if its steps are shorter than in random order, and shorter
+    than those of the same characters shuffled."""
+    share, other = step_shares(table)["ruler 1"], step_shares(shuffled)["ruler 1"]
+    nearer = min(1, other) - share
+    kind = "no flow" if nearer < 0.01 else "hardly a flow" if nearer < 0.1 else "a flow"
+    return (f"{kind}, since a step to the next character is {share:.2f} of a step in random order "
+            f"(in the shuffled text {other:.2f})")
 
 def print_table(title: str, rows: Iterable[tuple[str, list[str]]]) -> None:
     """In Markdown, a column for each layer."""
@@ -299,11 +306,11 @@ def main() -> None:
 
 def measure_and_draw(checkpoint: Path, texts: list[str | Path], out: Path) -> None:
     """Read the texts, measure, print, draw. Raises ValueError and OSError."""
-    params, config, extra = cli.load_trained(G, checkpoint)
+    params, config, extra = load_trained(G, checkpoint)
     if config.mixer == "attention" or config.rank == 2:
         raise ValueError(f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
-    texts = [load_text(str(text)) if isinstance(text, Path) else text for text in texts]
-    texts = [text[:MEASURED] for text in texts or [held_out(checkpoint, config.context, extra)]]
+    texts = [read_file(text) if isinstance(text, Path) else text for text in texts]
+    texts = [text[:MEASURED] for text in texts or [text_of_run(checkpoint, extra)]]
     if len(texts) > 2 or min(map(len, texts)) < LEAST:
         raise ValueError(f"give one text or two, of at least {LEAST} characters")
     out.mkdir(parents=True, exist_ok=True)
@@ -320,7 +327,9 @@ def measure_and_draw(checkpoint: Path, texts: list[str | Path], out: Path) -> No
                 for name, flow in tqdm(flows.items(), "measuring", leave=False, disable=None)}
     steps = [by_kind(text, f.step) for f in (flow, untrained)]
     gates, all_steps = by_kind(text, flow.gate), [np.nanmean(f.step, 1) for f in (flow, untrained)]
-    print(f"{len(text)} characters. Steps: 0 to {np.pi / np.sqrt(2):.2f}, random planes "
+    for i, tables in enumerate(zip(measured["trained"], measured["trained, shuffled text"], strict=True)):
+        print(f"Layer {i + 1}: {verdict(*tables)}.")
+    print(f"\n{len(text)} characters. Steps: 0 to {np.pi / np.sqrt(2):.2f}, random planes "
           f"{random_step:.2f}. {LEGEND}")
     print_table("mean step to: trained / untrained", [("all", beside(*all_steps)), *(
         (kind, beside(*(means[kind] for means in steps))) for kind in steps[0])])

@@ -1,73 +1,121 @@
 """Make the explorer of a model, one HTML file: python -m explorer [out/best.npz]
 
-The page holds the weights, and the model in plain JavaScript: it opens by a double click, asks for
-nothing from the network and can be sent to anyone (its links into the lesson lead nowhere then).
-Without an argument it shows out/best.npz, or shakespeare.npz where nothing has been trained yet.
+The page holds the weights, and the model in plain JavaScript. It opens by a double click, asks for
+nothing from the network and can be sent to anyone. It opens on text that was held out from training,
+or on what the model itself writes if the text of the run is not there any more.
 """
 
-from cli import Parser, load_trained, plain_output, short_errors  # noqa: I001  (before NumPy)
+import cli
+
+cli.prepare()  # before NumPy
 
 import base64
-import html
 import json
 import os
 import re
 from dataclasses import asdict
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 
 import grassmann
-from grassmann import Config, Params
-from text import encode, read_file
+from grassmann import Config, Params, UserError, check
+from sample import find_trained, load_trained
+from text import SHAKESPEARE_SHA256, decode, encode, held_out, read_file, start_token
 
 HERE = Path(__file__).resolve().parent
-TRAINED, SHIPPED = Path("out/best.npz"), HERE.parent / "shakespeare.npz"
 
-def page(params: Params, config: Config, extra: dict, name: str, text: str, tutorial: str) -> str:
-    """The page. On it stands `text` (empty: what the model writes); `tutorial`: its address."""
+def page(params: Params, config: Config, extra: dict, name: str, text: str) -> str:
+    """The page, with `text` on it. Raises UserError where the model does not know the text."""
+    tokens = encode(text, extra["vocab"])
     weights = np.concatenate([a.ravel() for a in params.values()])
     with np.errstate(over="ignore"):  # float16 where that loses nothing
         dtype = "<f2" if (weights.astype("<f2") == weights).all() else "<f4"
-    packed, vocab, best = weights.astype(dtype).tobytes(), extra["vocab"], extra.get("best")
-    bits = f", {best[1] / np.log(2):.2f} bits a character on text held out" if best else ""
+    packed, loss = weights.astype(dtype).tobytes(), best_loss(extra)
+    bits = f", {loss / np.log(2):.2f} bits a character on held-out text" if loss is not None else ""
     model = {
-        "about": f"{name}: {weights.size:,} parameters, an alphabet of {len(vocab):,}{bits}",
-        "config": asdict(config), "vocab": vocab, "start": extra["most_common"], "text": text,
+        "about": f"{name}: {weights.size:,} parameters, {len(extra['vocab']):,} different characters{bits}",
+        "config": asdict(config), "vocab": extra["vocab"], "start": extra["most_common"], "text": text,
+        "at": surprising_place(params, config, tokens, text),
         "params": [[k, a.shape] for k, a in params.items()], "dtype": dtype, "sum": sum(packed),
     }
     parts = {name: read_file(HERE / name) for name in ("style.css", "model.js", "explorer.js")}
     parts["model"] = json.dumps(model).replace("<", "\\u003c")  # no </script> in a script
-    parts["weights"], parts["tutorial"] = base64.b64encode(packed).decode(), html.escape(tutorial)
+    parts["weights"] = base64.b64encode(packed).decode()
     return re.sub(r"\[\[([\w.]+)\]\]", lambda found: parts[found[1]], read_file(HERE / "page.html"))
 
+def best_loss(extra: dict) -> float | None:
+    """The validation loss that a checkpoint says it has. Raises UserError where that is no number."""
+    best = extra.get("best")
+    fine = isinstance(best, list) and len(best) == 2 and type(best[1]) in (int, float) and 0 <= best[1] < 1e6
+    check(fine or best is None, f"its best validation loss is {str(best)[:40]!r}; expected [step, loss]")
+    return best[1] if fine else None
+
+def opening_text(params: Params, config: Config, extra: dict) -> str:
+    """The first lines of the held-out text, or what the model writes where they are not to be found."""
+    if extra.get("text_sha256") == SHAKESPEARE_SHA256:  # held-out lines that need no download
+        return read_file(HERE / "passage.txt")
+    try:
+        check(bool(extra.get("text_sha256")), "only a text with the hash of the run's text may come into a page")
+        text = held_out(extra)[:800]
+        return text.rpartition("\n")[0] or text
+    except UserError:
+        start = start_token(extra["vocab"], extra["most_common"])
+        tokens = grassmann.generate(params, config, [start], 400, temperature=0.8)
+        return decode(tokens, extra["vocab"])
+
+def surprising_place(params: Params, config: Config, tokens: np.ndarray, text: str) -> int:
+    """The most surprising character of the most surprising word of the first lines."""
+    n = min(len(tokens), config.context if config.positions else 200)
+    if n < 2:
+        return 0
+    logits = grassmann.forward(params, config, tokens[None, :n].astype(int))[0]
+    losses = [grassmann.cross_entropy_forward(a[None], b[None])[0] for a, b in zip(logits, tokens[1:n], strict=False)]
+    surprise = np.array([0, *losses])
+    words = [slice(*word.span()) for word in re.finditer(r"\S+", text[:n])] or [slice(n)]
+    later = [word for word in words if word.start >= 40] or words  # at first all is a surprise
+    word = max(later, key=lambda word: surprise[word].sum())
+    return word.start + int(surprise[word].argmax())
+
 def main() -> None:
-    plain_output()
-    parser = Parser(__doc__)
+    cli.plain_output()
+    parser = cli.Parser(__doc__)
     parser.prog = "python -m explorer"
     add = parser.add_argument
-    ran = TRAINED.exists() or TRAINED.with_name("last.npz").exists()
-    add("checkpoint", nargs="?", type=Path, default=TRAINED if ran else SHIPPED,
-        help=f"the model (default: {TRAINED}, or {SHIPPED.name})")
-    add("--text", default="", help="on it at first; @FILE reads a file (default: the model's)")
+    add("checkpoint", nargs="?", type=Path, default=cli.BEST, help=f"the model (default: {cli.BEST})")
+    add("--text", help="the text on the page; @FILE reads a file (default: held-out text)")
     add("--out", type=Path, help="the page (default: explorer.html, beside the checkpoint)")
     args = parser.parse_args()
-    out = args.out or args.checkpoint.with_name("explorer.html")
-    with short_errors(parser, out, "not enough memory for this model"):
-        params, config, extra = load_trained(grassmann, args.checkpoint)
-        if config.mixer != "grassmann":
-            raise ValueError(f"{args.checkpoint} mixes by {config.mixer}: it has no planes")
-        text = read_file(Path(args.text[1:])) if args.text.startswith("@") else args.text
-        encode(text, extra["vocab"])  # raises what the model does not know
-        lesson = HERE.parent / "tutorial.md"
-        try:
-            link = quote(Path(os.path.relpath(lesson, out.resolve().parent)).as_posix())
-        except ValueError:  # on another drive of Windows
-            link = lesson.as_uri()
-        whole = page(params, config, extra, args.checkpoint.name, text, link)
-        out.write_text(whole, encoding="utf-8", newline="\n")
-    print(f"{out}: open it in a browser")
+    with cli.short_errors(parser, args.checkpoint, "not enough memory for this model"):
+        checkpoint = find_trained(args.checkpoint)
+        out = args.out or checkpoint.with_name("explorer.html")
+        write(out, checkpoint, args.text)
+    with cli.short_errors(parser, "standard output"):
+        print(f"{out}: open it in a browser")
+
+def write(out: Path, checkpoint: Path, text: str | None) -> None:
+    """Make the page beside its place, then rename it. Raises UserError and OSError."""
+    taken = out.suffix.lower() == ".npz" or (out.exists() and checkpoint.exists() and out.samefile(checkpoint))
+    check(not taken, f"--out {out} is a checkpoint; give the page another name, as in --out explorer.html")
+    check(out.is_file() or not os.path.lexists(out), f"--out {out} is not a file; give one, as in --out explorer.html")
+    check(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
+    cannot = f"the explorer cannot show {checkpoint}: its mixer is %s, and only the Grassmann mixer has planes to draw"
+    try:
+        params, config, extra = load_trained(grassmann, checkpoint)
+    except UserError as error:
+        own = "a file that --mixer names" in str(error)  # which is not loaded here
+        raise UserError(cannot % "a layer of one's own" if own else str(error)) from None
+    check(config.mixer == "grassmann", cannot % config.mixer)
+    if text is None:
+        text = opening_text(params, config, extra)
+    elif text.startswith("@"):
+        text = read_file(Path(text[1:]))
+    whole, unfinished = page(params, config, extra, checkpoint.name, text), out.with_name(f"{out.name}.tmp")
+    try:
+        unfinished.write_text(whole, encoding="utf-8", newline="\n")
+        os.replace(unfinished, out)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ function read() {  // what stands in the text box
   const skipped = [...unknown].slice(0, 20).map(glyph).join(" ");
   for (const node of all(".note")) node.innerHTML =
     (end < LONGEST ? "" : `No more than ${many(LONGEST)} characters are read. `)
-    + (skipped && `Skipped, as the model has never seen them: ${skipped}`);
+    + (skipped && `Left out, since the model has never seen them: ${skipped}`);
   $("prompt").textContent = tokens.slice(-60).map(character).join(""); run(false, null);
   for (const reader of [intact, touched]) reader?.want(tokens);
   state.at = Math.max(0, Math.min(state.at, tokens.length - 1)); refresh();
@@ -217,10 +217,10 @@ function draw_text(reader, chosen) {  // coloured by bits, or with parts off by 
   const name = key => `layer ${key.replace(/-(?=\d)/, " offset ").replace("-", " ")}`;
   $("changes").hidden = !($("key").hidden = touched);
   $("jump").disabled = $("mend").disabled = !touched;
-  $("changes").textContent = `Off: ${[...state.off].map(name).join(", ")}. At ${
-    many(places.filter(differs).length)} of ${many(tokens.length)} characters, underlined, another
-    one is likeliest next. Red: a greater surprise than before; green: a smaller one. An arrow leads
-    from the intact model to the touched one.`;
+  $("changes").textContent = `Off: ${[...state.off].map(name).join(", ")}. Underlined: ${
+    many(places.filter(differs).length)} of ${many(tokens.length)} characters after which the model now
+    guesses another character. Red: a greater surprise than before. Green: a smaller surprise. Arrows:
+    with all parts on → with parts off.`;
 }
 function draw_next(reader, t) {
   const { tokens } = reader, came = tokens[t + 1], from = Math.max(0, t - 11);
@@ -232,9 +232,9 @@ function draw_next(reader, t) {
   const before = tokens.slice(from, t + 1).map(glyph).join("");
   const most = [[intact, whole], [reader, p]].map(([{ rows }, p]) =>
     `<code>${glyph(rows[t].first)}</code> <b>${percent(p[rows[t].first])}</b>`);
-  $("guess").innerHTML = `Here likeliest: ${most.slice(touched ? 0 : 1).join(" → ")}`;
+  $("guess").innerHTML = `Likeliest next: ${most.slice(touched ? 0 : 1).join(" → ")}`;
   $("after").innerHTML = `After <code dir="auto">${from ? "…" : ""}${before}</code> comes${
-    touched ? ' <span class="soft">(thin bar: intact → thick bar: touched)</span>' : ""}`;
+    touched ? ' <span class="soft">(thin bar: all parts on)</span>' : ""}`;
   $("next").innerHTML = list.filter((k, rank) => rank < 10 || k === came).map(k => `
     <tr class="${k === came ? "came" : ""}"><th scope="row">${glyph(k)}</th>
       <td>${bar(p[k], "")}${touched ? bar(whole[k], "whole") : ""}</td>
@@ -254,15 +254,15 @@ function draw_layers(reader, t) {
     const at = (n, x) => `${name(n)}, ${n} back (${percent(x)})`;
     const usual = offsets.map((n, k) => `${n} back ${percent(mean(read.map(x => x[i].share[k])))}`);
     const reads = look.reads.slice(0, 4).map(([k, x]) => at(t - k, x));
-    return `<section class="card"><h3>Layer ${i + 1} <span>looks ${offsets.join(", ")} back; here ${
-      most ? `most at ${at(offsets[share.indexOf(most)], most)}`
-      : "s is 0, so no plane; the mixer adds own state and a bias"}</span></h3>
+    return `<section class="card"><h3>Layer ${i + 1} <span>looks back by ${offsets.join(", ")}; here ${
+      most ? `mostly at ${at(offsets[share.indexOf(most)], most)}`
+      : "s is 0, so there is no plane; the mixer adds its own state and a bias"}</span></h3>
       <div class="pictures">${draw_planes(look, scale)}${draw_arcs(tokens, t, offsets, share)}</div>
       <div class="numbers">${item("|z|", number(look.z))}${item("|s|", number(look.s))}
       ${item("angle", look.area ? degrees(look.angle) : "–")}${item("area", number(look.area))}
-      ${item("gate keeps", meter(look.alpha))}${item("change by mixer", meter(look.mixer))}
-      ${item("by network", percent(1 - look.mixer))}
-      ${item("shares, mean over the text:", usual.join(", "))}
+      ${item("gate keeps", meter(look.alpha))}${item("change by the mixer", meter(look.mixer))}
+      ${item("by the network", percent(1 - look.mixer))}
+      ${item("mean shares over the text:", usual.join(", "))}
       ${reads.length ? `<span>memory: reads ${reads.join("; ")}</span>` : ""}</div></section>`;
   }).join("");
 }
@@ -319,7 +319,7 @@ function build_controls() {
     }).join("")}</div>`;
   const rows = every.map(i => row(`layer ${i + 1}`, [i]));
   $("scales").innerHTML = Object.keys(SCALES).map(scale).join("");
-  $("switches").innerHTML = row("all layers at once", every) + rows.join("");
+  $("switches").innerHTML = row("all layers", every) + rows.join("");
 }
 const keys = node => node.dataset.keys?.split(",") || [];
 function touch() {  // what is switched off now
@@ -331,7 +331,7 @@ function touch() {  // what is switched off now
 }
 function go_on() {
   $("on-intact").textContent = write(intact.letters(), 120);
-  $("on-touched").textContent = touched ? write(touched.letters(), 120) : "(nothing is off)";
+  $("on-touched").textContent = touched ? write(touched.letters(), 120) : "(no part is off)";
 }
 const x_of = t => ((t + 0.5) / Math.max(1, shown().tokens.length) * 1000).toFixed(1);
 function draw_point(t) {  // where the chosen character is on the paths, and the step to there
@@ -341,7 +341,7 @@ function draw_point(t) {  // where the chosen character is on the paths, and the
     const { pair, step, noise } = svg.points.findLast(p => p.t <= t) || {};
     svg.lastElementChild.setAttribute("transform", `translate(${x_of(t)})`);
     svg.parentNode.querySelector(".point").innerHTML = pair ? item(
-      `${pair.map(piece).join(" → ")}:`, `${number(step)}</b>, others <b>${number(noise)}`) : "";
+      `${pair.map(piece).join(" → ")}:`, `${number(step)}</b>, to other planes <b>${number(noise)}`) : "";
   }
 }
 function draw_paths(layer = 0) {
@@ -349,10 +349,10 @@ function draw_paths(layer = 0) {
   const { points, step, noise, ratio, error } = path(shown(), layer, form.scale.value);
   const line = key => way(points.map(p => [Number(x_of(p.t)), 36 * (2.2214 - p[key])]));
   const change = Math.abs(1 - ratio), far = ratio > 1 ? "farther apart" : "nearer";
-  const n = points.length, few = n < 8, verdict = few ? `too short a text: ${n} of at least 8 steps`
+  const n = points.length, few = n < 8, verdict = few ? `the text is too short: ${n} steps, at least 8 are needed`
     : noise < 1e-3 ? "always the same plane"
-    : change < Math.max(2 * error, 0.01) ? "no flow: neighbours as far apart as in random order"
-    : `${ratio > 1 ? "no" : change < 0.1 ? "hardly a" : "a"} flow: neighbours ${percent(change)} ${far} than at random`;
+    : change < Math.max(2 * error, 0.01) ? "no flow: neighbours are as far apart as in random order"
+    : `${ratio > 1 ? "no" : change < 0.1 ? "hardly a" : "a"} flow: neighbours are ${percent(change)} ${far} than in random order`;
   $("paths").insertAdjacentHTML("beforeend", `<section class="card"><h3>Layer ${layer + 1} <span>${
     form.scale.value}: ${verdict}</span></h3>${few ? "" : `<span>2.22: nothing in common</span>
     <svg viewBox="0 0 1000 80" height="80" preserveAspectRatio="none" role="img"
@@ -360,7 +360,7 @@ function draw_paths(layer = 0) {
       <path class="random" d="${line("noise")}"/><path class="line" d="${line("step")}"/>
       <path class="here" d="M0 0V80"/></svg><span>0: the same plane</span>
     <p class="point"></p><div class="numbers">${item("mean step", number(step, 3))}
-      ${item("at random", number(noise, 3))}
+      ${item("in random order", number(noise, 3))}
       ${item("ratio", `${number(ratio, 3)} ± ${number(error, 3)}`)}</div>`}</section>`);
   for (const svg of all("#paths .card:last-child svg")) svg.points = points; draw_point(state.at);
   if (layer + 1 < model.layers.length) later("slow", 0, () => draw_paths(layer + 1));
@@ -374,14 +374,14 @@ function write_on() {
   $("counter").innerHTML = Object.entries({ "characters": written.length,
     "a second": 1000 * (written.length - from) / (performance.now() - began),
     "numbers that this model remembers": (model.reach + memory * n_layer * (r - 1) / 2) * r,
-    "that a Transformer of its size would keep by now": 2 * n_layer * d_model
+    "numbers that a Transformer of this size would keep by now": 2 * n_layer * d_model
       * (start + written.length) }).map(([name, n]) => item(name, many(n))).join("");
   written.length < writer.until ? later("write", fast ? 0 : 25, write_on) : run(false);
 }
 function run(on, from = writer) {  // or stop; on: for as many characters as the field says
   clearTimeout(timers.write); writer = from;
   if (!writer) $("written").textContent = $("counter").textContent = "";
-  $("start").textContent = on ? "Stop" : writer ? "Start anew" : "Start";
+  $("start").textContent = on ? "Stop" : writer ? "Start again" : "Start";
   $("more").hidden = on || !writer; if (!on) return;
   const n = writer.written.length, until = n + Math.max(1, $("length").valueAsNumber || 300);
   Object.assign(writer, { until, from: n, began: performance.now() }); write_on();
@@ -398,12 +398,13 @@ function load() {
   if (location.hash && location.hash === saved) return;
   const query = new URLSearchParams(location.hash.slice(1));
   const known = all("[role=switch]").flatMap(keys);
-  box.value = query.get("text") ?? page.text; state.at = Math.floor(query.get("at") ?? 27) || 0;
+  box.value = query.get("text") ?? page.text; state.at = Math.floor(query.get("at") ?? page.at) || 0;
   state.off = new Set(query.get("off")?.split(",").filter(key => known.includes(key)));
   for (const tab of ["layers", query.get("tab")]) form.tab.value = tab;  // if there is such a one
   for (const scale of ["words", query.get("scale")]) form.scale.value = scale;
   read(); touch(); [$("page").hidden, $("broken").hidden] = [false, true];
   if (intact.tokens.length) go_to(state.at);
+  if (!location.hash && page.at > 0 && intact.work(Infinity)) tour(0);
 }
 function go_to(t) {  // the character is chosen, its place seen, and the caret behind it
   const cell = cells.find(cell => cell.t === t);
@@ -414,12 +415,42 @@ function show() {
   for (const { value } of form.tab) $(value).hidden = value !== form.tab.value;
   refresh();
 }
-function explain(event) {  // what a term means, beside it, with a link into the lesson
-  const term = event.target.closest("a[title]"), gloss = $("gloss"), [says, link] = gloss.children;
-  if (!term || event.ctrlKey || event.metaKey) return;
-  event.preventDefault(); [says.textContent, link.href] = [term.title, term.href];
-  link.textContent = `More in the lesson, section ${parseInt(term.hash.slice(1))}`;
+function explain({ target }) {  // what a term means, beside it, and where the lesson has more
+  const term = target.closest(".term"), gloss = $("gloss"), [says, lesson] = gloss.children;
+  if (!term) return;
+  says.textContent = term.title;
+  lesson.textContent = `More in the lesson, tutorial.md: “${term.dataset.lesson}”.`;
   gloss.hidePopover(); gloss.showPopover({ source: term });
+}
+
+// ---- a first minute: what a button says; what a click on it does, and what is to be seen then ----
+const block = () => innerWidth > 860 ? "nearest" : "start";  // a phone has one column
+const see = (tab, id) => { form.tab.value = tab; show(); $(id).scrollIntoView({ block: block() }); };
+const TOUR = [["", () => "New here? Take four clicks, one minute."],
+  ["show a surprise", () => {
+    const t = page.at, guess = glyph(intact.rows[t - 1].first), came = glyph(intact.tokens[t]);
+    see("layers", "page"); go_to(t - 1);
+    return `The model read this far and expected “${guess}”. “${came}” came next: a surprise of
+      ${number(intact.bits(t), 1)} bits, so “${came}” is red. The table has more guesses.`;
+  }],
+  ["show the planes", () => {
+    see("layers", "chosen"); go_to(page.at);
+    return `In every layer, z comes from “${glyph(intact.tokens[page.at])}” and s from earlier characters.
+      Both span a plane. The model guesses from these planes.`;
+  }],
+  ["switch the planes off", () => {
+    state.off = new Set(model.layers.map((_, i) => `${i + 1}-wedge`)); touch(); see("touch", "switches");
+    return "Nothing comes from the planes now. Under the text stands the loss, before → after.";
+  }],
+  ["let the model write", () => {
+    state.off.clear(); touch(); $("start").click(); see("write", "output");
+    return "All parts are on again, and the model goes on from its text. Now type a text of your own.";
+  }]];
+function tour(k) {
+  const [said, next] = [TOUR[k]?.[1](), TOUR[k + 1]];
+  $("guide").hidden = !said; $("guide").firstElementChild.innerHTML = said || "";
+  $("step").textContent = next ? `${k + 1} of 4: ${next[0]}` : "Done"; $("skip").hidden = !next;
+  $("step").onclick = () => tour(k + 1); $("skip").onclick = () => tour(TOUR.length);
 }
 function listen() {
   const alone = () => box.selectionStart === box.selectionEnd;
@@ -460,9 +491,9 @@ function listen() {
 try {
   [page, model] = unpack(); ids = new Map(page.vocab.map((c, k) => [c, k]));
   intact = new Reader(model); $("model").textContent = page.about;
-  for (const term of all("a[title]")) term.title = term.title.replace(/\s+/g, " ");
+  for (const term of all(".term")) term.title = term.title.replace(/\s+/g, " ");
   for (const node of all(".memory")) node.hidden = !model.config.memory;
-  page.text ||= write(intact.letters(), 400); build_controls();
+  build_controls();
   box.value = page.text.slice(0, LONGEST); page.text = box.value;  // as a text box has it
   listen(); load();
   const done = () => [intact, touched].every(reader => !reader?.rows.includes(null));
@@ -470,5 +501,5 @@ try {
     Array.from(text, c => [...model.stream_step(stream, ids.get(c.codePointAt()))]);
   window.explorer = { model, state, shown, done, logits };  // for tests, and for the curious
 } catch (error) {
-  $("broken").textContent = `Damaged: ${error.message.replace(/\.$/, "")}. Make it anew: python -m explorer`;
+  $("broken").textContent = `Damaged: ${error.message.replace(/\.$/, "")}. Make the page again: python -m explorer`;
 }

@@ -191,7 +191,16 @@ def test_invariants_do_not_change_with_a_rotation(rng):
 
 def run_flow(*args):
     command, root = [sys.executable, "-m", "experiments.flow", *args], Path(F.__file__).parents[1]
-    return subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", timeout=300)
+    env = os.environ | {"MPLBACKEND": "nonsense"}  # it needs no window, so it must not matter
+    return subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", timeout=300, env=env)
+
+def test_a_flow_has_shorter_steps_than_random_order_and_than_shuffled_text():
+    def table(share):
+        return np.rec.fromrecords([("ruler", 1, share, 1, 1)], names="scale,size,step,length,noise")
+
+    for share, shuffled, kind in ((1.0, 1.0, "no flow"), (0.97, 0.97, "no flow"), (0.95, 0.98, "hardly a flow"),
+                                  (0.5, 0.98, "a flow"), (1.1, 1.3, "no flow")):
+        assert F.verdict(table(share), table(shuffled)).startswith(f"{kind}, since a step")
 
 def printed_row(printed, name):
     """The numbers of each layer in the row of that name, of the first table that has one."""
@@ -207,7 +216,12 @@ def test_from_a_checkpoint_to_tables_and_a_picture_of_the_text_held_out(tmp_path
     assert F.plt.imread(tmp_path / "flow" / "coastline.png").shape[1] == 1660
     flow = F.read_flow(params, config, TEXT[-(len(TEXT) // 10) :].lstrip(), VOCAB)
     plain = F.read_flow(G.init_params(config), config, flow.text, VOCAB)
-    assert printed.startswith(f"{len(flow.text)} characters")
+    first, second, empty, count, *_ = printed.splitlines()
+    for i, sentence in enumerate((first, second)):  # the verdict comes first
+        (share,) = F.coastline(flow, i)[["step", "noise"]][:1]
+        assert sentence.startswith(f"Layer {i + 1}: ") and "flow, since a step" in sentence
+        assert f"is {share['step'] / share['noise']:.2f} of a step in random order" in sentence
+    assert empty == "" and count.startswith(f"{len(flow.text)} characters")
     spaces, near = F.character_kinds(flow.text) == "space", {"atol": 0.0051, "rtol": 0}
     for name, where in (("all", spaces | True), ("space", spaces)):
         means = [[np.nanmean(f.step[i, where]) for f in (flow, plain)] for i in range(2)]
@@ -263,7 +277,7 @@ def test_what_has_no_flow_is_refused_in_one_sentence(tmp_path):
     assert (process.returncode, process.stdout) == (2, "")
     assert re.fullmatch(r".*flow.*: .*none\.npz does not exist.*\n", process.stderr)
     for variant, texts, reason in (
-        ({"rank": 2}, [text], "has no flow"), ({"mixer": "attention"}, [text], "has no flow"),
+        ({"rank": 2}, [text], "has no flow"), ({"mixer": "attention", "offsets": ()}, [text], "has no flow"),
         ({}, [text] * 3, "one text or two"), ({}, ["short"], "of at least 20 characters"),
         ({}, [tmp_path / "none.txt"], "cannot read .*none.txt"),
         ({}, [text + "€#"], r"the model never saw '#', '\\u20ac', which this text has"),
@@ -272,19 +286,22 @@ def test_what_has_no_flow_is_refused_in_one_sentence(tmp_path):
         with pytest.raises(ValueError, match=reason):
             F.measure_and_draw(save(path, **variant), texts, tmp_path / "out")
 
-def test_the_text_held_out_is_found_or_asked_for(tmp_path):
+def test_the_text_held_out_is_found_or_asked_for(tmp_path, monkeypatch):
     text = "x" * 9000 + "first\n\n   second paragraph" + "y" * 974
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     named = {"settings": {"data": str(tmp_path / "text.txt")}}
     for extra in ({}, {"text_sha256": hashlib.sha256(text.encode()).hexdigest()},
                   {"settings": {"data": [str(tmp_path)]}}):  # as train_char.py writes it: a list
-        assert F.held_out("c", 8, named | extra) == "second paragraph" + "y" * 974
+        assert F.text_of_run("c", named | extra) == "second paragraph" + "y" * 974
     for settings in (3, {}, *({"data": name} for name in (5, os.devnull, [str(tmp_path / "no")], "\0"))):
-        with pytest.raises(ValueError, match=r"here \(there is no file .*\); give one with --text"):
-            F.held_out("c", 8, {"settings": settings})
+        with pytest.raises(G.UserError, match=r"here \(there is no file .*\); give one with --text"):
+            F.text_of_run("c", {"settings": settings})
     for extra in (named, {"settings": {"data": None}}):
-        with pytest.raises(ValueError, match=r"it has changed since\); give one with --text or"):
-            F.held_out("c", 8, extra | {"text_sha256": "0" * 64})
+        with pytest.raises(G.UserError, match=r"it has changed since\); give one with --text or"):
+            F.text_of_run("c", extra | {"text_sha256": "0" * 64})
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # whose advice, --data, is none here
+    with pytest.raises(G.UserError, match=r"here \(this Python came without its documentation\); give one with --text"):
+        F.text_of_run("c", {"settings": {"data": None}})
 
 def test_no_text_in_the_picture_of_the_layer_covers_another():
     figure = layer()

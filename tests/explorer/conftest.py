@@ -1,6 +1,7 @@
-"""A real browser, headless, and pages of models in it. Without one these tests are skipped."""
+"""A real browser, headless, and pages of models in it. Without a browser these tests are skipped."""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,106 +11,88 @@ import grassmann as G
 from explorer.__main__ import page
 from text import vocabulary
 
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-component-update "
-         "--disable-background-networking --disable-sync --window-size=1280,900")
+FLAGS = "--headless --no-sandbox --no-first-run --disable-component-update --disable-background-networking"
+PAGE = Path(__file__).resolve().parents[2] / "explorer" / "explorer.html"
+KINDS = {
+    "default": {}, "paper": {"block": "paper", "taps": False, "normalize": True, "positions": True},
+    "average": {"taps": False, "offsets": ((1, 3), (2, 5))}, "normalized taps": {"normalize": True},
+    "positions": {"positions": True, "context": 21}, "memory": {"memory": True},
+    "sizes": {"n_layer": 3, "d_model": 21, "rank": 7, "d_ff": 10, "offsets": ((1,), (4, 2, 30), (9,))}}
 
+def random_model(letters="abcdefgh ijklm\nnopq", **sizes):
+    """A small model that knows these letters; its weights are large enough to matter."""
+    vocab, rng = vocabulary(letters), np.random.default_rng(1)
+    config = G.Config(len(vocab), **{"context": 40, "n_layer": 2, "d_model": 24, "rank": 6} | sizes)
+    params = G.init_params(config)
+    for name, value in params.items():
+        if name != "E" and not name.endswith(".w"):
+            value += (0.3 * rng.standard_normal(value.shape)).astype(np.float32)
+    params["E"] *= 30
+    return SimpleNamespace(params=params, config=config, vocab=vocab)
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     """Chromium, driven by selenium; its log of messages and requests is kept."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="no browser: selenium is not installed")
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    chromedriver = shutil.which("chromedriver")
+    programs = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    program, chromedriver = next(filter(None, programs), None), shutil.which("chromedriver")
     if program is None or chromedriver is None:
         pytest.skip("no browser: Chromium and chromedriver are not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    for flag in FLAGS.split():
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
     yield driver
     driver.quit()
 
-
 @pytest.fixture
 def explore(browser, tmp_path):
-    """explore(file or parameters, …): the page, opened; see `Page`."""
-
-    def explore(what, config=None, vocab=None, text="", hash=""):
-        path = what
-        if config is not None:
-            path = tmp_path / "explorer.html"
-            extra = {"vocab": vocab, "most_common": 0, "best": None}
-            path.write_text(page(what, config, extra, "test.npz", text, "../tutorial.md"), encoding="utf-8")
+    """explore(file or a model, text, …): the page, opened and read to its end."""
+    def explore(what=PAGE, text="a", hash="", wait=True, size=(1280, 800)):
+        if isinstance(what, SimpleNamespace):
+            model, what, extra = what, tmp_path / "explorer.html", {"vocab": what.vocab, "most_common": 0}
+            what.write_text(page(model.params, model.config, extra, "test.npz", text), encoding="utf-8")
+        screen = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         browser.get("about:blank")
         browser.get_log("browser"), browser.get_log("performance")
-        browser.get(f"{path.resolve().as_uri()}{hash}")
-        return Page(browser)
+        browser.get(f"{what.as_uri()}{hash}")
+        return Page(browser, "explorer.done()" if wait else "true")
 
     return explore
-
 
 class Page:
     """An open page: run JavaScript in it, type, read what stands there."""
 
-    def __init__(self, browser):
+    def __init__(self, browser, condition):
         self.browser = browser
+        self.wait(condition)
 
     def js(self, code, *args):
+        """The value of an expression, or what statements return."""
+        code = code if "return " in code or ";" in code else f"return {code}"
         return self.browser.execute_script(code, *args)
 
-    def logits(self, text):
-        """(T, V), float64."""
-        return np.array(self.js("return explorer.logits(arguments[0])", text))
-
     def text(self, selector):
-        return self.js("return document.querySelector(arguments[0]).textContent", selector)
+        return self.js("document.querySelector(arguments[0]).textContent", selector)
 
-    def click(self, selector):
+    def texts(self, selector):
+        return self.js("[...document.querySelectorAll(arguments[0])].map(node => node.textContent.trim())", selector)
+
+    def click(self, selector, wait="explorer.done()"):
         self.js("document.querySelector(arguments[0]).click()", selector)
+        self.wait(wait)
 
     def type(self, text):
-        """Put a text into the box, all at once, and wait until it is read."""
-        self.js("const box = document.getElementById('text'); box.value = arguments[0];"
-                "box.dispatchEvent(new Event('input'))", text)
+        self.js("box.value = arguments[0]; box.oninput()", text)
         self.wait()
 
     def wait(self, condition="explorer.done()"):
         self.browser.set_script_timeout(60)
-        done = self.browser.execute_async_script(
-            f"const done = arguments[0], look = () => {condition} ? done(true) : setTimeout(look, 5); look()")
-        assert done
+        self.browser.execute_async_script(
+            f"const done = arguments[0], look = () => {condition} ? done() : setTimeout(look, 5); look()")
 
     def bits(self):
-        """The surprise at every character but the first."""
         return np.array(self.js("const r = explorer.shown(); return r.tokens.map((_, t) => r.bits(t)).slice(1)"))
-
-
-@pytest.fixture
-def random_model():
-    """random_model(…): small, with names for its letters; weights large enough to matter."""
-    def random_model(**sizes):
-        vocab = vocabulary("abcdefgh ijklm\nnopq")
-        config = G.Config(len(vocab), **{"context": 40, "n_layer": 2, "d_model": 24, "rank": 6} | sizes)
-        params, rng = G.init_params(config), np.random.default_rng(1)
-        for name, value in params.items():
-            if name != "E" and not name.endswith(".w"):
-                value += (0.3 * rng.standard_normal(value.shape)).astype(np.float32)
-        params["E"] *= 30
-        return SimpleNamespace(params=params, config=config, vocab=vocab)
-
-    return random_model
-
-
-@pytest.fixture(params=["default", "paper", "average", "normalized taps", "positions", "sizes", "memory"])
-def variant(request, random_model):
-    """A small random model of every kind."""
-    kinds = {
-        "default": {}, "paper": {"block": "paper", "taps": False, "normalize": True, "positions": True},
-        "average": {"taps": False, "offsets": ((1, 3), (2, 5))}, "normalized taps": {"normalize": True},
-        "positions": {"positions": True, "context": 21}, "memory": {"memory": True},
-        "sizes": {"n_layer": 3, "d_model": 21, "rank": 7, "d_ff": 10, "offsets": ((1,), (4, 2, 30), (9,))},
-    }
-    return random_model(**kinds[request.param])
