@@ -5,7 +5,6 @@ A token is a Unicode code point of the text, numbered by its place in the vocabu
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import http.client
@@ -74,26 +73,6 @@ def load_text(data: str | Sequence[str] | None) -> str:
             texts += read_folder(path) if path.is_dir() else [read_file(path)]
     check(len(texts) > 0, f"no file is called {data}")
     return texts[0] if len(texts) == 1 else "".join(t if t.endswith("\n") else t + "\n" for t in texts)
-
-def held_out(extra: dict) -> str:
-    """The text that a checkpoint's run was validated on, from the start of a paragraph, by its settings.
-
-    Raises UserError where the text is not there any more, or has changed.
-    """
-    settings = extra.get("settings")
-    data = settings.get("data", "?") if isinstance(settings, dict) else "?"
-    data = data if data is None or isinstance(data, list) else [data]
-    for name in map(str, data or ()):
-        there = name == "shakespeare" or "*" in name or Path(name).is_file() or Path(name).is_dir()
-        check(there, f"there is no file {name!r}")
-    try:
-        with contextlib.redirect_stdout(None):  # what load_text and its errors advise is about --data
-            text = load_text(data and [*map(str, data)])
-    except UserError as error:
-        raise UserError(str(error).partition("; ")[0]) from None
-    check(extra.get("text_sha256") in (None, text_sha256(text)), "it has changed since")
-    text = text[len(text) - len(text) // 10 :]
-    return text[text.find("\n\n", 0, 1000) + 1 :].lstrip()
 
 def read_folder(folder: Path) -> list[str]:
     """All files below that are UTF-8, in order of their names, except hidden files and those of our own

@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 import grassmann as G
 from experiments.figures import BLUE, INK, ORANGE, STYLE
+from experiments.texts import held_out
 from grassmann import Array, Config, Params
 from sample import load_trained
-from text import encode, held_out, read_file
+from text import encode, read_file
 
 MEASURED, LEAST = 16384, 20  # characters: at most, at least
 KINDS = ("in a word", "word start", "capital", "punctuation", "space", "line end")

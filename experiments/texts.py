@@ -6,15 +6,17 @@ A text is cut in three: nine tenths to train on; the next twentieth to choose ra
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from grassmann import Array
-from text import corpus_of, load_text
+from grassmann import Array, UserError, check
+from text import corpus_of, load_text, text_sha256
 
 NAMES = {None: "Python's documentation", "shakespeare": "Tiny Shakespeare", "bible": "the King James Bible"}
 
@@ -72,3 +74,23 @@ def king_james() -> str:
     except (OSError, subprocess.CalledProcessError):
         raise ValueError("questions 5 and 6 read the King James Bible: apt install bible-kjv") from None
     return re.sub(r"^\S+ ", "", verses, flags=re.MULTILINE)
+
+def held_out(extra: dict) -> str:
+    """The text that a checkpoint's run was validated on, from the start of a paragraph, by its settings.
+
+    Raises UserError where the text is not there any more, or has changed.
+    """
+    settings = extra.get("settings")
+    data = settings.get("data", "?") if isinstance(settings, dict) else "?"
+    data = data if data is None or isinstance(data, list) else [data]
+    for name in map(str, data or ()):
+        there = name == "shakespeare" or "*" in name or Path(name).is_file() or Path(name).is_dir()
+        check(there, f"there is no file {name!r}")
+    try:
+        with contextlib.redirect_stdout(None):  # what load_text and its errors advise is about --data
+            text = load_text(data and [*map(str, data)])
+    except UserError as error:
+        raise UserError(str(error).partition("; ")[0]) from None
+    check(extra.get("text_sha256") in (None, text_sha256(text)), "it has changed since")
+    text = text[len(text) - len(text) // 10 :]
+    return text[text.find("\n\n", 0, 1000) + 1 :].lstrip()

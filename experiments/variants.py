@@ -13,7 +13,6 @@ import numpy as np
 import grassmann
 from grassmann import Array, Config, pairs
 
-
 def variant(product: str, landmarks: tuple[str, ...], vocab: list[int]) -> AbstractContextManager:
     """Within the `with` block, in all threads, grassmann.py's layers have this product in place of
     the wedge, and these landmarks as partners too.

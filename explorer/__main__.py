@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 import grassmann
+from experiments.texts import held_out
 from grassmann import Config, Params, UserError, check
 from sample import find_trained, load_trained
-from text import SHAKESPEARE_SHA256, decode, encode, held_out, read_file, start_token
+from text import SHAKESPEARE_SHA256, decode, encode, read_file, start_token
 
 HERE = Path(__file__).resolve().parent
 

@@ -11,7 +11,6 @@ import pytest
 
 from experiments import budget
 
-
 def test_a_table_and_not_twice(tmp_path, monkeypatch, capsys):
     """On a small model, and by a clock on which every look takes a hundredth of a second."""
     text_file, clock, rates, adamw_step = tmp_path / "text.txt", itertools.count(), [], budget.G.adamw_step

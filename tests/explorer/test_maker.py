@@ -14,7 +14,8 @@ from conftest import PAGE
 import explorer.__main__ as maker
 import grassmann as G
 from checkpoint import load_checkpoint, save_checkpoint
-from text import encode, held_out, load_text, text_sha256, vocabulary
+from experiments.texts import held_out
+from text import encode, load_text, text_sha256, vocabulary
 
 ROOT, LINES = PAGE.parents[1], "".join(f"line {k} of the text\n" for k in range(400))
 CACHED = Path("~/.cache/grassmann/shakespeare.txt").expanduser()

@@ -11,7 +11,6 @@ import pytest
 
 from training import Training, train_step
 
-
 @pytest.fixture(scope="session")
 def stand_in():
     if not cuda_on_cpu.COMPILER:
