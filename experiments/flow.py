@@ -5,11 +5,10 @@
   python -m experiments.flow --file one.txt --file two.txt    two texts, side by side in the table
 
 In each layer a token and its partner span a plane, a point of the Grassmannian Gr(2, r); a text is
-a path of such points. Of up to 16,384 characters are printed the steps and the gate by kind of
-character, the steps at different scales against those in random order, and invariants, as tables
-in Markdown; drawn is the length of the path at different scales. To look at a text character by
-character there is the explorer (python -m explorer). The first token has no partner and spans no
-plane. With positions, windows overlap by half a context.
+a path of such points. Of up to 16,384 characters the program prints the steps and the gate by kind of
+character, the steps at different scales against steps in random order, and invariants, as tables in
+Markdown. To look at a text character by character there is the explorer (python -m explorer). The first
+token has no partner and spans no plane. With positions, windows overlap by half a context.
 """
 
 import cli  # noqa: I001  (before NumPy)
@@ -19,19 +18,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
 from tqdm import tqdm
 
 import grassmann as G
-from experiments.figures import BLUE, INK, ORANGE, STYLE
-from grassmann import Array, Config, Params
+from experiments.common import markdown
+from grassmann import Array, Config, Params, UserError, check
 from text import decode, encode, load_text, read_corpus
 
 MEASURED, LEAST = 16384, 20  # characters: at most, at least
 KINDS = ("in a word", "word start", "capital", "punctuation", "space", "line end")
-COLOURS = LinearSegmentedColormap.from_list("flow", [BLUE, "#a06cc4", ORANGE])
 
 # ---- planes of Gr(2, r): orthonormal bases (r, 2), no matter which; nan where there is none ------
 
@@ -72,10 +68,10 @@ def nearest_plane(p: Array) -> Array:
 def mean_plane(planes: Array) -> tuple[Array, Array]:
     """The plane whose projector A Aᵀ is nearest to the mean one, spanned by that one's two leading
     eigenvectors: (..., T, r, 2) -> (..., r, 2); and their eigenvalues' mean (...): 1 if all planes
-    are the same, 2/r if they point everywhere alike. Raises ValueError without a plane."""
+    are the same, 2/r if they point everywhere alike. Raises UserError without a plane."""
     count = is_plane(planes).sum(-1)[..., None, None]
     if not count.all():
-        raise ValueError("a part of this text spans no plane at all; give a more varied one")
+        raise UserError("a part of this text spans no plane at all; give a more varied one")
     A = np.concatenate(np.moveaxis(np.nan_to_num(planes), -3, 0), axis=-1)  # (..., r, 2T)
     values, vectors = np.linalg.eigh(A @ np.swapaxes(A, -1, -2) / count)
     return vectors[..., -2:], values[..., -2:].mean(-1)
@@ -84,7 +80,7 @@ def mean_plane(planes: Array) -> tuple[Array, Array]:
 
 @dataclass
 class Flow:
-    """What a model with N layers makes of T characters. ValueError if few of them have planes."""
+    """What a model with N layers makes of T characters. UserError if few of them have planes."""
 
     text: str
     z: Array  # (N, T, r)  reduced states
@@ -94,14 +90,14 @@ class Flow:
     def __post_init__(self) -> None:
         self.planes = plane(self.z, self.s)  # (N, T, r, 2)
         if 2 * is_plane(self.planes).sum(1).min() <= len(self.text):
-            raise ValueError("half of this text or more spans no plane; give a more varied one")
+            raise UserError("half of this text or more spans no plane; give a more varied one")
         self.step = np.full(self.gate.shape, np.nan)  # (N, T)  distance from the plane before
         self.step[:, 1:] = distance(self.planes[:, :-1], self.planes[:, 1:])
 
 def read_flow(params: Params, config: Config, text: str, vocab: list[int]) -> Flow:
     """Read a text, in pieces begun early enough to see all it can (with positions: half)."""
     if unknown := sorted(set(text) - set(map(chr, vocab))):
-        raise ValueError(f"the model never saw {ascii(unknown[:10])[1:-1]}, which this text has")
+        raise UserError(f"the model never saw {ascii(unknown[:10])[1:-1]}, which this text has")
     tokens = encode(text, vocab)
     size, before = 1024, sum(map(max, config.offsets))  # so far back does the last layer see
     if config.memory:  # it sees all
@@ -195,66 +191,31 @@ def invariants(flow: Flow) -> dict[str, Array]:
         "stability: agreement with the layer before":
             [np.nan, *(np.corrcoef(pair)[0, 1] for pair in both)]}
 
-# ---- the picture, for white pages and black ones -------------------------------------------------
-
-def draw_coastline(measured: dict[str, list[Array]], random_step: float) -> plt.Figure:
-    """Length against ruler above, steps against noise below, for several flows side by side."""
-    panes = {"sharex": True, "sharey": "row", "height_ratios": [1, 1.3]}
-    figure, panels = plt.subplots(2, len(measured), figsize=(10, 7), **panes)
-    marks = {"ruler": ("-", 0, "every k-th plane"), "block": ("o--", 3.5, "blocks of k characters"),
-             "word": ("s", 7, "words"), "line": ("^", 8, "lines")}
-    for (top, bottom), (name, tables) in zip(panels.T, measured.items(), strict=True):
-        colours = COLOURS(np.linspace(0, 1, len(tables)))
-        for i, table in enumerate(tables):
-            for scale, (mark, size, _) in marks.items():
-                part, style = table[table["scale"] == scale], {"color": colours[i], "ms": size}
-                if scale != "block":
-                    label = f"layer {i + 1}: slope {slope(table):.2f}" if scale == "ruler" else None
-                    top.loglog(part["size"], part["length"], mark, lw=1.4, label=label, **style)
-                bottom.semilogx(part["size"], part["step"] / part["noise"], mark, lw=1.2, **style)
-        rulers = tables[0]["size"][tables[0]["scale"] == "ruler"]
-        top.loglog(rulers, random_step / rulers, ":", color=INK, lw=1.5)
-        bottom.axhline(1, ls=":", color=INK, lw=1.5)
-        top.set_title(name)
-        top.legend()
-        bottom.set_xlabel("characters per step")
-    for mark, size, label in (*marks.values(), (":", 0, "noise")):
-        bottom.plot([], [], mark, color=INK, ms=size, label=label)
-    bottom.legend()
-    panels[0, 0].set_ylabel("length of the path\n(rad per character)")
-    panels[1, 0].set_ylabel("step, as a share of that of\nthe same planes in random order")
-    return figure
-
 # ---- the program ---------------------------------------------------------------------------------
 
 LEGEND = ("ruler k: every k-th plane. block k, word, line: the plane nearest to the sum of its bivectors. slope: of log "
           "length over log ruler, 0 if smooth, -1/2 of a random walk, -1 of noise. turn: π less the angle between two steps.")
 
 def held_out(checkpoint: Path, context: int, extra: dict) -> str:
-    """The text a run was validated on, from the start of a paragraph. Raises ValueError."""
+    """The text a run was validated on, from the start of a paragraph. Raises UserError."""
     settings, sha256 = extra.get("settings"), extra.get("text_sha256")
     data = settings.get("data", "?") if isinstance(settings, dict) else "?"
     data = data if data is None or isinstance(data, list) else [data]
     try:
         for name in data or ():
-            if name != "shakespeare" and not (Path(str(name)).is_file() or Path(str(name)).is_dir()):
-                raise ValueError(f"there is no file {name!r}")
+            check(name == "shakespeare" or Path(str(name)).is_file() or Path(str(name)).is_dir(), f"there is no file {name!r}")
         corpus = read_corpus(data, context)
-        if sha256 not in (None, corpus.sha256):
-            raise ValueError("it has changed since")
-    except ValueError as error:
-        raise ValueError(f"the text that {checkpoint} was trained on is not here ({error}); "
-                         "give one with --text or --file") from None
+        check(sha256 in (None, corpus.sha256), "it has changed since")
+    except UserError as error:
+        raise UserError(f"the text that {checkpoint} was trained on is not here ({error}); "
+                        "give one with --text or --file") from None
     text = decode(corpus.val, corpus.vocab)
     return text[text.find("\n\n", 0, 1000) + 1 :].lstrip()
 
 def print_table(title: str, rows: Iterable[tuple[str, list[str]]]) -> None:
     """In Markdown, a column for each layer."""
-    for k, (name, cells) in enumerate(rows):
-        if k == 0:
-            print(f"\n| {title} |", *(f"layer {i + 1} |" for i in range(len(cells))))
-            print("|---|" + "---|" * len(cells))
-        print(f"| {name} |", *(f"{cell} |" for cell in cells))
+    print("\n" + markdown([{title: name} | {f"layer {i}": cell for i, cell in enumerate(cells, 1)}
+                           for name, cells in rows]))
 
 def beside(*values: Array, digits: int = 2) -> list[str]:
     """Several numbers a layer, as "1.90 / 1.85"; – for nan."""
@@ -291,22 +252,19 @@ def main() -> None:
     add("checkpoint", nargs="?", type=Path, default=best, help=f"the model (default: {best})")
     add("--text", **text, metavar="TEXT", help="a text (default: one held out from the training)")
     add("--file", **text, metavar="FILE", type=Path, help="one in a UTF-8 file; two are compared")
-    add("--out", type=Path, help="folder for the picture (default: flow, beside the model)")
     args = parser.parse_args()
-    out = args.out or args.checkpoint.parent / "flow"
-    with cli.short_errors(parser, out, "not enough memory for this model and this text"):
-        measure_and_draw(args.checkpoint, args.texts, out)
+    with cli.short_errors(parser, args.checkpoint, "not enough memory for this model and this text"):
+        measure(args.checkpoint, args.texts)
 
-def measure_and_draw(checkpoint: Path, texts: list[str | Path], out: Path) -> None:
-    """Read the texts, measure, print, draw. Raises ValueError and OSError."""
+def measure(checkpoint: Path, texts: list[str | Path]) -> None:
+    """Read the texts, measure, print. Raises UserError and OSError."""
     params, config, extra = cli.load_trained(G, checkpoint)
     if config.mixer == "attention" or config.rank == 2:
-        raise ValueError(f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
+        raise UserError(f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
     texts = [load_text(str(text)) if isinstance(text, Path) else text for text in texts]
     texts = [text[:MEASURED] for text in texts or [held_out(checkpoint, config.context, extra)]]
     if len(texts) > 2 or min(map(len, texts)) < LEAST:
-        raise ValueError(f"give one text or two, of at least {LEAST} characters")
-    out.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"give one text or two, of at least {LEAST} characters")
     rng, text, vocab = np.random.default_rng(0), texts[0], extra["vocab"]
     shuffled = "".join(text[t] for t in rng.permutation(len(text)))
     flows = {"trained": read_flow(params, config, text, vocab),
@@ -327,10 +285,6 @@ def measure_and_draw(checkpoint: Path, texts: list[str | Path], out: Path) -> No
     print_table("mean gate α at", ((kind, beside(gates[kind])) for kind in gates))
     print_scales(measured)
     print_invariants(flow, other, "second text" if len(texts) > 1 else "shuffled text")
-    titles = {"axes.titlesize": 10, "legend.frameon": False, "legend.fontsize": 8.5}
-    with plt.rc_context(STYLE | titles):
-        draw_coastline(measured, random_step).savefig(out / "coastline.png", dpi=166)
-    print(f"\n{out / 'coastline.png'}: the length of the path at different scales")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grassmann import Array
+from grassmann import Array, UserError
 from text import corpus_of, load_text
 
 NAMES = {None: "Python's documentation", "shakespeare": "Tiny Shakespeare", "bible": "the King James Bible"}
@@ -32,7 +32,7 @@ class Text:
 def read_text(data: str | None, pieces: int = 0, context: int = 1) -> Text:
     """The text behind --data, or "bible", as characters or as so many different byte pairs.
 
-    Raises ValueError if it is absent or too short.
+    Raises UserError if it is absent or too short.
     """
     text, name = king_james() if data == "bible" else load_text(data), NAMES.get(data, str(data))
     corpus = corpus_of(text, context)
@@ -52,7 +52,7 @@ def byte_pairs(parts: tuple[str, ...], size: int) -> tuple[Array, ...]:
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
-        raise ValueError("byte pairs need the library that experiments/requirements.txt lists") from None
+        raise UserError("byte pairs need the library that experiments/requirements.txt lists") from None
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -61,14 +61,14 @@ def byte_pairs(parts: tuple[str, ...], size: int) -> tuple[Array, ...]:
     tokenizer.train_from_iterator([parts[0]], trainer)
     tokens = [tokenizer.encode(part).ids for part in parts]
     if any(tokenizer.decode(ids) != part for ids, part in zip(tokens, parts, strict=True)):
-        raise ValueError("the byte pairs do not give the text again")
+        raise UserError("the byte pairs do not give the text again")
     return tuple(np.array(ids, np.uint16) for ids in tokens)
 
 def king_james() -> str:
-    """The King James Bible, a verse a line, from Debian's package bible-kjv. Raises ValueError."""
+    """The King James Bible, a verse a line, from Debian's package bible-kjv. Raises UserError."""
     try:
         verses = subprocess.run(["bible", "-f", "Gen1:1-Rev22:21"], stdin=subprocess.DEVNULL, check=True,
                                 capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        raise ValueError("questions 5 and 6 read the King James Bible: apt install bible-kjv") from None
+        raise UserError("questions 5 and 6 read the King James Bible: apt install bible-kjv") from None
     return re.sub(r"^\S+ ", "", verses, flags=re.MULTILINE)

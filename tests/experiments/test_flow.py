@@ -198,13 +198,11 @@ def printed_row(printed, name):
     row = next(line for line in printed.splitlines() if line.startswith(f"| {name} |"))
     return [[float(x) for x in cell.split(" / ")] for cell in row.split("|")[2:-1]]
 
-def test_from_a_checkpoint_to_tables_and_a_picture_of_the_text_held_out(tmp_path):
+def test_from_a_checkpoint_to_tables_of_the_text_held_out(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     process = run_flow(save(tmp_path / "best.npz", data=str(tmp_path / "text.txt")))
     assert (process.returncode, process.stderr) == (0, "")
     printed, (params, config) = process.stdout, model()
-    assert [file.name for file in (tmp_path / "flow").iterdir()] == ["coastline.png"]
-    assert F.plt.imread(tmp_path / "flow" / "coastline.png").shape[1] == 1660
     flow = F.read_flow(params, config, TEXT[-(len(TEXT) // 10) :].lstrip(), VOCAB)
     plain = F.read_flow(G.init_params(config), config, flow.text, VOCAB)
     assert printed.startswith(f"{len(flow.text)} characters")
@@ -227,7 +225,7 @@ def test_two_texts_side_by_side_and_a_bar_on_a_terminal(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     (tmp_path / "other.txt").write_text(TEXT[-300:], encoding="utf-8")
     texts, (params, config) = [TEXT[:300], tmp_path / "other.txt"], model()
-    F.measure_and_draw(save(tmp_path / "best.npz"), texts, tmp_path / "a")
+    F.measure(save(tmp_path / "best.npz"), texts)
     one, other = (F.read_flow(params, config, text, VOCAB) for text in (TEXT[:300], TEXT[-300:]))
     printed, bars = capsys.readouterr()
     assert "reading" in bars and "measuring" in bars and "text / second text |" in printed
@@ -270,7 +268,7 @@ def test_what_has_no_flow_is_refused_in_one_sentence(tmp_path):
         ({"taps": False, "offsets": ((1,), (1,))}, ["1" * 50], "half of this text or more spans"),
     ):
         with pytest.raises(ValueError, match=reason):
-            F.measure_and_draw(save(path, **variant), texts, tmp_path / "out")
+            F.measure(save(path, **variant), texts)
 
 def test_the_text_held_out_is_found_or_asked_for(tmp_path):
     text = "x" * 9000 + "first\n\n   second paragraph" + "y" * 974
