@@ -13,7 +13,9 @@ themselves.) Both sides have the same threads, batches and optimiser. The other 
 it is usually written (pip install -r experiments/requirements.txt); without it there is a dash.
 """
 
-import cli  # noqa: I001  (before NumPy)
+import cli
+
+cli.prepare()  # before NumPy
 
 import time
 from collections.abc import Callable
@@ -24,11 +26,13 @@ from statistics import median
 import numpy as np
 
 import grassmann
+import parallel
 from experiments import bench_gpu
 from experiments.bench_models import Model, Ours, Setup, Theirs, gpt_of_size, n_parameters, torch
 from experiments.common import alternate, machine, markdown, quotient
-from grassmann import UserError
+from grassmann import check
 from text import read_corpus
+
 
 def rounds(setup: Setup, n: int) -> int:
     return 2 if setup.quick else n
@@ -176,7 +180,7 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: the text of train_char.py)")
-    add("--threads", type=cli.number(int, 1, 1024), default=len(cli.available_cores()),
+    add("--threads", type=int, default=len(parallel.available_cores()),
         help="CPU threads (default: all cores)")
     add("--quick", action="store_true", help="fewer turns, and no race")
     add("--gpu", action="store_true", help="measure gpu.py on a CUDA GPU instead")
@@ -185,11 +189,10 @@ def main() -> None:
     add("--only", nargs="+", choices=[*SECTIONS, *bench_gpu.SECTIONS], help="some sections")
     args = parser.parse_args()
     with cli.short_errors(parser, args.data, "not enough memory for this model"):
-        if not set(args.only or []) <= (bench_gpu.SECTIONS if args.gpu else SECTIONS).keys():
-            raise UserError(f"--only {' '.join(args.only)}: not all are sections "
-                             f"{'of' if args.gpu else 'without'} --gpu")
-        if (args.report or args.rehearse) and not args.gpu:
-            raise UserError("--report and --rehearse need --gpu")
+        check(args.threads >= 1, f"--threads must be 1 or more, not {args.threads}")
+        check(set(args.only or []) <= (bench_gpu.SECTIONS if args.gpu else SECTIONS).keys(),
+              f"--only {' '.join(args.only or [])}: not all are sections {'of' if args.gpu else 'without'} --gpu")
+        check(args.gpu or not (args.report or args.rehearse), "--report and --rehearse need --gpu")
         if args.gpu:
             folder = "out" if args.rehearse else "experiments/results" if args.report else None
             folder = folder and bench_gpu.ROOT / folder

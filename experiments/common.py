@@ -12,10 +12,10 @@ from types import ModuleType
 
 import numpy as np
 
-import cli
 import grassmann
+import parallel
 from grassmann import Array, Config
-from training import Training, train_step
+from training import Training, step_on_batch, train_step
 
 Batches = Callable[[int], tuple[Array, Array]]  # of a step: x, y (B, L)
 
@@ -30,10 +30,11 @@ class Learner:
 
     def step(self) -> float:
         """The loss before the step."""
-        t = self.training
-        batch = self.text(self.k) if callable(self.text) else self.model.get_batch(
-            self.text, t.batch_size, self.config.context, t.seed, self.k)
-        loss = train_step(self.model, self.params, self.config, t, self.optimizer, self.k, *batch, self.threads)
+        state = self.model, self.params, self.config, self.training, self.optimizer, self.k
+        if callable(self.text):
+            loss = step_on_batch(*state, *self.text(self.k), self.threads)
+        else:
+            loss = train_step(*state, self.text, self.threads)
         self.k += 1
         return loss
 
@@ -66,7 +67,7 @@ def machine() -> str:
         name = line.partition(":")[2].strip() if line.startswith("model name") else name
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
-    return f"{versions}, {blas['name']} {blas['version']}, {len(cli.available_cores())} cores, {name}"
+    return f"{versions}, {blas['name']} {blas['version']}, {len(parallel.available_cores())} cores, {name}"
 
 # ---- the table -----------------------------------------------------------------------------------
 

@@ -15,7 +15,9 @@ command goes on. Other settings or another text are other runs. (The program can
 grassmann.py itself has changed: choose another --out.)
 """
 
-import cli  # noqa: I001  (before NumPy)
+import cli
+
+cli.prepare()  # before NumPy
 
 import bisect
 import hashlib
@@ -37,11 +39,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import grassmann
+import parallel
 from experiments import mixers, tasks
 from experiments.common import Learner, alternate, machine, markdown
 from experiments.ngram import best_ngram
 from experiments.texts import Text, read_text
-from grassmann import Config, Params, UserError, param_shapes
+from grassmann import Config, Params, UserError, check, param_shapes
 from training import Training
 
 # Settings are fields of Config and Training with train_char.py's defaults, and what else is here.
@@ -367,7 +370,7 @@ class Laboratory:
         """Train what is missing, `jobs` runs at a time, and write it down."""
         todo, n = [*self.missing.values()], len(self.missing)
         self.missing.clear()
-        print(f"{cli.plural(n, 'run')} to train, {min(jobs, n)} at a time", flush=True)
+        print(f"{n} {'run' if n == 1 else 'runs'} to train, {min(jobs, n)} at a time", flush=True)
         with closing(train_all(todo, min(jobs, n))) as results:
             for k, result in enumerate(results, 1):
                 self.add(result)
@@ -386,7 +389,7 @@ def add_times(rows: list[Row], text: Text, path: Path) -> None:
     specs = [row.results[0]["spec"] for row in rows]
     key, known = digest(specs), read_times(path)
     if key not in known["ms"] and known["machine"] == machine():
-        runs = {k: learner(Trial(spec), text, len(cli.available_cores())).step for k, spec in enumerate(specs)}
+        runs = {k: learner(Trial(spec), text, len(parallel.available_cores())).step for k, spec in enumerate(specs)}
         known["ms"][key] = [1e3 * median(seconds) for seconds in alternate(runs, 10, 3).values()]
         path.write_text(json.dumps(known), encoding="utf-8")
     for row, ms in zip(rows, known["ms"].get(key, []), strict=False):
@@ -489,6 +492,7 @@ def plot_sizes(path: Path, answers: Answers) -> None:
 
 def compare(args) -> None:
     """Answer the questions. Raises UserError and OSError."""
+    check(args.jobs >= 0, f"--jobs must be 0 or more, not {args.jobs}")
     asked = [QUICK] if args.quick else [q for q in QUESTIONS if q.number in args.only]
     args.out.mkdir(parents=True, exist_ok=True)
     lab = Laboratory(args.out / "runs.jsonl", args.data)
@@ -521,7 +525,7 @@ def main() -> None:
     numbers = sorted({question.number for question in QUESTIONS})
     which("--only", type=int, choices=numbers, default=numbers, nargs="+", metavar="QUESTION",
           help=f"some of 1 to {numbers[-1]}")
-    add("--jobs", type=cli.number(int, 0, 1024), default=len(cli.available_cores()),
+    add("--jobs", type=int, default=len(parallel.available_cores()),
         help="runs at a time, which changes no result (default: one per core); 0: show what is finished")
     args = parser.parse_args()
     stopped = f"\nstopped; what is finished is in {args.out}, the same command goes on from there\n"

@@ -11,7 +11,9 @@ Markdown. To look at a text character by character there is the explorer (python
 token has no partner and spans no plane. With positions, windows overlap by half a context.
 """
 
-import cli  # noqa: I001  (before NumPy)
+import cli
+
+cli.prepare()  # before NumPy
 
 import re
 from collections.abc import Iterable
@@ -24,6 +26,7 @@ from tqdm import tqdm
 import grassmann as G
 from experiments.common import markdown
 from grassmann import Array, Config, Params, UserError, check
+from sample import load_trained
 from text import decode, encode, load_text, read_corpus
 
 MEASURED, LEAST = 16384, 20  # characters: at most, at least
@@ -258,7 +261,7 @@ def main() -> None:
 
 def measure(checkpoint: Path, texts: list[str | Path]) -> None:
     """Read the texts, measure, print. Raises UserError and OSError."""
-    params, config, extra = cli.load_trained(G, checkpoint)
+    params, config, extra = load_trained(G, checkpoint)
     if config.mixer == "attention" or config.rank == 2:
         raise UserError(f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
     texts = [load_text(str(text)) if isinstance(text, Path) else text for text in texts]

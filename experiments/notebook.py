@@ -1,6 +1,8 @@
 """Make tutorial.ipynb of tutorial.md, and run it, so that its outputs are in it: python -m experiments.notebook"""
 
-import cli  # noqa: I001  (before NumPy)
+import cli
+
+cli.prepare()  # before NumPy
 
 import re
 from pathlib import Path

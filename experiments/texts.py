@@ -61,7 +61,7 @@ def byte_pairs(parts: tuple[str, ...], size: int) -> tuple[Array, ...]:
     tokenizer.train_from_iterator([parts[0]], trainer)
     tokens = [tokenizer.encode(part).ids for part in parts]
     if any(tokenizer.decode(ids) != part for ids, part in zip(tokens, parts, strict=True)):
-        raise UserError("the byte pairs do not give the text again")
+        raise ValueError("the byte pairs do not give the text again")
     return tuple(np.array(ids, np.uint16) for ids in tokens)
 
 def king_james() -> str:
@@ -70,5 +70,5 @@ def king_james() -> str:
         verses = subprocess.run(["bible", "-f", "Gen1:1-Rev22:21"], stdin=subprocess.DEVNULL, check=True,
                                 capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        raise UserError("questions 5 and 6 read the King James Bible: apt install bible-kjv") from None
+        raise UserError("questions 5, 6 and 10 read the King James Bible: apt install bible-kjv") from None
     return re.sub(r"^\S+ ", "", verses, flags=re.MULTILINE)

@@ -261,7 +261,7 @@ def test_what_has_no_flow_is_refused_in_one_sentence(tmp_path):
     assert (process.returncode, process.stdout) == (2, "")
     assert re.fullmatch(r".*flow.*: .*none\.npz does not exist.*\n", process.stderr)
     for variant, texts, reason in (
-        ({"rank": 2}, [text], "has no flow"), ({"mixer": "attention"}, [text], "has no flow"),
+        ({"rank": 2}, [text], "has no flow"), ({"mixer": "attention", "offsets": None}, [text], "has no flow"),
         ({}, [text] * 3, "one text or two"), ({}, ["short"], "of at least 20 characters"),
         ({}, [tmp_path / "none.txt"], "cannot read .*none.txt"),
         ({}, [text + "€#"], r"the model never saw '#', '\\u20ac', which this text has"),

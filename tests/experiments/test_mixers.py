@@ -52,7 +52,8 @@ def test_causality(config, ordinary_params):
         assert changed[:, : t + 1].max() < 1e-12 < 1e-3 < changed[:, t + 1].min()
 
 def test_it_writes_what_it_reads_or_refuses(config, ordinary_params):
-    params, tokens, stream = ordinary_params(config), np.arange(9) % 11, grassmann.stream_init(None, config)
+    params, tokens = ordinary_params(config), np.arange(9) % 11
+    stream = grassmann.stream_init(params, config)
     if config.mixer != "rotary attention":
         with pytest.raises(ValueError, match="reads texts whole"):
             grassmann.stream_step(params, config, stream, 1)
