@@ -4,15 +4,13 @@
   python -m experiments.compare --data shakespeare   all questions, on Tiny Shakespeare: a day
 
 The same for every model of a question: the number of parameters (within 2%, unless a question says so),
-the batches, the optimiser, the schedule, the validation. Every model gets the learning rate that is
-best for it in runs as long as the runs that count, without which no comparison is fair. Where a question
-takes the rates of another text, size or length instead, it says so. Rates are chosen on one part of the
-text, and losses are reported on another. Runs use one thread each. Steps are timed when all is done and quiet.
+the batches, the optimiser, the schedule, the validation. Every model gets its best learning rate, from
+runs as long as the runs that count, unless a question takes the rates of another. Rates are chosen on
+one part of the text, and losses are reported on another. Runs use one thread each.
 
-Writes into --out: compare.md (the tables), a figure of questions 1 and 5, timing.json (delete it to
-measure the times again), and runs.jsonl, a line per finished run. After an interruption the same
-command goes on. Other settings or another text are other runs. (The program cannot know that
-grassmann.py itself has changed: choose another --out.)
+Writes into --out: compare.md (the tables), figures of questions 1 and 5, timing.json (delete it to measure
+again), and runs.jsonl, a line per finished run. After an interruption the same command goes on. Other
+settings or another text are other runs. (If grassmann.py itself has changed, choose another --out.)
 """
 
 import cli
@@ -308,10 +306,7 @@ class Laboratory:
     def __init__(self, path: Path, data: str | None = None):
         self.path, self.data, self.texts, self.finished, self.missing = path, data, {}, {}, {}
         path.touch()
-        whole, newline, torn = path.read_bytes().rpartition(b"\n")
-        if torn:  # the program was killed as it wrote
-            os.truncate(path, len(whole + newline))
-        for k, line in enumerate(whole.splitlines(), 1):
+        for k, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 result = json.loads(line)
                 self.finished[digest(result["spec"])] = result

@@ -2,12 +2,12 @@
 
   python -m experiments.flow shakespeare.npz       the text held out from its training
   python -m experiments.flow out/best.npz --text "To be, or not to be, that is the question."
-  python -m experiments.flow --file one.txt --file two.txt    two texts, side by side in the table
+  python -m experiments.flow --file my.txt         a text in a file
 
 In each layer a token and its partner span a plane, a point of the Grassmannian Gr(2, r); a text is
 a path of such points. Of up to 16,384 characters the program prints the steps and the gate by kind of
-character, the steps at different scales against steps in random order, and invariants, as tables in
-Markdown. To look at a text character by character there is the explorer (python -m explorer). The first
+character, the steps at different scales against steps in random order, and how much of a plane the
+character explains, as tables in Markdown. To look at a text character by character there is the explorer (python -m explorer). The first
 token has no partner and spans no plane. With positions, windows overlap by half a context.
 """
 
@@ -67,17 +67,6 @@ def nearest_plane(p: Array) -> Array:
     A = np.zeros((*p.shape[:-1], j[-1] + 1, j[-1] + 1))
     A[..., i, j], A[..., j, i] = p, -p
     return np.where(p.any(-1)[..., None, None], np.linalg.eigh(A @ A)[1][..., :2], np.nan)
-
-def mean_plane(planes: Array) -> tuple[Array, Array]:
-    """The plane whose projector A Aᵀ is nearest to the mean one, spanned by that one's two leading
-    eigenvectors: (..., T, r, 2) -> (..., r, 2); and their eigenvalues' mean (...): 1 if all planes
-    are the same, 2/r if they point everywhere alike. Raises UserError without a plane."""
-    count = is_plane(planes).sum(-1)[..., None, None]
-    if not count.all():
-        raise UserError("a part of this text spans no plane at all; give a more varied one")
-    A = np.concatenate(np.moveaxis(np.nan_to_num(planes), -3, 0), axis=-1)  # (..., r, 2T)
-    values, vectors = np.linalg.eigh(A @ np.swapaxes(A, -1, -2) / count)
-    return vectors[..., -2:], values[..., -2:].mean(-1)
 
 # ---- the flow of a text --------------------------------------------------------------------------
 
@@ -168,36 +157,10 @@ def explained(planes: Array, labels: Array) -> float:
     total, *within = (np.square(A @ A.T).sum() / (A.shape[1] / 2) for A in sides)  # |Σ A Aᵀ|² / T
     return (sum(within) - total) / (2 * len(planes) - total)  # a single projector has |A Aᵀ|² = 2
 
-def turning_angles(flow: Flow) -> Array:
-    """π less the angle that three planes' distances make on paper, nan at rest: (N, T-2)."""
-    A, a, b = flow.planes, flow.step[:, 1:-1], flow.step[:, 2:]
-    c = distance(A[:, :-2], A[:, 2:])
-    product = np.where(np.minimum(a, b) > 1e-4, 2 * a * b, np.nan)  # a step of rounding is no step
-    return np.pi - np.arccos(np.clip((a**2 + b**2 - c**2) / product, -1, 1))
-
-def invariants(flow: Flow) -> dict[str, Array]:
-    """Numbers that do not change with a rotation of R^r: name -> one for each layer (N)."""
-    planes, (mean, weight), turns = flow.planes, mean_plane(flow.planes), turning_angles(flow)
-    i, j = np.random.default_rng(0).integers(len(flow.text), size=(2, 4000))
-    apart = np.where(i == j, np.nan, distance(planes[:, i], planes[:, j]))  # (N, 4000)
-    # Planes of two layers have no distance, but what lies close in one may do so in the next.
-    both = [pair[:, np.isfinite(pair).all(0)] for pair in np.stack([apart[:-1], apart[1:]], 1)]
-    letters = np.array([*flow.text])
-    return {
-        "weight of the mean plane, 2/r to 1": weight,
-        "spread: mean distance from the mean plane":
-            np.nanmean(distance(planes, mean[:, None]), axis=1),
-        "mean step": np.nanmean(flow.step, axis=1),
-        "total curvature: sum of all turns": np.nansum(turns, axis=1),
-        "mean turn": np.nanmean(turns, axis=1),
-        "share of variance explained by the character": [explained(A, letters) for A in planes],
-        "stability: agreement with the layer before":
-            [np.nan, *(np.corrcoef(pair)[0, 1] for pair in both)]}
-
 # ---- the program ---------------------------------------------------------------------------------
 
 LEGEND = ("ruler k: every k-th plane. block k, word, line: the plane nearest to the sum of its bivectors. slope: of log "
-          "length over log ruler, 0 if smooth, -1/2 of a random walk, -1 of noise. turn: π less the angle between two steps.")
+          "length over log ruler, 0 if smooth, -1/2 of a random walk, -1 of noise.")
 
 def held_out(checkpoint: Path, context: int, extra: dict) -> str:
     """The text a run was validated on, from the start of a paragraph. Raises UserError."""
@@ -225,16 +188,6 @@ def beside(*values: Array, digits: int = 2) -> list[str]:
     cells = (" / ".join(f"{x:.{digits}f}" for x in layer) for layer in zip(*values, strict=True))
     return [cell.replace("nan / nan", "–") for cell in cells]
 
-def print_invariants(flow: Flow, other: Flow, name: str) -> None:
-    """Those of two texts side by side."""
-    first, second, half = invariants(flow), invariants(other), len(flow.text) // 2
-    paths = (flow.planes, other.planes, flow.planes[:, :half], flow.planes[:, half:])
-    text_mean, other_mean, *halves = (mean_plane(path)[0] for path in paths)
-    row = f"mean planes: to that of the {name} / from half to half of the text"
-    first[row], second[row] = distance(text_mean, other_mean), distance(*halves)
-    print_table(f"text / {name}", ((row, beside(
-        first[row], second[row], digits=0 if first[row][-1] > 100 else 3)) for row in first))
-
 def step_shares(table: Array) -> dict[str, float]:
     """The mean step at each scale, as a share of that in random order; and the slope."""
     shares = {row["scale"] + (f" {row['size']:.0f}" if row["scale"] in ("ruler", "block") else ""):
@@ -251,31 +204,27 @@ def print_scales(measured: dict[str, list[Array]]) -> None:
 def main() -> None:
     cli.plain_output()
     parser, best = cli.Parser(__doc__), cli.BEST
-    add, text = parser.add_argument, {"dest": "texts", "action": "append", "default": []}
+    add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, default=best, help=f"the model (default: {best})")
-    add("--text", **text, metavar="TEXT", help="a text (default: one held out from the training)")
-    add("--file", **text, metavar="FILE", type=Path, help="one in a UTF-8 file; two are compared")
+    add("--text", help="a text (default: the text held out from the training)")
+    add("--file", help="a text in a UTF-8 file")
     args = parser.parse_args()
     with cli.short_errors(parser, args.checkpoint, "not enough memory for this model and this text"):
-        measure(args.checkpoint, args.texts)
+        measure(args.checkpoint, load_text(args.file) if args.file else args.text)
 
-def measure(checkpoint: Path, texts: list[str | Path]) -> None:
-    """Read the texts, measure, print. Raises UserError and OSError."""
+def measure(checkpoint: Path, text: str | None) -> None:
+    """Read a text, the held-out one if None, measure, print. Raises UserError and OSError."""
     params, config, extra = load_trained(G, checkpoint)
-    if config.mixer == "attention" or config.rank == 2:
-        raise UserError(f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
-    texts = [load_text(str(text)) if isinstance(text, Path) else text for text in texts]
-    texts = [text[:MEASURED] for text in texts or [held_out(checkpoint, config.context, extra)]]
-    if len(texts) > 2 or min(map(len, texts)) < LEAST:
-        raise UserError(f"give one text or two, of at least {LEAST} characters")
-    rng, text, vocab = np.random.default_rng(0), texts[0], extra["vocab"]
+    check(config.mixer != "attention" and config.rank > 2,
+          f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
+    text = (held_out(checkpoint, config.context, extra) if text is None else text)[:MEASURED]
+    check(len(text) >= LEAST, f"give a text of at least {LEAST} characters")
+    rng, vocab = np.random.default_rng(0), extra["vocab"]
     shuffled = "".join(text[t] for t in rng.permutation(len(text)))
     flows = {"trained": read_flow(params, config, text, vocab),
              "untrained": read_flow(G.init_params(config), config, text, vocab),
              "trained, shuffled text": read_flow(params, config, shuffled, vocab)}
     flow, untrained, other = flows.values()
-    if len(texts) > 1:
-        other = read_flow(params, config, texts[1], vocab)
     random_step = distance(*plane(*rng.standard_normal((2, 2, 4000, config.rank)))).mean()
     measured = {name: [coastline(flow, i) for i in range(config.n_layer)]
                 for name, flow in tqdm(flows.items(), "measuring", leave=False, disable=None)}
@@ -287,7 +236,8 @@ def measure(checkpoint: Path, texts: list[str | Path]) -> None:
         (kind, beside(*(means[kind] for means in steps))) for kind in steps[0])])
     print_table("mean gate α at", ((kind, beside(gates[kind])) for kind in gates))
     print_scales(measured)
-    print_invariants(flow, other, "second text" if len(texts) > 1 else "shuffled text")
+    letters = [[explained(planes, np.array([*f.text])) for planes in f.planes] for f in (flow, other)]
+    print_table("text / shuffled text", [("share of variance explained by the character", beside(*letters, digits=3))])
 
 
 if __name__ == "__main__":

@@ -270,30 +270,27 @@ def rescaled(factor: float) -> tuple:
 def hybrid(attention_layer: int, other: str) -> tuple:
     """One layer of that attention, Grassmann layers otherwise."""
 
-    def name(layer: int) -> str:
-        return other if layer == attention_layer else "grassmann"
+    def mixer(layer: int) -> tuple:
+        return G.MIXERS[other if layer == attention_layer else "grassmann"]
 
     def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
-        mix, cache = G.MIXERS[name(layer)][0](h, w, config, layer, past)
-        return mix, cache | {"mixer": name(layer)}
+        mix, cache = mixer(layer)[0](h, w, config, layer, past)
+        return mix, cache | {"layer": layer}
 
     def backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
-        return G.MIXERS[cache["mixer"]][1](dmix, cache)
+        return mixer(cache["layer"])[1](dmix, cache)
 
-    def shapes(config: Config, layer: int) -> Shapes:
-        return G.MIXERS[name(layer)][2](config, layer)
-
-    return forward, backward, shapes
+    return forward, backward, lambda config, layer: mixer(layer)[2](config, layer)
 
 def reads_whole(mixer: tuple) -> tuple:
-    """A mixer that keeps no `past`: it refuses to write one token at a time. Raises ValueError."""
-    forward, backward, shapes = mixer
+    """A mixer that keeps no `past`: it refuses to write one token at a time. Raises UserError."""
+    forward, *others = mixer
 
     def whole(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
         G.check(past is None, f"{config.mixer} is for comparison only: it reads texts whole")
         return forward(h, w, config, layer)
 
-    return whole, backward, shapes
+    return whole, *others
 
 WEDGE = projected(G.plucker_forward, G.plucker_backward, lambda r: r * (r - 1) // 2)
 SYMMETRIC = with_features(projected(symmetric_forward, symmetric_backward, lambda r: r * (r - 1) // 2))
