@@ -193,14 +193,6 @@ def test_from_a_checkpoint_to_tables_of_the_text_held_out(tmp_path):
         slopes = printed_row(printed, "slope of the length")
         assert np.isclose(slopes[i][0], F.slope(table), **near)
 
-def test_scales_that_one_flow_lacks_are_nan(capsys):
-    names = "scale,size,step,length,noise"
-    tables = [np.rec.fromrecords([(scale, 1.0, 1.0, 1.0, 2.0) for scale in scales], names=names)
-              for scales in (["word", "line"], ["word"])]
-    F.print_scales({"a": [tables[0]], "b": [tables[1]]})
-    printed = capsys.readouterr().out
-    assert "| word | 0.50 / 0.50 |" in printed and "| line | 0.50 / nan |" in printed
-
 def test_strange_texts_and_paths_that_stand_still_are_measured(tmp_path):
     """What is a sign of markup, no words and lines to speak of."""
     strange = "$x^2$ \\frac{ \t\0\ud800 \u4e2d \u200b %s _{^ $$ \n\r"
