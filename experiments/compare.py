@@ -68,7 +68,7 @@ class Question:
     seeds: int = 1  # runs of every model
     text: tuple[str | None, int] | None = None  # as `read_text` takes it; None: that of --data
     rates: tuple[float, ...] = LEARNING_RATES  # tried first
-    finer: float = 2.0  # the next rate beyond them is so many times as large or as small
+    spacing: float = 2.0  # the next rate beyond them is so many times as large or as small
     rates_of: "Question | None" = None  # the rates are those that were best there
     tasks: bool = False  # of tasks.py in place of the text: accuracy, not loss
     ngrams: bool = False  # the first row is what counting alone does
@@ -121,7 +121,7 @@ def dispute(title: str, seeds: int, text: tuple[str, int] | None = None) -> Ques
     return Question(10, title, "One offset per layer or the average of six; unit bivectors, or unit bivectors "
                     "multiplied so that at first the message is about as long as without normalising, with one offset; "
                     f"two blocks. Rates in steps of the square root of 2, from 0.004; {told}.", rows, seeds=seeds,
-                    text=text, rates=(2.83e-3, 4e-3, 5.66e-3), finer=math.sqrt(2))
+                    text=text, rates=(2.83e-3, 4e-3, 5.66e-3), spacing=math.sqrt(2))
 
 QUESTIONS = [
     CONTROLS,
@@ -283,7 +283,7 @@ def final(result: dict, test: bool = True) -> float:
         return -np.nanmean(value)
     return value if step == result["spec"]["iters"] and math.isfinite(value) else math.inf
 
-def best_lr(ask: Callable, rates: tuple[float, ...], finer: float = 2.0, enough: float = -math.inf) -> float | None:
+def best_lr(ask: Callable, rates: tuple[float, ...], spacing: float = 2.0, enough: float = -math.inf) -> float | None:
     """The best of these learning rates. While that is the smallest or the largest so far, one more is
     tried beyond it, unless it is good `enough`. ask(lr) gives a run, or None if it is missing: then
     the best is None, too.
@@ -294,7 +294,7 @@ def best_lr(ask: Callable, rates: tuple[float, ...], finer: float = 2.0, enough:
         best = min(runs, key=losses.get)
         if best not in (min(runs), max(runs)) or not 1e-4 < best < 0.1 or losses[best] <= enough:
             return best
-        other = float(f"{best / finer if best == min(runs) else best * finer:.3g}")
+        other = float(f"{best / spacing if best == min(runs) else best * spacing:.3g}")
         runs[other] = ask(other)
     return None
 
@@ -339,7 +339,7 @@ class Laboratory:
         def search(lr: float) -> dict | None:
             return self.ask(question, f"{label}, lr {lr:g}", changes, lr=lr)
 
-        return best_lr(search, question.rates, question.finer, -0.99 if question.tasks else -math.inf)
+        return best_lr(search, question.rates, question.spacing, -0.99 if question.tasks else -math.inf)
 
     def answer(self, question: Question) -> list[Row]:
         """Ask for what a question needs: the search of learning rates, then, for the best, the runs.

@@ -13,7 +13,6 @@ import pytest
 import experiments.flow as F
 import grassmann as G
 from checkpoint import save_checkpoint
-from experiments.figures import layer
 from text import encode, vocabulary
 
 TEXT = "".join(f"{k} times {k} is {k * k}\n" for k in range(200))
@@ -228,11 +227,3 @@ def test_the_text_held_out_is_found_or_asked_for(tmp_path):
     for extra in (named, {"settings": {"data": None}}):
         with pytest.raises(ValueError, match=r"it has changed since\); give one with --text or"):
             F.held_out("c", 8, extra | {"text_sha256": "0" * 64})
-
-def test_no_text_in_the_picture_of_the_layer_covers_another():
-    figure = layer()
-    figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
-    for k, box in enumerate(boxes):
-        assert figure.bbox.x0 < box.x0 < box.x1 < figure.bbox.x1
-        assert box.count_overlaps(boxes[k + 1 :]) == 0
