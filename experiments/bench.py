@@ -33,7 +33,6 @@ from experiments.common import alternate, machine, markdown, quotient
 from grassmann import check
 from text import read_corpus
 
-
 def rounds(setup: Setup, n: int) -> int:
     return 2 if setup.quick else n
 

@@ -5,7 +5,6 @@ import numpy as np
 from experiments.texts import Text
 from grassmann import Array
 
-
 def ngram_loss(train: Array, test: Array, order: int, vocab_size: int, window: int | None = None) -> float:
     """Mean nats per token of `test` (but its first `order - 1`), given counts of `train`.
 

@@ -9,7 +9,6 @@ import grassmann
 from experiments import tasks
 from experiments.compare import BASE, Trial, evaluate, learner
 
-
 def test_recall_asks_for_what_lies_so_far_back(rng):
     """Whoever asks says nothing else; nothing nearer tells the answer; every distance occurs."""
     x, y, distance = tasks.recall(rng, 512, 256)
