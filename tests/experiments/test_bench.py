@@ -143,6 +143,7 @@ def test_gpt_writer_reads_its_context(cache, monkeypatch):
         write()
     assert read == (cycle * 2 + cycle[:1] if cache else [(0, 24)] * 27)
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("section", "n_rows", "dashes"), [  # dashes where PyTorch is missing
     (bench.step, 6, 10), (bench.generation, 1, 4)])
 def test_sections_that_compare(section, n_rows, dashes, has_torch, capsys):

@@ -193,6 +193,7 @@ def test_resume_trains_what_is_missing_and_nothing_else(program):
     program("--only", 1, 4, error=2)
     assert f"line {content.splitlines().index(gone) + 1} is damaged, delete it" in program.error
 
+@pytest.mark.slow
 def test_several_processes_and_one_get_the_same(program, monkeypatch):
     """And after an error no process is left."""
     monkeypatch.setattr(compare, "best_lr", lambda ask, rates, spacing, enough: 1e-3)
@@ -224,6 +225,7 @@ def start(folder: Path) -> subprocess.Popen:
                             stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
                             cwd=RESULTS.parent.parent)
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="signals, /proc")
 @pytest.mark.parametrize("victim", ["all", "parent"])
 def test_stopped_from_outside(tmp_path, victim):
