@@ -42,8 +42,7 @@ def lab(tmp_path) -> Laboratory:
     return new
 
 def settle(lab: Laboratory, question: Question, loss=lambda trial: 1.0) -> tuple[list[Row], list[Trial]]:
-    """Finish what a question needs, with this validation loss and its negative on the test part: the rows,
-    and the trials as they were asked for."""
+    """Finish what a question needs, with this validation loss and its negative as test loss: rows, trials."""
     asked, rows = [], lab.answer(question)
     while lab.missing:
         for _, trial, _ in lab.missing.values():
@@ -335,9 +334,8 @@ def test_the_tables_in_results_follow_from_the_runs(tmp_path, monkeypatch, secti
 
 def table_in(section: str) -> list[list[str]]:
     """Heading and rows of the table of a section of compare.md."""
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    heading, _, *rows = [[each.strip() for each in line[1:-1].split("|")] for line in lines]
-    return [heading, *rows]
+    lines = [line[1:-1].split("|") for line in section.splitlines() if line.startswith("|")]
+    return [[each.strip() for each in line] for k, line in enumerate(lines) if k != 1]
 
 def cell(label: str, column: str, *sections: str) -> str:
     """What a table of these sections says of a model, without the spread over seeds; "" if none does."""
