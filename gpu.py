@@ -281,6 +281,8 @@ mix_shapes = grassmann.mix_shapes
 
 # ---- attention, to compare with ------------------------------------------------------------------
 
+attention_core_forward = _borrowed(grassmann.attention_core_forward)
+attention_core_backward = _borrowed(grassmann.attention_core_backward)
 attention_forward = _borrowed(grassmann.attention_forward)
 attention_backward = _borrowed(grassmann.attention_backward)
 attention_shapes = grassmann.attention_shapes

@@ -428,41 +428,50 @@ def mix_shapes(config: Config, layer: int) -> dict[str, tuple[int, ...]]:
 
 # ---- attention, to compare with ------------------------------------------------------------------
 
-def attention_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
-    """Causal multi-head softmax attention: h (B, L, d) -> (B, L, d), an L x L table per head.
+def attention_core_forward(q: Array, k: Array, v: Array, past: dict | None = None) -> tuple[Array, tuple]:
+    """softmax(q kᵀ / sqrt(d_h)) v over the past, an L x L table per head; q k v (B, n_head, L, d_h).
 
-        [q k v] = h W_qkv + b_qkv,   a = softmax(q kᵀ / sqrt(d_h)) over the past,   d_h = d / n_head
-
-    and out = (a v) W_out + b_out. `past` (streaming) holds all earlier k and v and grows.
+    `past` (streaming) holds all earlier k and v and grows.
     """
-    (B, L, d), n_head = h.shape, config.n_head
-    qkv, c_qkv = linear_forward(h, w["W_qkv"], w["b_qkv"])  # (B, L, 3d)
-    q, k, v = qkv.reshape(B, L, 3, n_head, -1).transpose(2, 0, 3, 1, 4)  # (B, n_head, L, d_h)
     if past is not None:
         if past:
             k, v = np.concatenate([past["k"], k], 2), np.concatenate([past["v"], v], 2)
         past["k"], past["v"] = k, v
-    scores = q @ k.swapaxes(-1, -2) / math.sqrt(d // n_head)  # (B, n_head, L, keys)
-    np.copyto(scores, -np.inf, where=~np.tri(L, k.shape[2], k.shape[2] - L, dtype=bool))  # future
+    L, keys = q.shape[2], k.shape[2]
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])  # (B, n_head, L, keys)
+    np.copyto(scores, -np.inf, where=~np.tri(L, keys, keys - L, dtype=bool))  # future
     a = np.exp(scores - scores.max(-1, keepdims=True))
     a /= a.sum(-1, keepdims=True)
-    heads = (a @ v).swapaxes(1, 2).reshape(B, L, d)  # (B, n_head, L, d_h) -> (B, L, d)
-    out, c_out = linear_forward(heads, w["W_out"], w["b_out"])
-    return out, {"q": q, "k": k, "v": v, "a": a, "qkv": c_qkv, "out": c_out}
+    return a @ v, (q, k, v, a)
 
-def attention_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
+def attention_core_backward(do: Array, cache: tuple) -> tuple[Array, Array, Array]:
     """softmax' for one row a of the table is diag(a) - aᵀ a: dscores = a ⊙ (da - Σ a ⊙ da). And
 
     o = a v:  da = do vᵀ, dv = aᵀ do;   with dqk = dscores / sqrt(d_h):  dq = dqk k, dk = dqkᵀ q.
     """
-    q, k, v, a = (cache[name] for name in "qkva")
-    B, n_head, L, d_h = q.shape
-    dheads, dW_out, db_out = linear_backward(dout, cache["out"])
-    do = dheads.reshape(B, L, n_head, d_h).swapaxes(1, 2)  # (B, n_head, L, d_h)
+    q, k, v, a = cache
     da, dv = do @ v.swapaxes(-1, -2), a.swapaxes(-1, -2) @ do
-    dqk = a * (da - dot(a, da)) / math.sqrt(d_h)  # (B, n_head, L, L)
-    dqkv = np.stack([dqk @ k, dqk.swapaxes(-1, -2) @ q, dv])  # (3, B, n_head, L, d_h)
-    dqkv = dqkv.transpose(1, 3, 0, 2, 4).reshape(B, L, -1)  # (B, L, 3d)
+    dqk = a * (da - dot(a, da)) / math.sqrt(q.shape[-1])  # (B, n_head, L, L)
+    return dqk @ k, dqk.swapaxes(-1, -2) @ q, dv
+
+
+def attention_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
+    """Causal multi-head softmax attention: h (B, L, d) -> (B, L, d).
+
+        [q k v] = h W_qkv + b_qkv,   heads of width d_h = d / n_head,   out = attention(q, k, v) W_out + b_out
+    """
+    (B, L, d), n_head = h.shape, config.n_head
+    qkv, c_qkv = linear_forward(h, w["W_qkv"], w["b_qkv"])  # (B, L, 3d)
+    heads, c_core = attention_core_forward(*qkv.reshape(B, L, 3, n_head, -1).transpose(2, 0, 3, 1, 4), past)
+    out, c_out = linear_forward(heads.swapaxes(1, 2).reshape(B, L, d), w["W_out"], w["b_out"])
+    return out, {"core": c_core, "a": c_core[-1], "qkv": c_qkv, "out": c_out}
+
+def attention_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
+    """The steps of `attention_forward` in reverse."""
+    B, n_head, L, d_h = cache["core"][0].shape
+    dheads, dW_out, db_out = linear_backward(dout, cache["out"])
+    dqkv = attention_core_backward(dheads.reshape(B, L, n_head, d_h).swapaxes(1, 2), cache["core"])
+    dqkv = np.stack(dqkv).transpose(1, 3, 0, 2, 4).reshape(B, L, -1)  # (3, B, n_head, L, d_h) -> (B, L, 3d)
     dh, dW_qkv, db_qkv = linear_backward(dqkv, cache["qkv"])
     return dh, {"W_qkv": dW_qkv, "b_qkv": db_qkv, "W_out": dW_out, "b_out": db_out}
 

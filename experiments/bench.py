@@ -3,8 +3,7 @@
   python -m experiments.bench                          everything, a quarter of an hour on two cores
   python -m experiments.bench --data shakespeare       on Tiny Shakespeare, as in README.md
   python -m experiments.bench --quick                  fewer turns, and no race
-  python -m experiments.bench --only step ops          some sections
-  python -m experiments.bench --only ranks machines    on several processes, and machines
+  python -m experiments.bench --only step length       some sections
   python -m experiments.bench --gpu                    on a CUDA GPU; --report writes it down
 
 What is compared runs by turns, A B A B …, so that a machine that speeds up or slows down does so
@@ -14,32 +13,28 @@ themselves.) Both sides have the same threads, batches and optimiser. The other 
 it is usually written (pip install -r experiments/requirements.txt); without it there is a dash.
 """
 
-import cli  # noqa: I001  (before NumPy)
+import cli
 
-import cProfile
-import math
-import multiprocessing
-import os
-import platform
-import pstats
-import re
+cli.prepare()  # before NumPy
+
 import time
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 
 import grassmann
-from experiments import bench_gpu, bench_ranks
-from experiments.bench_models import (Model, Ours, Setup, Theirs, alternate, cell, gpt_of_size,
-                                      multiply_adds, n_parameters, products, quotient, torch)
+import parallel
+from experiments import bench_gpu
+from experiments.bench_models import Model, Ours, Setup, Theirs, gpt_of_size, n_parameters, torch
+from experiments.common import alternate, machine, markdown, quotient
+from grassmann import check
 from text import read_corpus
-from training import in_threads
+
+def rounds(setup: Setup, n: int) -> int:
+    return 2 if setup.quick else n
 
 # ---- sections: each returns the rows of its table ------------------------------------------------
 
@@ -65,7 +60,7 @@ def step(setup: Setup) -> list[dict]:
         for name, other in others.items():
             side = Ours if name.startswith("ours") else torch and Theirs
             runs[name] = side and side(setup, other).step
-        times = alternate(setup, runs, 25, 4)
+        times = alternate(runs, rounds(setup, 25), 4)
         rows += [{
             "ours": what, "parameters": n_parameters(config), "ms": 1e3 * median(times["ours"]),
             "against": name, "its parameters": n_parameters(other),
@@ -105,58 +100,6 @@ def race(setup: Setup, iters: int = 2000) -> list[dict]:
         rows += train(("ours, in the GPT's time", Ours, lr, max(1, round(steps))))
     return rows
 
-def product_loop(shards: list[list], array: Callable) -> Callable[[], list]:
-    """A function that computes products of these shapes, each with the two of its gradients, every
-    shard in a thread of its own. (PyTorch gets one shard, and has threads within a product.)"""
-    rng = np.random.default_rng(0)
-    work = [[[array(rng.standard_normal(shape, np.float32)) for shape in ((m, k), (k, n), (m, n))]
-             for m, k, n in shapes] for shapes in shards]
-
-    def multiply(shard: list) -> None:
-        for x, W, dy in shard:
-            _ = x @ W, dy @ W.T, x.T @ dy
-
-    return lambda: list(in_threads(multiply, work, len(work)))
-
-def efficiency(setup: Setup) -> list[dict]:
-    """Rate of matrix products in the shapes of a step, GFLOP/s, and what part of it a step has"""
-    windows = range(setup.training.batch_size)
-    shards = np.array_split(windows, min(setup.threads, len(windows)))  # as in training.py
-    sides = {"ours": (setup.config(), Ours, np.asarray, shards), "GPT, equal width": (
-        setup.gpt_config(), torch and Theirs, torch and torch.from_numpy, [windows])}
-    runs, gigaflop = {}, {}
-    for what, (config, side, array, shards) in sides.items():
-        shapes = [products(config, len(rows) * config.context) for rows in shards]
-        runs[what, "products"] = side and product_loop(shapes, array)
-        runs[what, "step"] = side and side(setup, config).step
-        gigaflop[what, "products"] = 6e-9 * sum(math.prod(s) for shard in shapes for s in shard)
-        gigaflop[what, "step"] = 2e-9 * multiply_adds(config, len(windows))
-    times = alternate(setup, runs, 15, 2)
-    rates = {key: [gigaflop[key] / seconds for seconds in times[key]] for key in times}
-    return [{"what": what, "GFLOP per step": gigaflop[what, "step"],
-             "ms per step": 1e3 * median(times[what, "step"]),
-             "rate": median(rates[what, "products"]),
-             "of the rate": quotient(rates[what, "step"], rates[what, "products"])}
-            for what in sides]
-
-def ops(setup: Setup) -> list[dict]:
-    """Where the time of our step goes, on one thread: milliseconds in each op, less those in it"""
-    endings = ("_forward", "_backward", "get_batch", "loss_and_grads", "clip_grads", "adamw_step")
-    run, steps = Ours(replace(setup, threads=1), setup.config()), []
-    run.step()  # to warm up
-    for _ in range(2 if setup.quick else 30):
-        profile, spent = cProfile.Profile(builtins=False), Counter()
-        profile.runcall(run.step)
-        stats = pstats.Stats(profile).stats  # the keys are (file, line, name)
-        ops = {f for f in stats if f[0] == grassmann.__file__ and f[2].endswith(endings)}
-        for function, (_, _, own, _, callers) in stats.items():
-            seconds = {function: own} if function in ops else {f: t[3] for f, t in callers.items()}
-            spent.update({op: seconds[op] for op in ops & seconds.keys()})  # adds
-        steps.append(spent)
-    ms = {op: 1e3 * median(spent[op] for spent in steps) for op in ops}
-    return [{"op": op[2], "calls": stats[op][1], "ms": ms[op], "share": ms[op] / sum(ms.values())}
-            for op in sorted(ops, key=ms.get, reverse=True)]
-
 def gpt_writer(setup: Setup, text: np.ndarray, cache: bool) -> Callable[[], None]:
     """Each call writes one character and reads the whole context again; or, with a cache of keys
     and values, the last character. At the end of the context the cache starts over with half."""
@@ -191,7 +134,7 @@ def generation(setup: Setup, positions: tuple[int, ...] = (100, 20_000)) -> list
                 for name, own in (("ours", config), ("with memory", memory))}
         for name, cache in (("GPT re-reading", False), ("GPT with cache", True)):
             runs[name] = torch and gpt_writer(setup, text, cache)
-        times = alternate(setup, runs, 20, calls)
+        times = alternate(runs, rounds(setup, 20), calls)
         row = {name: median(1 / t for t in seconds) for name, seconds in times.items()}
         ratios = {f"ours / {name}": quotient(times[name], times["ours"]) for name in [*times][1:]}
         rows.append({"position": position} | row | ratios)
@@ -221,73 +164,22 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
         attention = Ours(own, setup.config(mixer="attention", context=L)).step
         runs[L, "attention"] = attention if longest_table >= L else None
         runs[L, "reading"] = partial(read, L)
-    times = alternate(setup, runs, 5, 1)
+    times = alternate(runs, rounds(setup, 5), 1)
     return [{"length": L, "windows": tokens // L,
              **{mixer: 1e6 / tokens * median(times[L, mixer]) for mixer in columns},
              **{f"{mixer} x": quotient(times[L, mixer], times[lengths[0], mixer]) for mixer in columns}}
             for L in lengths]
 
-def training_memory(setup: Setup, ours: bool) -> float:
-    """What 30 training steps and a validation add to the peak memory of this process, in MiB."""
-    def peak() -> float:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
+SECTIONS = {f.__name__: f for f in (step, race, generation, length)}
 
-    if not ours:
-        torch.optim.AdamW([torch.zeros(1)])  # the first optimiser imports another 60 MB of PyTorch
-    before = peak()
-    run = Ours(setup, setup.config()) if ours else Theirs(setup, setup.gpt_config())
-    for _ in range(30):
-        run.step()
-    run.validate()
-    return peak() - before
-
-def memory(setup: Setup, repeats: int = 3) -> list[dict]:
-    """Peak memory (MiB) of training above the imports': 30 steps, a validation, in a new process"""
-    def measure(ours: bool) -> float:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            return process.submit(training_memory, setup, ours).result()
-
-    if platform.system() != "Linux":
-        return [{"what": "measured on Linux only"}]
-    sides = {"ours": True} | ({"GPT, equal width": False} if torch else {})
-    return [{"what": what, "MiB": median(measure(ours) for _ in range(repeats))}
-            for what, ours in sides.items()]
-
-SECTIONS = {f.__name__: f for f in (
-    step, race, efficiency, ops, generation, length, memory, bench_ranks.ranks, bench_ranks.machines)}
-
-# ---- the table -----------------------------------------------------------------------------------
-
-def header(setup: Setup, data: str | None) -> dict[str, object]:
-    """What the numbers depend on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    info = {"text": data or "pydoc_data.topics", "threads": setup.threads,
-            "cores": len(cli.available_cores()), "processor": name[1] if name else platform.processor(),
-            "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown",
-            "Python": platform.python_version(), "NumPy": np.__version__}
-    if torch:
-        from threadpoolctl import threadpool_info  # the same requirements.txt has it
-
-        info["PyTorch"] = f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
-        info["BLAS"] = [f"{blas['internal_api']} {blas['version']} {blas.get('architecture')}"
-                        for blas in threadpool_info() if blas["user_api"] == "blas"]
-    return info
-
-def print_table(rows: list[dict]) -> None:
-    lines = [[*rows[0]]] + [[cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *others in lines:
-        cells = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
-        print(first.ljust(widths[0]), *cells, sep="  ")
+# ---- the program -----------------------------------------------------------------------------------
 
 def main() -> None:
     cli.plain_output()
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: the text of train_char.py)")
-    add("--threads", type=cli.number(int, 1, 1024), default=len(cli.available_cores()),
+    add("--threads", type=int, default=len(parallel.available_cores()),
         help="CPU threads (default: all cores)")
     add("--quick", action="store_true", help="fewer turns, and no race")
     add("--gpu", action="store_true", help="measure gpu.py on a CUDA GPU instead")
@@ -296,22 +188,21 @@ def main() -> None:
     add("--only", nargs="+", choices=[*SECTIONS, *bench_gpu.SECTIONS], help="some sections")
     args = parser.parse_args()
     with cli.short_errors(parser, args.data, "not enough memory for this model"):
-        if not set(args.only or []) <= (bench_gpu.SECTIONS if args.gpu else SECTIONS).keys():
-            raise ValueError(f"--only {' '.join(args.only)}: not all are sections "
-                             f"{'of' if args.gpu else 'without'} --gpu")
-        if (args.report or args.rehearse) and not args.gpu:
-            raise ValueError("--report and --rehearse need --gpu")
+        check(args.threads >= 1, f"--threads must be 1 or more, not {args.threads}")
+        check(set(args.only or []) <= (bench_gpu.SECTIONS if args.gpu else SECTIONS).keys(),
+              f"--only {' '.join(args.only or [])}: not all are sections {'of' if args.gpu else 'without'} --gpu")
+        check(args.gpu or not (args.report or args.rehearse), "--report and --rehearse need --gpu")
         if args.gpu:
             folder = "out" if args.rehearse else "experiments/results" if args.report else None
             folder = folder and bench_gpu.ROOT / folder
             return bench_gpu.main(args.only, args.data, folder, args.rehearse)
         setup = Setup(read_corpus(args.data, 16_384), args.threads, args.quick)
-        for name, value in header(setup, args.data).items():
-            print(f"{name:10s} {value}")
+        print(f"{args.data or 'pydoc_data.topics'}; {machine()}; {setup.threads} threads; "
+              f"PyTorch {torch.__version__ if torch else 'is missing'}")
         for name in args.only or SECTIONS:
             section = SECTIONS[name]
             print(f"\n{name}: {section.__doc__.splitlines()[0]}\n", flush=True)
-            print_table(section(setup))
+            print(markdown(section(setup)))
 
 if __name__ == "__main__":
     main()

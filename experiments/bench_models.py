@@ -1,20 +1,18 @@
-"""What the benchmark measures: a model of grassmann.py or gpu.py in training; the PyTorch models it
-is compared with, as they are usually written, in the same loop; how much work a step is; with what
-clock; and how a table shows it. Not a program of its own."""
+"""What the benchmark measures: a model of grassmann.py or gpu.py in training, and the PyTorch models it
+is compared with, as they are usually written, in the same loop; and how much work a step is."""
 
 import math
-import time
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import median
 from types import ModuleType
 
 import numpy as np
 
 import grassmann
+from experiments.common import Learner, cell  # noqa: F401 (bench_gpu.py has `cell` from here)
 from grassmann import Array, Config, param_shapes
 from text import Corpus
-from training import Training, in_threads, train_step
+from training import Training, in_threads
 
 try:
     import torch
@@ -45,20 +43,13 @@ class Setup:
         """nanoGPT's laptop recipe has the layers, width and context of our defaults."""
         return self.config(mixer="attention", positions=True, **changes)
 
-class Ours:
+class Ours(Learner):
     """A model of grassmann.py, or of gpu.py, in training."""
 
     def __init__(self, setup: Setup, config: Config, model: ModuleType = grassmann):
-        self.setup, self.config, self.model, self.k = setup, config, model, 0
-        self.tokens = model.np.asarray(setup.corpus.train)
-        self.params = model.init_params(config, setup.training.seed)
-        self.optimizer = model.adamw_init(self.params)
-
-    def step(self) -> None:
-        t, threads = self.setup.training, self.setup.threads if self.model is grassmann else 0
-        x, y = self.model.get_batch(self.tokens, t.batch_size, self.config.context, t.seed, self.k)
-        train_step(self.model, self.params, self.config, t, self.optimizer, self.k, x, y, threads)
-        self.k += 1
+        text, threads = model.np.asarray(setup.corpus.train), setup.threads if model is grassmann else 0
+        super().__init__(config, setup.training, text, threads, model)
+        self.setup = setup
 
     def validate(self) -> float:
         each = partial(in_threads, threads=self.setup.threads)
@@ -226,48 +217,11 @@ def gpt_of_size(setup: Setup, size: int) -> Config:
     missing = size - n_parameters(setup.gpt_config(d_model=d))
     return setup.gpt_config(d_model=d, d_ff=4 * d + 8 * round(missing / (16 * d * gpt.n_layer)))
 
-def products(config: Config, tokens: int) -> list[tuple[int, int, int]]:
-    """(m, k, n) of each product, m x k by k x n, that applies a weight matrix to m = `tokens` rows
-    in a forward pass: every W, and E as the head."""
-    weights = [shape for name, shape in param_shapes(config).items() if ".W_" in name]
-    return [(tokens, *shape) for shape in (*weights, (config.d_model, config.vocab_size))]
-
 def multiply_adds(config: Config, batch_size: int) -> int:
     """Multiply-adds in the matrix products of one training step: three times those of the forward
     pass, as the input and the weights have gradients. Attention has its tables besides, scores and
     weighted sums, L·d each per token and layer. (No matrix product and not counted: the wedge.)"""
     tokens, attention = batch_size * config.context, config.mixer == "attention"
     tables = 2 * config.n_layer * config.context * config.d_model if attention else 0
-    return 3 * (sum(map(math.prod, products(config, tokens))) + tokens * tables)
-
-# ---- the clock -----------------------------------------------------------------------------------
-
-def alternate(setup: Setup, runs: dict, rounds: int, calls: int, finish=lambda: None) -> dict:
-    """Seconds per call of each of `runs`, one number a round; of None (no PyTorch) they are nan.
-
-    In a round each has its turn: a call that is not timed, which fetches its data into the caches
-    and lets the other's threads fall asleep, then `calls` timed ones. A round to warm up is left
-    out. `finish` waits for what was only started, as on a GPU, before the clock is read.
-    """
-    rounds = 2 if setup.quick else rounds
-    times = {name: [] if run else [math.nan] * (rounds + 1) for name, run in runs.items()}
-    for _ in range(rounds + 1):
-        for name in filter(runs.get, runs):
-            runs[name]()
-            finish()
-            start = time.perf_counter()
-            for _ in range(calls):
-                runs[name]()
-            finish()
-            times[name].append((time.perf_counter() - start) / calls)
-    return {name: seconds[1:] for name, seconds in times.items()}
-
-def quotient(theirs: list[float], ours: list[float]) -> float:
-    """Median of the quotients within a round."""
-    return median(a / b for a, b in zip(theirs, ours, strict=True))
-
-def cell(value: object) -> str:
-    """As a table shows it: whole numbers in full, others with four digits; a dash for nan."""
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:,.{max(0, 4 - len(str(int(value))))}f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    weights = sum(math.prod(shape) for name, shape in param_shapes(config).items() if ".W_" in name)
+    return 3 * tokens * (weights + config.d_model * config.vocab_size + tables)

@@ -3,7 +3,9 @@
 Their colours are readable on a white and on a black page, and the background is left clear.
 """
 
-import cli  # noqa: I001  (before NumPy)
+import cli
+
+cli.prepare()  # before NumPy
 
 import contextlib
 import math

@@ -2,45 +2,38 @@
 
   python -m experiments.flow shakespeare.npz       the text held out from its training
   python -m experiments.flow out/best.npz --text "To be, or not to be, that is the question."
-  python -m experiments.flow --file one.txt --file two.txt    two texts, side by side in the table
+  python -m experiments.flow --file my.txt         a text in a file
 
 In each layer a token and its partner span a plane, a point of the Grassmannian Gr(2, r); a text is
-a path of such points. The program reads up to 16,384 characters. It prints first whether there is
-a flow, a sentence for each layer; then the steps and the gate by kind of character, the steps at
-different scales against steps in random order, and invariants, as tables in Markdown. It draws the
-length of the path at different scales. To look at a text character by
-character there is the explorer (python -m explorer). The first token has no partner and spans no
-plane. With positions, windows overlap by half a context.
+a path of such points. The program reads up to 16,384 characters. It prints first whether there is a
+flow, a sentence for each layer; then, as tables in Markdown, the steps and the gate by kind of
+character, the steps at different scales against steps in random order, and how much of a plane the
+character explains. The explorer (python -m explorer) shows a text character by character. The first
+token has no partner and spans no plane. With positions, windows overlap by half a context.
 """
 
 import cli
 
 cli.prepare()  # before NumPy
 
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # it draws into files only, whatever draws in windows here
-
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
 from tqdm import tqdm
 
 import grassmann as G
-from experiments.figures import BLUE, INK, ORANGE, STYLE
+from experiments.common import markdown
+from experiments.layer_checks import load_layer
 from experiments.texts import held_out
-from grassmann import Array, Config, Params
+from grassmann import Array, Config, Params, UserError, check
 from sample import load_trained
 from text import encode, read_file
 
 MEASURED, LEAST = 16384, 20  # characters: at most, at least
 KINDS = ("in a word", "word start", "capital", "punctuation", "space", "line end")
-COLOURS = LinearSegmentedColormap.from_list("flow", [BLUE, "#a06cc4", ORANGE])
 
 # ---- planes of Gr(2, r): orthonormal bases (r, 2), no matter which; nan where there is none ------
 
@@ -78,22 +71,11 @@ def nearest_plane(p: Array) -> Array:
     A[..., i, j], A[..., j, i] = p, -p
     return np.where(p.any(-1)[..., None, None], np.linalg.eigh(A @ A)[1][..., :2], np.nan)
 
-def mean_plane(planes: Array) -> tuple[Array, Array]:
-    """The plane whose projector A Aᵀ is nearest to the mean one, spanned by that one's two leading
-    eigenvectors: (..., T, r, 2) -> (..., r, 2); and their eigenvalues' mean (...): 1 if all planes
-    are the same, 2/r if they point everywhere alike. Raises ValueError without a plane."""
-    count = is_plane(planes).sum(-1)[..., None, None]
-    if not count.all():
-        raise ValueError("a part of this text spans no plane at all; give a more varied one")
-    A = np.concatenate(np.moveaxis(np.nan_to_num(planes), -3, 0), axis=-1)  # (..., r, 2T)
-    values, vectors = np.linalg.eigh(A @ np.swapaxes(A, -1, -2) / count)
-    return vectors[..., -2:], values[..., -2:].mean(-1)
-
 # ---- the flow of a text --------------------------------------------------------------------------
 
 @dataclass
 class Flow:
-    """What a model with N layers makes of T characters. ValueError if few of them have planes."""
+    """What a model with N layers makes of T characters. UserError if few of them have planes."""
 
     text: str
     z: Array  # (N, T, r)  reduced states
@@ -103,14 +85,14 @@ class Flow:
     def __post_init__(self) -> None:
         self.planes = plane(self.z, self.s)  # (N, T, r, 2)
         if 2 * is_plane(self.planes).sum(1).min() <= len(self.text):
-            raise ValueError("half of this text or more spans no plane; give a more varied one")
+            raise UserError("half of this text or more spans no plane; give a more varied one")
         self.step = np.full(self.gate.shape, np.nan)  # (N, T)  distance from the plane before
         self.step[:, 1:] = distance(self.planes[:, :-1], self.planes[:, 1:])
 
 def read_flow(params: Params, config: Config, text: str, vocab: list[int]) -> Flow:
     """Read a text, in pieces begun early enough to see all it can (with positions: half)."""
     if unknown := sorted(set(text) - set(map(chr, vocab))):
-        raise ValueError(f"the model never saw {ascii(unknown[:10])[1:-1]}, which this text has")
+        raise UserError(f"the model never saw {ascii(unknown[:10])[1:-1]}, which this text has")
     tokens = encode(text, vocab)
     size, before = 1024, sum(map(max, config.offsets))  # so far back does the last layer see
     if config.memory:  # it sees all
@@ -122,7 +104,8 @@ def read_flow(params: Params, config: Config, text: str, vocab: list[int]) -> Fl
         first = max(0, start - before)
         _, cache = G.model_forward(params, config, tokens[None, first : start + size])
         mixes = [block["mix"] for block in cache["blocks"]]
-        seen = [(mix["z"][0], mix["s"][0], mix["alpha"][0].mean(-1)) for mix in mixes]
+        check(all("z" in mix and "s" in mix for mix in mixes), "this layer's cache has no z and s that span planes")
+        seen = [(mix["z"][0], mix["s"][0], mix.get("alpha", np.nan * mix["z"])[0].mean(-1)) for mix in mixes]
         pieces.append([np.stack(a)[:, start - first :] for a in zip(*seen, strict=True)])
     return Flow(text, *(np.concatenate(a, 1, dtype=float) for a in zip(*pieces, strict=True)))
 
@@ -178,74 +161,18 @@ def explained(planes: Array, labels: Array) -> float:
     total, *within = (np.square(A @ A.T).sum() / (A.shape[1] / 2) for A in sides)  # |Σ A Aᵀ|² / T
     return (sum(within) - total) / (2 * len(planes) - total)  # a single projector has |A Aᵀ|² = 2
 
-def turning_angles(flow: Flow) -> Array:
-    """π less the angle that three planes' distances make on paper, nan at rest: (N, T-2)."""
-    A, a, b = flow.planes, flow.step[:, 1:-1], flow.step[:, 2:]
-    c = distance(A[:, :-2], A[:, 2:])
-    product = np.where(np.minimum(a, b) > 1e-4, 2 * a * b, np.nan)  # a step of rounding is no step
-    return np.pi - np.arccos(np.clip((a**2 + b**2 - c**2) / product, -1, 1))
-
-def invariants(flow: Flow) -> dict[str, Array]:
-    """Numbers that do not change with a rotation of R^r: name -> one for each layer (N)."""
-    planes, (mean, weight), turns = flow.planes, mean_plane(flow.planes), turning_angles(flow)
-    i, j = np.random.default_rng(0).integers(len(flow.text), size=(2, 4000))
-    apart = np.where(i == j, np.nan, distance(planes[:, i], planes[:, j]))  # (N, 4000)
-    # Planes of two layers have no distance, but what lies close in one may do so in the next.
-    both = [pair[:, np.isfinite(pair).all(0)] for pair in np.stack([apart[:-1], apart[1:]], 1)]
-    letters = np.array([*flow.text])
-    return {
-        "weight of the mean plane, 2/r to 1": weight,
-        "spread: mean distance from the mean plane":
-            np.nanmean(distance(planes, mean[:, None]), axis=1),
-        "mean step": np.nanmean(flow.step, axis=1),
-        "total curvature: sum of all turns": np.nansum(turns, axis=1),
-        "mean turn": np.nanmean(turns, axis=1),
-        "share of variance explained by the character": [explained(A, letters) for A in planes],
-        "stability: agreement with the layer before":
-            [np.nan, *(np.corrcoef(pair)[0, 1] for pair in both)]}
-
-# ---- the picture, for white pages and black ones -------------------------------------------------
-
-def draw_coastline(measured: dict[str, list[Array]], random_step: float) -> plt.Figure:
-    """Length against ruler above, steps against noise below, for several flows side by side."""
-    panes = {"sharex": True, "sharey": "row", "height_ratios": [1, 1.3]}
-    figure, panels = plt.subplots(2, len(measured), figsize=(10, 7), **panes)
-    marks = {"ruler": ("-", 0, "every k-th plane"), "block": ("o--", 3.5, "blocks of k characters"),
-             "word": ("s", 7, "words"), "line": ("^", 8, "lines")}
-    for (top, bottom), (name, tables) in zip(panels.T, measured.items(), strict=True):
-        colours = COLOURS(np.linspace(0, 1, len(tables)))
-        for i, table in enumerate(tables):
-            for scale, (mark, size, _) in marks.items():
-                part, style = table[table["scale"] == scale], {"color": colours[i], "ms": size}
-                if scale != "block":
-                    label = f"layer {i + 1}: slope {slope(table):.2f}" if scale == "ruler" else None
-                    top.loglog(part["size"], part["length"], mark, lw=1.4, label=label, **style)
-                bottom.semilogx(part["size"], part["step"] / part["noise"], mark, lw=1.2, **style)
-        rulers = tables[0]["size"][tables[0]["scale"] == "ruler"]
-        top.loglog(rulers, random_step / rulers, ":", color=INK, lw=1.5)
-        bottom.axhline(1, ls=":", color=INK, lw=1.5)
-        top.set_title(name)
-        top.legend()
-        bottom.set_xlabel("characters per step")
-    for mark, size, label in (*marks.values(), (":", 0, "noise")):
-        bottom.plot([], [], mark, color=INK, ms=size, label=label)
-    bottom.legend()
-    panels[0, 0].set_ylabel("length of the path\n(rad per character)")
-    panels[1, 0].set_ylabel("step, as a share of that of\nthe same planes in random order")
-    return figure
-
 # ---- the program ---------------------------------------------------------------------------------
 
 LEGEND = ("ruler k: every k-th plane. block k, word, line: the plane nearest to the sum of its bivectors. slope: of log "
-          "length over log ruler, 0 if smooth, -1/2 of a random walk, -1 of noise. turn: π less the angle between two steps.")
+          "length over log ruler, 0 if smooth, -1/2 of a random walk, -1 of noise.")
 
 def text_of_run(checkpoint: Path, extra: dict) -> str:
     """The text held out from the training. Raises UserError where it is not to be found."""
     try:
         return held_out(extra)
-    except G.UserError as error:
-        raise G.UserError(f"the text that {checkpoint} was trained on is not here ({error}); "
-                          "give one with --text or --file") from None
+    except UserError as error:
+        raise UserError(f"the text that {checkpoint} was trained on is not here ({error}); "
+                        "give one with --text or --file") from None
 
 def verdict(table: Array, shuffled: Array) -> str:
     """Whether one layer's path is a flow: only if its steps are shorter than in random order, and shorter
@@ -258,26 +185,13 @@ def verdict(table: Array, shuffled: Array) -> str:
 
 def print_table(title: str, rows: Iterable[tuple[str, list[str]]]) -> None:
     """In Markdown, a column for each layer."""
-    for k, (name, cells) in enumerate(rows):
-        if k == 0:
-            print(f"\n| {title} |", *(f"layer {i + 1} |" for i in range(len(cells))))
-            print("|---|" + "---|" * len(cells))
-        print(f"| {name} |", *(f"{cell} |" for cell in cells))
+    print("\n" + markdown([{title: name} | {f"layer {i}": cell for i, cell in enumerate(cells, 1)}
+                           for name, cells in rows]))
 
 def beside(*values: Array, digits: int = 2) -> list[str]:
     """Several numbers a layer, as "1.90 / 1.85"; – for nan."""
     cells = (" / ".join(f"{x:.{digits}f}" for x in layer) for layer in zip(*values, strict=True))
     return [cell.replace("nan / nan", "–") for cell in cells]
-
-def print_invariants(flow: Flow, other: Flow, name: str) -> None:
-    """Those of two texts side by side."""
-    first, second, half = invariants(flow), invariants(other), len(flow.text) // 2
-    paths = (flow.planes, other.planes, flow.planes[:, :half], flow.planes[:, half:])
-    text_mean, other_mean, *halves = (mean_plane(path)[0] for path in paths)
-    row = f"mean planes: to that of the {name} / from half to half of the text"
-    first[row], second[row] = distance(text_mean, other_mean), distance(*halves)
-    print_table(f"text / {name}", ((row, beside(
-        first[row], second[row], digits=0 if first[row][-1] > 100 else 3)) for row in first))
 
 def step_shares(table: Array) -> dict[str, float]:
     """The mean step at each scale, as a share of that in random order; and the slope."""
@@ -295,34 +209,30 @@ def print_scales(measured: dict[str, list[Array]]) -> None:
 def main() -> None:
     cli.plain_output()
     parser, best = cli.Parser(__doc__), cli.BEST
-    add, text = parser.add_argument, {"dest": "texts", "action": "append", "default": []}
+    add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, default=best, help=f"the model (default: {best})")
-    add("--text", **text, metavar="TEXT", help="a text (default: one held out from the training)")
-    add("--file", **text, metavar="FILE", type=Path, help="one in a UTF-8 file; two are compared")
-    add("--out", type=Path, help="folder for the picture (default: flow, beside the model)")
+    add("--text", help="a text (default: the text held out from the training)")
+    add("--file", type=Path, help="a text in a UTF-8 file")
+    add("--mixer", help="the file with the layer of your own that the model has")
     args = parser.parse_args()
-    out = args.out or args.checkpoint.parent / "flow"
-    with cli.short_errors(parser, out, "not enough memory for this model and this text"):
-        measure_and_draw(args.checkpoint, args.texts, out)
+    with cli.short_errors(parser, args.checkpoint, "not enough memory for this model and this text"):
+        if args.mixer:
+            load_layer(args.mixer)
+        measure(args.checkpoint, read_file(args.file) if args.file else args.text)
 
-def measure_and_draw(checkpoint: Path, texts: list[str | Path], out: Path) -> None:
-    """Read the texts, measure, print, draw. Raises ValueError and OSError."""
+def measure(checkpoint: Path, text: str | None) -> None:
+    """Read a text, the held-out one if None, measure, print. Raises UserError and OSError."""
     params, config, extra = load_trained(G, checkpoint)
-    if config.mixer == "attention" or config.rank == 2:
-        raise ValueError(f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
-    texts = [read_file(text) if isinstance(text, Path) else text for text in texts]
-    texts = [text[:MEASURED] for text in texts or [text_of_run(checkpoint, extra)]]
-    if len(texts) > 2 or min(map(len, texts)) < LEAST:
-        raise ValueError(f"give one text or two, of at least {LEAST} characters")
-    out.mkdir(parents=True, exist_ok=True)
-    rng, text, vocab = np.random.default_rng(0), texts[0], extra["vocab"]
+    check(config.mixer != "attention" and config.rank > 2,
+          f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
+    text = (text_of_run(checkpoint, extra) if text is None else text)[:MEASURED]
+    check(len(text) >= LEAST, f"give a text of at least {LEAST} characters")
+    rng, vocab = np.random.default_rng(0), extra["vocab"]
     shuffled = "".join(text[t] for t in rng.permutation(len(text)))
     flows = {"trained": read_flow(params, config, text, vocab),
              "untrained": read_flow(G.init_params(config), config, text, vocab),
              "trained, shuffled text": read_flow(params, config, shuffled, vocab)}
     flow, untrained, other = flows.values()
-    if len(texts) > 1:
-        other = read_flow(params, config, texts[1], vocab)
     random_step = distance(*plane(*rng.standard_normal((2, 2, 4000, config.rank)))).mean()
     measured = {name: [coastline(flow, i) for i in range(config.n_layer)]
                 for name, flow in tqdm(flows.items(), "measuring", leave=False, disable=None)}
@@ -336,11 +246,8 @@ def measure_and_draw(checkpoint: Path, texts: list[str | Path], out: Path) -> No
         (kind, beside(*(means[kind] for means in steps))) for kind in steps[0])])
     print_table("mean gate α at", ((kind, beside(gates[kind])) for kind in gates))
     print_scales(measured)
-    print_invariants(flow, other, "second text" if len(texts) > 1 else "shuffled text")
-    titles = {"axes.titlesize": 10, "legend.frameon": False, "legend.fontsize": 8.5}
-    with plt.rc_context(STYLE | titles):
-        draw_coastline(measured, random_step).savefig(out / "coastline.png", dpi=166)
-    print(f"\n{out / 'coastline.png'}: the length of the path at different scales")
+    letters = [[explained(planes, np.array([*f.text])) for planes in f.planes] for f in (flow, other)]
+    print_table("text / shuffled text", [("share of variance explained by the character", beside(*letters, digits=3))])
 
 
 if __name__ == "__main__":

@@ -1,16 +1,9 @@
-"""Interpolated n-grams (Witten and Bell), what counting alone can do: python -m experiments.ngram
-
-Prints the loss of orders 1 to 7 on the two parts of what is held out (texts.py), in windows of the
-default context, as the networks are validated, and without.
-"""
-
-import cli  # noqa: I001  (before NumPy)
+"""Interpolated n-grams (Witten and Bell): what counting alone can do, a row of compare.py."""
 
 import numpy as np
 
-from experiments.texts import Text, read_text
-from grassmann import Array, Config
-
+from experiments.texts import Text
+from grassmann import Array
 
 def ngram_loss(train: Array, test: Array, order: int, vocab_size: int, window: int | None = None) -> float:
     """Mean nats per token of `test` (but its first `order - 1`), given counts of `train`.
@@ -58,19 +51,3 @@ def best_ngram(text: Text, window: int) -> tuple[int, float, float]:
     losses = {n: ngram_loss(text.train, text.val, n, text.vocab_size, window) for n in orders(text.vocab_size)}
     best = min(losses, key=losses.get)
     return best, losses[best], ngram_loss(text.train, text.test, best, text.vocab_size, window)
-
-def main() -> None:
-    cli.plain_output()
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--data", help="a UTF-8 text file, or 'shakespeare' (default: Python's own documentation)")
-    args = parser.parse_args()
-    with cli.short_errors(parser, args.data):
-        text = read_text(args.data, context=7)
-        for order in orders(text.vocab_size):
-            losses = (ngram_loss(text.train, part, order, text.vocab_size, window)
-                      for part in (text.val, text.test) for window in (Config.context, None))
-            print("order {}: validation part {:.3f} nats in windows, {:.3f} without; test part {:.3f} and {:.3f}".format(
-                order, *losses))
-
-if __name__ == "__main__":
-    main()

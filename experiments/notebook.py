@@ -1,6 +1,8 @@
 """Make tutorial.ipynb of tutorial.md, and run it, so that its outputs are in it: python -m experiments.notebook"""
 
-import cli  # noqa: I001  (before NumPy)
+import cli
+
+cli.prepare()  # before NumPy
 
 import re
 from pathlib import Path
@@ -18,7 +20,7 @@ if not os.path.exists("grassmann.py"):
     %cd grassmann
     %pip install -q -r requirements.txt
 gpu = "--gpu" if importlib.util.find_spec("cupy") and os.path.exists("/dev/nvidia0") else \"\""""
-LAST = ["## Your turn\n\nTrain a model of your own text, on the card if there is one.",
+LAST = ["## Your turn\n\nTrain a model of your own text, on the GPU if there is one.",
         "# !python train_char.py --data my.txt --preset tiny $gpu"]
 
 def notebook() -> NotebookNode:

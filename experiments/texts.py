@@ -34,7 +34,7 @@ class Text:
 def read_text(data: str | None, pieces: int = 0, context: int = 1) -> Text:
     """The text behind --data, or "bible", as characters or as so many different byte pairs.
 
-    Raises ValueError if it is absent or too short.
+    Raises UserError if it is absent or too short.
     """
     text, name = king_james() if data == "bible" else load_text(data), NAMES.get(data, str(data))
     corpus = corpus_of(text, context)
@@ -54,7 +54,7 @@ def byte_pairs(parts: tuple[str, ...], size: int) -> tuple[Array, ...]:
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
-        raise ValueError("byte pairs need the library that experiments/requirements.txt lists") from None
+        raise UserError("byte pairs need the library that experiments/requirements.txt lists") from None
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,12 +67,12 @@ def byte_pairs(parts: tuple[str, ...], size: int) -> tuple[Array, ...]:
     return tuple(np.array(ids, np.uint16) for ids in tokens)
 
 def king_james() -> str:
-    """The King James Bible, a verse a line, from Debian's package bible-kjv. Raises ValueError."""
+    """The King James Bible, a verse a line, from Debian's package bible-kjv. Raises UserError."""
     try:
         verses = subprocess.run(["bible", "-f", "Gen1:1-Rev22:21"], stdin=subprocess.DEVNULL, check=True,
                                 capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        raise ValueError("questions 5 and 6 read the King James Bible: apt install bible-kjv") from None
+        raise UserError("questions 5, 6 and 10 read the King James Bible: apt install bible-kjv") from None
     return re.sub(r"^\S+ ", "", verses, flags=re.MULTILINE)
 
 def held_out(extra: dict) -> str:

@@ -36,6 +36,7 @@ OPS = {
     "mix average": mixer(G.mix_forward, taps=False, normalize=True),
     "mix memory": mixer(G.mix_forward, memory=True),
     "memory of three chunks": (G.memory_forward, [(1, 150, 8), (1, 150, 4), MEMORY]),
+    "attention_core": (G.attention_core_forward, [(2, 2, 5, 3)] * 3),
     "attention 1 head": mixer(G.attention_forward, (), mixer="attention", n_head=1),
     "attention 4 heads": mixer(G.attention_forward, (), mixer="attention", n_head=4),
     "ffn": (G.ffn_forward, [(2, 3, 8), {"W_1": (8, 10), "b_1": (10,), "W_2": (10, 8), "b_2": (8,)}]),

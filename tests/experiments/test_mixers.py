@@ -9,7 +9,7 @@ from experiments.ngram import ngram_loss, orders
 
 mixers.install()
 
-@pytest.fixture(params=mixers.MIXERS)
+@pytest.fixture(params=[name for name in mixers.MIXERS if name != "rescaled by 76"])  # 31 has its gradient, less steep
 def config(request, tiny_config):
     return tiny_config(mixer=request.param, n_head=2, offsets=((1, 2), (1, 3)), positions=True)
 
@@ -20,7 +20,7 @@ def test_gradients(config, ordinary_params, batch, check_gradients):
         return grassmann.cross_entropy_forward(grassmann.forward(params, config, x), y)[0]
 
     _, grads = grassmann.loss_and_grads(params, config, x, y)
-    check_gradients(config.mixer, loss, params, grads, entries=5)
+    check_gradients(config.mixer, loss, params, grads)
 
 def test_offsets_differ_from_the_first_step(config):
     """Taps start with 0.5, those of a second partner too; the 0.02 of matrices would hide what they multiply."""
@@ -31,7 +31,7 @@ def test_how_large_features_are_at_first(monkeypatch, rng):
     """Beside the wedge's, in the last layer; the objections in experiments/README.md name it."""
     gate, tokens, sizes = grassmann.gate_forward, rng.integers(0, 65, (12, 64)), {}
     for rank, names in ((32, ("grassmann", "MLP on [z ; s]", "outer product")),
-                        (64, ("sum", "rotors", "learned planes", "learned trivectors", "one-sided product"))):
+                        (64, ("sum", "learned planes", "one-sided product"))):
         for name in names:
             config = grassmann.Config(65, mixer=name, rank=rank, dropout=0.0)
             mixers.scale_features(params := grassmann.init_params(config))
@@ -40,7 +40,7 @@ def test_how_large_features_are_at_first(monkeypatch, rng):
             grassmann.forward(params, config, tokens)
     wedge = sizes.pop("grassmann")
     assert {name for name, size in sizes.items() if size > 0.6 * wedge} == {
-        "MLP on [z ; s]", "outer product", "sum", "rotors"} and max(sizes.values()) < 1.5 * wedge
+        "MLP on [z ; s]", "outer product", "sum"} and max(sizes.values()) < 1.5 * wedge
 
 def test_causality(config, ordinary_params):
     params, x = ordinary_params(config), np.arange(18).reshape(2, 9) % 11
@@ -52,7 +52,8 @@ def test_causality(config, ordinary_params):
         assert changed[:, : t + 1].max() < 1e-12 < 1e-3 < changed[:, t + 1].min()
 
 def test_it_writes_what_it_reads_or_refuses(config, ordinary_params):
-    params, tokens, stream = ordinary_params(config), np.arange(9) % 11, grassmann.stream_init(None, config)
+    params, tokens = ordinary_params(config), np.arange(9) % 11
+    stream = grassmann.stream_init(params, config)
     if config.mixer != "rotary attention":
         with pytest.raises(ValueError, match="reads texts whole"):
             grassmann.stream_step(params, config, stream, 1)
@@ -61,11 +62,37 @@ def test_it_writes_what_it_reads_or_refuses(config, ordinary_params):
         one_by_one, stream = grassmann.stream_step(params, config, stream, tokens[t])
         np.testing.assert_allclose(one_by_one, logits, rtol=1e-9)
 
-def test_without_forgetting_it_is_the_memory_of_the_reference(tiny_config, ordinary_params, rng):
-    w = grassmann.Scope(ordinary_params(tiny_config(memory=True)), "blocks.0.mix.")
-    h, z = rng.standard_normal((2, 9, len(w["W_red"]))), rng.standard_normal((2, 9, w["W_red"].shape[1]))
-    m, _ = mixers.recall_forward(h, z, w, 1.0)
-    np.testing.assert_allclose(m, grassmann.memory_forward(h, z, w)[0], rtol=1e-9)
+def test_features_are_what_they_are_called(rng):
+    """Learned planes are dot products with planes, and the one-sided product is the first of their two terms."""
+    z, s, x, y = rng.standard_normal((4, 1, 1, 5))
+    w = grassmann.Scope({"X": x[0].T, "Y": y[0].T, "b_plu": np.array([0.5])})
+    planes, one_sided = (mixers.learned(antisymmetric)[0](z, s, w)[0].item() - 0.5 for antisymmetric in (True, False))
+    assert planes == pytest.approx((grassmann.plucker(z, s) * grassmann.plucker(x, y)).sum(), rel=1e-12)
+    assert one_sided == pytest.approx((z * x).sum() * (s * y).sum(), rel=1e-12)
+    i, j = grassmann.pairs(5)
+    products = mixers.outer_forward(z, s)[0].reshape(5, 5)
+    np.testing.assert_allclose(products, np.outer(z, s))
+    np.testing.assert_allclose(mixers.symmetric_forward(z, s)[0].ravel(), products[i, j] + products[j, i])
+    np.testing.assert_allclose(grassmann.plucker(z, s).ravel(), products[i, j] - products[j, i])
+
+def test_rescaled_is_the_layer_with_larger_projections(tiny_config, ordinary_params, batch):
+    unit = {"taps": False, "normalize": True, "block": "paper"}
+    config, (x, y) = tiny_config(**unit), batch(2)
+    params = ordinary_params(config)
+    larger = {name: value * (31 if "W_plu" in name else 1) for name, value in params.items()}
+    loss, grads = grassmann.loss_and_grads(params, tiny_config(**unit, mixer="rescaled by 31"), x, y)
+    assert loss == pytest.approx(grassmann.loss_and_grads(larger, config, x, y)[0], rel=1e-12)
+    assert grads.keys() == params.keys() and abs(loss - grassmann.loss_and_grads(params, config, x, y)[0]) > 1e-3
+
+@pytest.mark.parametrize("offsets, factor", [(None, 31), (((1, 2, 4, 8, 12, 16),) * 4, 76)])
+def test_messages_that_are_rescaled_are_as_long_as_without_normalising(rng, offsets, factor):
+    """At first, within a quarter: that of one offset a layer; the first layer of the default model."""
+    sizes, x = {}, rng.integers(0, 65, (12, 64))
+    for normalize, where in ((False, None), (True, offsets)):
+        config = grassmann.Config(65, offsets=where, taps=False, normalize=normalize)
+        cache = grassmann.model_forward(grassmann.init_params(config), config, x)[1]
+        sizes[normalize] = np.square(cache["blocks"][1]["mix"]["p"][:, 16:]).mean() ** 0.5
+    assert factor * sizes[True] == pytest.approx(sizes[False], rel=0.25)
 
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("order", [1, 2, 4])
@@ -95,18 +122,6 @@ def test_a_rotation_by_the_opposite_angle_undoes_it(rng, width):
     np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-12)
     np.testing.assert_allclose(mixers.rotate(turned, -1), x, rtol=1e-12)
     assert width == 1 or not np.allclose(turned[:, :, 1:], x[:, :, 1:])
-
-def test_a_rotor_rotates(rng):
-    """By twice the angle from z to s, in their plane; what is orthogonal to both stays."""
-    z, s, x, y = rng.standard_normal((4, 5))
-    basis = np.linalg.qr(np.stack([z, s, *rng.standard_normal((3, 5))], 1))[0].T  # two of the plane, three of the rest
-    first, second = (basis @ v / np.linalg.norm(v) for v in (z, s))
-    angle = 2 * (np.arctan2(second[1], second[0]) - np.arctan2(first[1], first[0]))
-    R = np.eye(5)
-    R[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    w = grassmann.Scope({"X": x[:, None], "Y": y[:, None], "b_plu": np.array([5 * x @ y])})
-    g, _ = mixers.rotor_forward(z[None, None], [s[None, None]], w)
-    assert g.item() == pytest.approx(5 * x @ (basis.T @ R @ basis) @ y, rel=1e-4)
 
 def test_orders_end_where_contexts_have_no_numbers():
     for vocab_size, last in ((2, 7), (512, 7), (513, 6), (5000, 5)):

@@ -1,0 +1,85 @@
+"""What the programs of the laboratory share: a model in training, a clock, a writer of tables."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+
+import numpy as np
+
+import grassmann
+import parallel
+from grassmann import Array, Config
+from training import Training, step_on_batch, train_step
+
+Batches = Callable[[int], tuple[Array, Array]]  # of a step: x, y (B, L)
+
+class Learner:
+    """A model in training on a text, or on batches that a function makes: the loop of every program here."""
+
+    def __init__(self, config: Config, training: Training, text: Array | Batches, threads: int = 1,
+                 model: ModuleType = grassmann):
+        self.config, self.training, self.text, self.threads, self.model = config, training, text, threads, model
+        self.params = model.init_params(config, training.seed)
+        self.optimizer, self.k = model.adamw_init(self.params), 0
+
+    def step(self) -> float:
+        """The loss before the step."""
+        state = self.model, self.params, self.config, self.training, self.optimizer, self.k
+        if callable(self.text):
+            loss = step_on_batch(*state, *self.text(self.k), self.threads)
+        else:
+            loss = train_step(*state, self.text, self.threads)
+        self.k += 1
+        return loss
+
+# ---- the clock -----------------------------------------------------------------------------------
+
+def alternate(runs: dict, rounds: int, calls: int) -> dict:
+    """Seconds per call of each of `runs`, one number a round; of None (no PyTorch) they are nan.
+
+    In a round each has its turn: a call that is not timed, which fetches its data into the caches
+    and lets the other's threads fall asleep, then `calls` timed ones. A first round is left out.
+    """
+    times = {name: [] if run else [math.nan] * (rounds + 1) for name, run in runs.items()}
+    for _ in range(rounds + 1):
+        for name in filter(runs.get, runs):
+            runs[name]()
+            start = time.perf_counter()
+            for _ in range(calls):
+                runs[name]()
+            times[name].append((time.perf_counter() - start) / calls)
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+def quotient(theirs: list[float], ours: list[float]) -> float:
+    """Median of the quotients within a round."""
+    return median(a / b for a, b in zip(theirs, ours, strict=True))
+
+def machine() -> str:
+    """Versions, and the processor's name: what times depend on."""
+    info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    for line in info.read_text().splitlines() if info.exists() else []:
+        name = line.partition(":")[2].strip() if line.startswith("model name") else name
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
+    return f"{versions}, {blas['name']} {blas['version']}, {len(parallel.available_cores())} cores, {name}"
+
+# ---- the table -----------------------------------------------------------------------------------
+
+def cell(value: object) -> str:
+    """As a table shows it: whole numbers in full, others with four digits; a dash for nan."""
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:,.{max(0, 4 - len(str(int(value))))}f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+def markdown(rows: list[dict]) -> str:
+    """A table with the rows' keys as its heading; a row may lack some."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    lines = [names, *([cell(row.get(name, "")) for name in names] for row in rows)]
+    first, *others = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([first, "|---" * len(names) + "|", *others])
