@@ -1,8 +1,7 @@
 """A model on disk: one .npz, written whole or not at all, and read with suspicion.
 
-Arrays `param/NAME`; the optimiser's as `adam_m/NAME`, `adam_v/NAME` where a run can be resumed; and
-`meta`, one JSON document as bytes (configuration, vocabulary, step, …). NumPy alone reads it too:
-np.load(path, allow_pickle=False). Either module's arrays, NumPy's or CuPy's, make the same file.
+Arrays `param/NAME`; the optimiser's as `adam_m/NAME`, `adam_v/NAME` where a run can be resumed; and `meta`, one JSON
+document as bytes (configuration, vocabulary, step, …). np.load reads it too. CuPy's arrays make the same file.
 """
 
 from __future__ import annotations

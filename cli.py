@@ -1,7 +1,4 @@
-"""What the programs share: settings before NumPy, options, errors in one line, NumPy or CuPy.
-
-A program begins with `import cli` and `cli.prepare()`. The import alone changes nothing.
-"""
+"""What the programs share. A program begins with `import cli` and `cli.prepare()`; the import changes nothing."""
 
 import argparse
 import ctypes
@@ -82,11 +79,8 @@ def leave_quietly() -> None:
 
 @contextmanager
 def short_errors(parser: Parser, where: object, memory: str = "not enough memory", stopped: str = "") -> Iterator[None]:
-    """Within the `with` block, what a user can mend ends the program with one line and exit code 2; Ctrl-C
-    ends it with 130, saying `stopped`; a mistake of the program itself keeps its traceback.
-
-    An error that names no file is about `where`; one of memory says `memory`.
-    """
+    """In its block, what a user can mend ends the program with one line and exit code 2, Ctrl-C with 130 and
+    `stopped`; other errors keep their traceback. `where`: what an OSError that names no file is about."""
     from grassmann import UserError
 
     try:

@@ -1,20 +1,18 @@
 """Grassmann-flow language models in NumPy: clean, minimal, every gradient derived by hand.
 
-A Transformer mixes tokens by attention, an L x L table of weights. "Attention Is Not What You
-Need" (Zhang Chong, arXiv 2512.19428) mixes them by geometry instead: each hidden state is reduced
-to r numbers, the pair (this token, an earlier one) spans a plane in R^r, that plane's Plücker
-coordinates (the wedge product of the two vectors) are projected back to the model's width and
-blended into the hidden state by a learned gate. This file is that layer and a language model
-around it, to be read from top to bottom. Letters for sizes, unless a line says otherwise:
+A Transformer mixes tokens by attention, an L x L table of weights. "Attention Is Not What You Need" (Zhang
+Chong, arXiv 2512.19428) mixes them by geometry. Each hidden state is reduced to r numbers. This token and
+an earlier one span a plane in R^r. The plane's Plücker coordinates (the wedge product of the two vectors)
+are projected back to the model's width and blended into the hidden state by a learned gate. This file is
+that layer and a language model around it, to be read from top to bottom. Sizes have letters:
 
     B batch   L length   V vocabulary   d model width   r rank   n = r(r-1)/2 Plücker coordinates
     m offsets in a layer   N layers   T = B·L tokens
 
-Vectors are rows: y = x @ W + b with W of shape (in, out). dx is the gradient of the loss with
-respect to x. A differentiable op is a pair, side by side: name_forward(...) -> (out, cache)
-and name_backward(dout, cache) -> gradients, in the order of the forward's arguments; layers take
-their parameters as `w`, a part of one flat dict (`Scope`), and return theirs as a dict. The dtype
-of the parameters decides the precision: float32 trains, float64 checks.
+Vectors are rows: y = x @ W + b with W of shape (in, out). dx is the gradient of the loss with respect to x.
+A differentiable op is a pair, side by side: name_forward(...) -> (out, cache) and name_backward(dout, cache)
+-> gradients, in the order of the forward's arguments. Layers take their parameters as `w`, a part of one
+flat dict (`Scope`), and return gradients as a dict. The dtype of the parameters decides the precision.
 """
 
 from __future__ import annotations
@@ -445,15 +443,12 @@ def attention_core_forward(q: Array, k: Array, v: Array, past: dict | None = Non
     return a @ v, (q, k, v, a)
 
 def attention_core_backward(do: Array, cache: tuple) -> tuple[Array, Array, Array]:
-    """softmax' for one row a of the table is diag(a) - aᵀ a: dscores = a ⊙ (da - Σ a ⊙ da). And
-
-    o = a v:  da = do vᵀ, dv = aᵀ do;   with dqk = dscores / sqrt(d_h):  dq = dqk k, dk = dqkᵀ q.
-    """
+    """softmax' for one row a of the table is diag(a) - aᵀ a: dscores = a ⊙ (da - Σ a ⊙ da). And o = a v:
+    da = do vᵀ, dv = aᵀ do; with dqk = dscores / sqrt(d_h):  dq = dqk k, dk = dqkᵀ q."""
     q, k, v, a = cache
     da, dv = do @ v.swapaxes(-1, -2), a.swapaxes(-1, -2) @ do
     dqk = a * (da - dot(a, da)) / math.sqrt(q.shape[-1])  # (B, n_head, L, L)
     return dqk @ k, dqk.swapaxes(-1, -2) @ q, dv
-
 
 def attention_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
     """Causal multi-head softmax attention: h (B, L, d) -> (B, L, d).

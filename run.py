@@ -102,8 +102,7 @@ def check_memory(config: Config, batch_size: int, threads: int) -> None:
     tokens = min(math.ceil(batch_size / parallel.size) * config.context, threads * max(SHARD_TOKENS, config.context))
     of_mixer = 4 * config.n_head * config.context if config.mixer == "attention" else 3 * config.rank**2
     per_token = config.n_layer * (16 * config.d_model + 6 * config.d_ff + of_mixer) + 4 * config.vocab_size
-    batch = 4 * batch_size * config.context
-    needed = 4e-9 * parallel.local_size * (n_params * (5 + threads) + tokens * per_token + batch)
+    needed = 4e-9 * parallel.local_size * (n_params * (5 + threads) + tokens * per_token + 4 * batch_size * config.context)
     if hasattr(os, "sysconf"):  # not Windows
         has = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         check(needed <= has, f"this needs about {needed:.1f} GB of memory, the machine has {has:.1f}")

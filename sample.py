@@ -29,10 +29,7 @@ def find_trained(path: Path) -> Path:
     return found
 
 def load_trained(model: ModuleType, path: Path) -> tuple[Params, Config, dict]:
-    """(params, config, extra) of a checkpoint that train_char.py wrote, for model, grassmann or gpu.
-
-    Raises UserError, OSError.
-    """
+    """(params, config, extra) of a checkpoint that train_char.py wrote, for grassmann or gpu. Raises UserError, OSError."""
     found = find_trained(path)
     check(found.exists(), f"{path} does not exist; train_char.py writes it")
     params, config, extra = load_checkpoint(found, getattr(model, "Flat", dict))

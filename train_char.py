@@ -261,8 +261,7 @@ def main() -> None:
             f"processes: {parallel.size}; writing into {run.out}")
         rate, before = run.training.rate(run.step), run.log[-1][3] if run.log else 1
         if run.step > run.training.warmup_iters and rate > 1.1 * before:  # with more --iters
-            say(f"the learning rate rises from {before:.2g} to {rate:.2g} and falls again: this helps a model that was "
-                "still learning, not one that learns its text by heart")
+            say(f"the learning rate rises from {before:.2g} to {rate:.2g} and falls again, which helps if more steps do")
         catch_signals()
         train(run)
         how = ["--gpu"] * args.gpu + ["--precision", args.precision] * bool(args.precision)
