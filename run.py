@@ -90,7 +90,8 @@ def read_run(model: ModuleType, last: Path) -> dict:
                   "settings": settings | {f.name: getattr(config, f.name) for f in fields(Config)[1:]},
                   "recent": [float(loss) for loss in extra["recent"]],
                   "best": [int(best[0]), float(best[1])] if best else None,
-                  "log": [[int(row[0]), *(c if c is None else float(c) for c in row[1:])] for row in extra["log"]]}
+                  "log": [[int(step), float(loss), val if val is None else float(val), float(rate), float(seconds)]
+                          for step, loss, val, rate, seconds in extra["log"]]}
         "".join([extra["text_sha256"], *(settings["data"] or ())])  # words
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
         raise UserError(f"{last} cannot be resumed: settings or progress are missing or make no sense") from None

@@ -3,7 +3,7 @@
     python tests/programs/fuzz_checkpoints.py --count 1000
 
 The damage is done to the file, or to a part of it that is then packed anew, with the right CRC: such a file may
-load with other contents, if they could be saved.
+load with other contents.
 """
 
 import argparse
@@ -44,11 +44,6 @@ def damaged(rng: random.Random, content: bytes) -> bytes:
                       rng.randbytes(len(stretch)), bytes(len(stretch)), rng.choice(WORDS)])
     return content[:start] + new + content[end : rng.choice([None, None, None, end])]
 
-def names(rng, members):
-    """A member renamed, or a second one added."""
-    name, new = rng.choice(list(members)), rng.choice(["param/", "meta.npy", "x/E.npy", "../param/E.npy", "param/E"])
-    return [*((new if other == name else other, members[other]) for other in members)][rng.randrange(2) :]
-
 def member(rng, members):
     """The bytes of an array, or of the header that says its dtype and shape."""
     name = rng.choice(list(members))
@@ -69,7 +64,7 @@ def description(rng, members):
     return (members | {"meta.npy": file.getvalue()}).items()
 
 def verdict(path: Path, expected: str | None) -> str:
-    """"refused", "unchanged" or, if nothing is expected, "changed". Whatever is wrong is raised."""
+    """"refused" or "loaded". Whatever is wrong is raised."""
     tracemalloc.start()
     try:
         params, config, extra = load_checkpoint(path)
@@ -80,14 +75,8 @@ def verdict(path: Path, expected: str | None) -> str:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < MOST_MEMORY, f"it took {peak / 1e6:.0f} MB of memory"
-    if expected:
-        assert repr((params, config, extra)) == expected, "it loaded other contents"
-        return "unchanged"
-    try:
-        save_checkpoint(path, params, config, **extra)
-    except ValueError as error:
-        assert "JSON" in str(error), f"it loaded what cannot be saved: {error}"
-    return "changed"
+    assert expected is None or repr((params, config, extra)) == expected, "it loaded other contents"
+    return "loaded"
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -105,15 +94,14 @@ def main(argv: list[str] | None = None) -> None:
         with zipfile.ZipFile(path) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
         for k in range(args.count):
-            rng, part = random.Random(k), [None, names, member, description][k % 4]
+            rng, part = random.Random(k), [None, member, description][k % 3]
             path.write_bytes(damaged(rng, good))
             if part:
                 with zipfile.ZipFile(path, "w") as archive:
                     for pair in part(rng, members):
                         archive.writestr(*pair)
-            tried[part.__name__ if part else "file", verdict(path, None if part else expected)] += 1
-    print(*(f"{what:11} {result:9} {n:4}" for (what, result), n in sorted(tried.items())), sep="\n")
-    print(f"{args.count} files, nothing wrong")
+            tried[f"{part.__name__ if part else 'file'} {verdict(path, None if part else expected)}"] += 1
+    print(f"{args.count} files, nothing wrong: {dict(sorted(tried.items()))}")
 
 if __name__ == "__main__":
     main()

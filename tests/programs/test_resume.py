@@ -13,7 +13,7 @@ import pytest
 from kill_and_resume import MODEL, TEXT
 
 import grassmann
-import train_char
+import parallel
 from checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
@@ -65,7 +65,7 @@ def test_a_stopped_run_equals_one_that_was_not(begin, alone, tmp_path, wait_for_
 @pytest.mark.parametrize("threads", [1, 2])
 def test_stopped_in_every_validation(call, resume, succeeded, tmp_path, monkeypatch, threads):
     """Losses that are not logged yet are kept, and the validation comes first on resume."""
-    caught, calls, forward = [], [], grassmann.forward
+    calls, forward = [], grassmann.forward
     options = ["--dropout", 0.2, "--iters", 50, "--eval-every", 25, "--threads", threads, "--out"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     succeeded(call("train_char.py", *options, whole))
@@ -73,10 +73,9 @@ def test_stopped_in_every_validation(call, resume, succeeded, tmp_path, monkeypa
     def interrupted(*args):
         calls.append(args)
         if step == 25 or len(calls) > 2:  # (the one at step 25, of two chunks, is made up for)
-            caught.append(signal.SIGINT)
+            parallel.stops.append(signal.SIGINT)
         return forward(*args)
 
-    monkeypatch.setattr(train_char, "catch_signals", lambda: caught)
     for step, recent, logged in ((25, 5, [10, 20]), (50, 10, [10, 20, 25, 30, 40])):
         with monkeypatch.context() as patch:
             patch.setattr(grassmann, "forward", interrupted)
@@ -85,19 +84,9 @@ def test_stopped_in_every_validation(call, resume, succeeded, tmp_path, monkeypa
         extra = load_checkpoint(out / "last.npz")[2]
         assert (extra["step"], len(extra["recent"]), [row[0] for row in extra["log"]]) == (step, recent, logged)
         assert len(calls) == (1 if step == 25 else 3) or threads == 2  # the second chunk is not begun
-        caught.clear(), calls.clear()
+        calls.clear()
     assert "at step 50\n" in succeeded(resume(out, "--threads", threads))
     assert kill_and_resume.differences(out, whole) == []
-
-def test_signals_at_the_start_and_at_the_end(call, succeeded, resume, tmp_path, monkeypatch):
-    """Before the first loss nothing is logged yet. After the last validation it is too late: the run is complete."""
-    caught, decode = [signal.SIGTERM], train_char.decode
-    monkeypatch.setattr(train_char, "catch_signals", lambda: caught)
-    process = call("train_char.py", "--iters", 5, "--out", tmp_path)
-    assert (process.returncode, process.stderr, step_of(tmp_path)) == (128 + signal.SIGTERM, "", 0)
-    caught.clear()
-    monkeypatch.setattr(train_char, "decode", lambda *args: caught.append(2) or decode(*args))
-    assert "at step 5\n" in succeeded(resume(tmp_path)) and caught
 
 def test_a_second_ctrl_c_leaves_at_once(begin, ended, tmp_path):
     """The first one is acknowledged at once and waits for the end of the step, which takes long."""
@@ -193,7 +182,7 @@ NAN, INF, BAD = float("nan"), float("inf"), ["many", {"a": 1}, [[]], None]
 @pytest.mark.parametrize("place, values", [
     ("step", [*BAD, -1, 10**400, INF]), ("seconds", [*BAD, 10**400]), ("text_sha256", [None, 5]),
     ("recent", [*BAD[1:], 5, [None], [10**400], [NAN]]), ("best", [*BAD[:3], 5, [1], [1, "x"], [1, None], [INF, 1]]),
-    ("log", [None, 5, ["10,3,"], [[]], [[None, 1]], [[10, "x"]]]), ("settings", [*BAD, 5]),
+    ("log", [None, 5, ["10,3,"], [[]], [[None, 1]], [[10, "x"]], [[10, 3.0]]]), ("settings", [*BAD, 5]),
     ("settings.data", [5, [5], True]), ("settings.min_lr", ["x", NAN]), ("settings.warmup_iters", [*BAD, 10**400, 0.5]),
     ("settings.lr", [*BAD, NAN, -1, 10**400]), ("settings.batch_size", [*BAD, 10**30]),
     ("settings.eval_every", [*BAD, 0, -5, NAN])])
@@ -217,23 +206,6 @@ def test_damaged_checkpoints(alone, call, resume, refused, tmp_path, damage, mes
     damage(last := tmp_path / "last.npz", (alone / "last.npz").read_bytes())
     for process in (call("sample.py", last), resume(tmp_path, *MORE)):
         assert message in refused(process) and str(last) in process.stderr and process.stdout == ""
-
-def test_a_folder_that_is_moved_away(call, refused, resume, succeeded, alone, tmp_path, monkeypatch):
-    """Once the folder is back, the run goes on."""
-    out, moved, train_step = tmp_path / "out", tmp_path / "moved", train_char.train_step
-
-    def step(*args):
-        if args[5] == 40:
-            out.rename(moved)
-        return train_step(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_char, "train_step", step)
-        process = call("train_char.py", *OPTIONS, "--out", out)
-    assert f"{out}" in refused(process) and "No such file" in process.stderr and not out.exists()
-    moved.rename(out)
-    succeeded(resume(out))
-    assert kill_and_resume.differences(out, alone) == []
 
 def test_a_full_disk(program, alone, copied, refused):
     """The system allows files of 1000 bytes, less than the log has; what was there is not lost."""

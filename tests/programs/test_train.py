@@ -51,7 +51,7 @@ def test_a_run_leaves_a_log_a_picture_and_a_sample(trained, text):
     assert len(np.unique(picture.reshape(-1, 4), axis=0)) > 10  # not an empty page
     head, written = printed.split("A sample:\n\n")
     assert head.startswith(f"{text}: 3,811 characters to train on, 423 to validate, 17 different ones\n")
-    assert len(written) == 600 + 1 and set(written) <= set(TEXT) and all(str(out / name) in head for name in FILES)
+    assert len(written) == 600 + 1 and set(written) <= set(TEXT)
     params, config, extra = load_checkpoint(out / "last.npz")
     assert f"best validation loss {extra['best'][1]:.4f} nats, {extra['best'][1] / np.log(2):.4f} bits" in head
     line = decode(generate(params, config, [extra["vocab"].index(10)], 70, 0.8), extra["vocab"])
@@ -85,14 +85,12 @@ def test_a_second_run_moves_the_first_one_aside(call, succeeded, refused, traine
     assert (out / "previous-1" / "flow").exists() and not (out / "flow").exists() and (out / "notes.md").exists()
 
 def test_files_of_others_are_never_moved(call, succeeded, refused, tmp_path):
-    """In a folder without a run."""
     for name in ("explorer.html", "log.csv"):
         (tmp_path / name).write_text("mine")
     assert "no run" in refused(call("train_char.py", "--iters", 2, "--out", tmp_path))
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"explorer.html": "mine", "log.csv": "mine"}
-    (tmp_path / "log.csv").unlink()
+    (tmp_path / "log.csv").rename(tmp_path / "mine.csv")
     succeeded(call("train_char.py", "--iters", 2, "--out", tmp_path))
-    assert (tmp_path / "explorer.html").read_text() == "mine" and not (tmp_path / "previous-1").exists()
+    assert {(tmp_path / name).read_text() for name in ("explorer.html", "mine.csv")} == {"mine"}
 
 def test_a_run_in_the_folder_of_its_text(call, succeeded, tmp_path):
     """What the programs write there is not read: the run resumes, and another one has the same text."""
@@ -107,7 +105,7 @@ def test_of_a_large_text_evenly_spread_pieces_are_validated(text, monkeypatch):
         monkeypatch.setattr(train_char, name, value)
     run = made("--data", text, *MODEL)
     pieces = [validation_loss(run.params, run.config, piece) for piece in (run.corpus.val[:101], run.corpus.val[-101:])]
-    assert train_char.estimate_loss(run, []) == pytest.approx(sum(pieces) / 2, rel=1e-12)
+    assert train_char.estimate_loss(run) == pytest.approx(sum(pieces) / 2, rel=1e-12)
 
 # ---- options -----------------------------------------------------------------------------------------
 
@@ -154,7 +152,7 @@ def test_commands_run_as_they_are_printed(program, text, succeeded, plain, tmp_p
     options = [*MODEL, "--data", text, "--iters", 2, "--threads", 1, "--out", "./-$\\frac$ 模型, a=b;c"]
     printed = succeeded(program("train_char.py", *options, cwd=tmp_path, env=plain | {"PMI_SIZE": "abc"}))
     assert "\nno loss.png: ModuleNotFoundError" in printed
-    for command in re.findall(r": (?:sample|go on) from it with (.*)", printed):
+    for command in re.findall(r"(?m)^.*(?:sample\.py|--resume) .*$", printed):
         subprocess.run(command, shell=True, cwd=tmp_path, env=plain, capture_output=True, check=True)
     assert load_checkpoint(tmp_path / options[-1] / "last.npz")[2]["step"] == 4  # twice as many
 
