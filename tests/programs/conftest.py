@@ -34,16 +34,12 @@ def text(tmp_path_factory) -> Path:
     path.write_text(TEXT, newline="\n")
     return path
 
-@helper
-def without(package: str, folder: Path) -> dict[str, str]:
-    """The environment of a Python where it is not installed."""
-    (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}', name={package!r})")
-    return os.environ | {"PYTHONPATH": str(folder)}
-
 @pytest.fixture(scope="session")
-def plain(without, tmp_path_factory) -> dict[str, str]:
+def plain(tmp_path_factory) -> dict[str, str]:
     """The environment of most programs here: without matplotlib, which takes a second to draw."""
-    return without("matplotlib", tmp_path_factory.mktemp("without"))
+    folder = tmp_path_factory.mktemp("without")
+    (folder / "matplotlib.py").write_text("raise ModuleNotFoundError")
+    return os.environ | {"PYTHONPATH": str(folder)}
 
 @pytest.fixture(scope="session")
 def start(plain) -> Callable:

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import sys
 
 import numpy as np
@@ -10,8 +9,6 @@ import pytest
 from kill_and_resume import MODEL, TEXT
 
 import text
-from checkpoint import load_checkpoint
-from grassmann import generate
 from text import decode, encode, load_text, vocabulary
 
 # Line ends, NUL, combining marks, a byte order mark, astral planes, emoji with joiners, lone surrogates.
@@ -24,7 +21,7 @@ def test_every_text_survives_the_round_trip():
         assert vocab == sorted({ord(c) for c in string})
         tokens = encode(string, vocab)
         assert np.issubdtype(tokens.dtype, np.integer) and decode(tokens, vocab) == string
-        with pytest.raises(ValueError, match="not in the model's vocabulary: '.U000e0001'$"):
+        with pytest.raises(ValueError, match=r"not in the model's vocabulary: '.U000e0001'$"):
             encode(string + other, vocab)
 
 def test_several_files_and_folders(tmp_path, capsys, monkeypatch):
@@ -59,20 +56,14 @@ def test_the_default_text(monkeypatch):
         load_text(None)
 
 def test_training_and_sampling_on_an_odd_text(program, plain, tmp_path):
-    """What an ASCII terminal cannot show is printed escaped."""
-    string = "👩\u200d🚀 e\u0301 \U0001f3fd Ω\n zero \0 and \ud800 half \udfff\n" * 20
-    (tmp_path / "text").write_bytes(string.replace("\n", "\r\n").encode("utf-8", "surrogatepass"))
-    out, how = tmp_path / "out", {"encoding": None, "env": plain | {"PYTHONIOENCODING": "ascii"}}
-    options = [*MODEL, "--iters", 10, "--lr", 0.1, "--warmup-iters", 0, "--data", tmp_path / "text", "--out", out]
-    training = program("train_char.py", *options, **how)
+    """What an ASCII terminal cannot show is printed escaped; a prompt is UTF-8 in any locale."""
+    (tmp_path / "text").write_bytes((ODD * 20).encode("utf-8", "surrogatepass"))
+    out, how = tmp_path / "out", {"encoding": None, "env": plain | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}}
+    training = program("train_char.py", *MODEL, "--iters", 2, "--data", tmp_path / "text", "--out", out, **how)
     assert (training.returncode, training.stderr) == (0, b"") and training.stdout.isascii()
-    params, config, extra = load_checkpoint(out / "best.npz")
-    assert extra["vocab"] == vocabulary(string)
-    tokens = generate(params, config, encode(string[:5], extra["vocab"]), 60, seed=1)
-    expected = string[:5] + decode(tokens, extra["vocab"]) + "\n"
-    words = ["--length", 60, "--temperature", 1, "--seed", 1, "--prompt", os.fsencode(string[:5])]
+    words = ["--length", 0, "--seed", 1, "--prompt", "👩\u200d".encode()]
     sampling = program("sample.py", out / "best.npz", *words, **how)
-    assert (sampling.stdout, sampling.stderr) == (expected.encode("ascii", "backslashreplace"), b"")
+    assert (sampling.stdout, sampling.stderr) == (b"\\U0001f469\\u200d\n", b"")
 
 # ---- Tiny Shakespeare --------------------------------------------------------------------------------
 
