@@ -62,7 +62,7 @@ def test_characters_appear_as_they_are_drawn(start, best):
     assert process.returncode == 0 and first.startswith(b"7") and len(first + second) < 1000
 
 def test_last_where_there_is_no_best(call, trained, sampled, tmp_path, monkeypatch):
-    """A run that was stopped before its first validation; before any run, the model of the project."""
+    """Of a run that was stopped before its first validation. Before any run, the model of the project."""
     (folder := tmp_path / "\x1b[2J").mkdir()
     (folder / "last.npz").write_bytes((trained[0] / "last.npz").read_bytes())
     process, shown = call("sample.py", folder / "best.npz", "--seed", 0, "--length", 20), f"{tmp_path}/\\x1b[2J"

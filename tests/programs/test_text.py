@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import sys
 
 import numpy as np
 import pytest
@@ -49,12 +48,6 @@ def test_several_files_and_folders(tmp_path, capsys, monkeypatch):
         with pytest.raises(ValueError, match=message):
             load_text([one, f"{folder}/{name}"])
 
-def test_the_default_text(monkeypatch):
-    assert len(string := load_text(None)) > 100_000 and 90 < len(vocabulary(string)) < 300
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(ValueError, match="without its documentation; give a text: --data FILE"):
-        load_text(None)
-
 def test_training_and_sampling_on_an_odd_text(program, plain, tmp_path):
     """What an ASCII terminal cannot show is printed escaped; a prompt is UTF-8 in any locale."""
     (tmp_path / "text").write_bytes((ODD * 20).encode("utf-8", "surrogatepass"))
@@ -65,38 +58,28 @@ def test_training_and_sampling_on_an_odd_text(program, plain, tmp_path):
     sampling = program("sample.py", out / "best.npz", *words, **how)
     assert (sampling.stdout, sampling.stderr) == (b"\\U0001f469\\u200d\n", b"")
 
-# ---- Tiny Shakespeare --------------------------------------------------------------------------------
-
-@pytest.fixture
-def answers(tmp_path, monkeypatch):
-    """A list of what the network answers, one after the other: bytes or errors."""
+def test_tiny_shakespeare(call, refused, tmp_path, monkeypatch, capsys):
+    """It is downloaded once, and again if it is damaged. A bad download ends in one sentence that says what to do
+    instead, Ctrl-C without a word, and neither leaves anything."""
     def answer(url, timeout):
         if isinstance(answers[0], BaseException):
             raise answers.pop(0)
         return io.BytesIO(answers.pop(0))
 
-    answers = []
+    answers = [TEXT.encode() + b"!", OSError("no route"), text.http.client.BadStatusLine("220 FTP"), KeyboardInterrupt()]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(text, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
     monkeypatch.setattr(text.urllib.request, "urlopen", answer)
-    return answers
-
-def test_download_once_and_again_if_it_is_damaged(answers, tmp_path, capsys):
-    cached = tmp_path / "grassmann" / "shakespeare.txt"
-    for damaged in (None, b"", TEXT.encode()[:-1]):
-        answers.append(TEXT.encode())
-        if damaged is not None:
-            cached.write_bytes(damaged)
-        for said in ("downloading http", ""):
-            assert load_text(["shakespeare"]) == TEXT
-            assert capsys.readouterr().out.startswith(said) and cached.read_text() == TEXT
-    assert not answers and [*cached.parent.iterdir()] == [cached]
-
-def test_bad_downloads(answers, call, refused, tmp_path):
-    """They end in one sentence that says what to do instead, and leave nothing. Ctrl-C ends without a word."""
-    answers += [TEXT.encode() + b"!", OSError("no route"), text.http.client.BadStatusLine("220 FTP"), KeyboardInterrupt()]
     for _ in range(3):
         sentence = refused(call("train_char.py", "--data", "shakespeare", "--out", tmp_path / "out"))
         assert "could not be downloaded (" in sentence and "--data FILE" in sentence
     process = call("train_char.py", "--data", "shakespeare", "--out", tmp_path / "out")
-    assert (process.returncode, process.stderr) == (130, "") and not answers and not list(tmp_path.iterdir())
+    assert (process.returncode, process.stderr) == (130, "") and not list(tmp_path.iterdir())
+    cached = tmp_path / "grassmann" / "shakespeare.txt"
+    for content in (None, b"", TEXT.encode()[:-1]):
+        answers.append(TEXT.encode())
+        if content is not None:
+            cached.write_bytes(content)
+        for said in ("downloading http", ""):
+            assert load_text(["shakespeare"]) == TEXT and capsys.readouterr().out.startswith(said)
+    assert not answers and cached.read_text() == TEXT and [*cached.parent.iterdir()] == [cached]

@@ -109,17 +109,12 @@ def test_no_option_is_lost():
             "memory no-memory data out preset paper resume threads gpu precision help version"
     assert {f"--{name}" for name in names.split()} <= train_char.build_parser()._option_string_actions.keys()
 
-def test_presets_and_the_model_of_the_paper(text):
-    """Each preset is a line of a table; an option beside it wins, and so does the model of the paper."""
-    for preset, own in train_char.PRESETS.items():
-        settings = made("--data", text, "--preset", preset, "--rank", 4).settings
-        assert settings == train_char.DEFAULTS | own | {"rank": 4, "data": [str(text)]}
-        config = made("--data", text, "--paper", "--preset", preset, "--normalize", "--no-positions").config
-        paper = train_char.paper(config.n_layer, config.d_model, config.context) | {"positions": False}
-        assert {name: getattr(config, name) for name in paper} == paper
-    assert made("--data", text, *MODEL, "--paper", "--n-layer", 6).config == Config(
+def test_an_option_beats_a_preset_and_the_model_of_the_paper(text):
+    settings = made("--data", text, "--preset", "tiny", "--rank", 4).settings
+    assert settings == train_char.DEFAULTS | train_char.PRESETS["tiny"] | {"rank": 4, "data": [str(text)]}
+    assert made("--data", text, *MODEL, "--paper", "--n-layer", 6, "--no-positions").config == Config(
         17, 8, 6, 8, d_ff=32, rank=3, offsets=((1,), (2,), (4,), (1,), (1,), (1,)), block="paper", taps=False,
-        normalize=True, positions=True)
+        normalize=True, positions=False)
 
 def test_options_that_would_be_ignored(call, refused, text, tmp_path):
     """They are refused, except those that a preset or --paper brings."""
