@@ -1,13 +1,12 @@
 """Kill a training run again and again, resume it each time; does it equal one that was left alone?
 
-  python tests/programs/kill_and_resume.py --kills 50
+  python tests/programs/kill_and_resume.py 50
 
 A third of the kills fall into the start of the program, a third anywhere in its work, a third while a checkpoint
 is written. After each, the checkpoints must load, and the run must not have gone back. In the end both runs must
 agree bit for bit.
 """
 
-import argparse
 import contextlib
 import os
 import random
@@ -57,10 +56,7 @@ def wait_for(process: subprocess.Popen, file: Path) -> None:
         while process.poll() is None and (not file.exists() or file.stat().st_ino == before):
             time.sleep(0.0002)
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50, help="(default: 50)")
-    args = parser.parse_args(argv)
+def main(wanted: int = 50) -> None:
     rng, kills, step = random.Random(0), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         text, alone, out = (Path(folder, name) for name in ("text.txt", "alone", "killed"))
@@ -69,12 +65,12 @@ def main(argv: list[str] | None = None) -> None:
         Path(folder, "matplotlib.py").write_text("raise ImportError")  # drawing takes too long
         how = {"stdout": subprocess.DEVNULL, "env": os.environ | {"PYTHONPATH": folder}}
         new = [*MODEL, "--dropout", "0.1", "--threads", "2", "--eval-every", "5", "--data", text]
-        train, new = [sys.executable, ROOT / "train_char.py"], [*new, "--iters", str(100 + 40 * args.kills), "--out"]
+        train, new = [sys.executable, ROOT / "train_char.py"], [*new, "--iters", str(100 + 40 * wanted), "--out"]
         subprocess.run([*train, *new, alone], check=True, **how)
         while True:
             command = [*train, "--resume", "--out", out] if last.exists() else [*train, *new, out]
             process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **how)
-            if kills < args.kills:
+            if kills < wanted:
                 for _ in range(rng.randint(1, 3) if kills % 3 else 0):
                     wait_for(process, last)
                 if kills % 3 == 2:
@@ -91,8 +87,8 @@ def main(argv: list[str] | None = None) -> None:
             assert step >= before, f"kill {kills} took the run back from {before}"
             assert [load_checkpoint(file) for file in out.glob("best.npz")] or not step
         assert not (wrong := differences(alone, out)), f"after {kills} kills, the run differs in {wrong}"
-        assert kills == args.kills, f"the run ended after {kills} kills"
+        assert kills == wanted, f"the run ended after {kills} kills"
     print(f"{kills} kills up to step {step}: the run equals, bit for bit, one that was left alone")
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -166,4 +166,4 @@ def test_wrong_members_and_files(path, refused, arrays, name, capfd):
     assert capfd.readouterr().out == ""
 
 def test_random_damage():
-    fuzz_checkpoints.main(["--count", "60"])
+    fuzz_checkpoints.main(60)

@@ -111,7 +111,7 @@ def test_a_closed_terminal_loses_nothing(begin, wait_for_step, ended, refused, t
 
 @pytest.mark.slow
 def test_killed_again_and_again():
-    kill_and_resume.main(["--kills", "6"])
+    kill_and_resume.main(6)
 
 # ---- what a resumed run may change -------------------------------------------------------------------
 
