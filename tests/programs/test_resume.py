@@ -139,11 +139,13 @@ def test_resume_refuses_a_run_that_is_finished_or_not_there(alone, resume, refus
     assert "nothing to resume" in refused(resume(tmp_path / "nowhere"))
     assert f"is at step {STEPS}; to go on, give --iters" in refused(resume(alone))
 
-def test_the_text_is_known_by_its_contents(call, resume, succeeded, refused, tmp_path):
-    """Where it was moved is asked only when it is missing."""
+def test_the_text_is_known_by_its_contents(call, resume, succeeded, refused, tmp_path, monkeypatch):
+    """Also from another working folder. Where it was moved is asked only when it is missing."""
     text, out = tmp_path / "text", tmp_path / "out"
     text.write_text(TEXT)
-    succeeded(call("train_char.py", "--iters", 2, "--data", text, "--out", out))
+    monkeypatch.chdir(tmp_path)
+    succeeded(call("train_char.py", "--iters", 2, "--data", "text", "--out", out))
+    monkeypatch.chdir("/")
     moved = text.rename(tmp_path / "moved")
     assert f"cannot read {text}" in (sentence := refused(resume(out, "--iters", 3))) and "moved" in sentence
     text.write_text(TEXT.replace("7", "8", 1))
