@@ -203,8 +203,6 @@ def test_defaults_that_follow_from_other_values(tiny_config):
     assert type(config.vocab_size) is type(config.offsets[0][0]) is int
 
 WRONG = {  # of tiny_config
-    "must be whole numbers": [{"offsets": ((1.0,), (1,))}, {"offsets": 3}, {"offsets": "12"}, {"context": 2.5},
-                              {"n_head": math.nan}, {"d_model": None, "d_ff": None}, {"dropout": None}],
     "rank must be at least 2, not 1": [{"rank": 1}],
     "n_layer must be at least 1, not 0": [{"n_layer": 0}],
     "dropout must be at least 0 and below 1": [{"dropout": rate} for rate in (1, -0.1, math.nan)],
@@ -224,6 +222,11 @@ def test_a_wrong_configuration_gets_a_sentence(rule, changes):
     with pytest.raises(G.UserError, match=rule) as error:
         G.Config(11, **sizes | changes)
     assert "\n" not in str(error.value) and len(str(error.value)) < 100
+
+def test_sizes_of_another_type_are_a_mistake_of_the_program():
+    for changes in ({"offsets": ((1.0,),)}, {"offsets": "1"}, {"context": 2.5}, {"dropout": None}):
+        with pytest.raises(TypeError):
+            G.Config(11, n_layer=1, **changes)
 
 TEXT, TABLE = np.array([[1, 2, 3]]), {"P": np.zeros((9, 8))}
 DOORS = {  # what is said, and of what: params, config
