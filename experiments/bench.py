@@ -8,8 +8,7 @@
 
 What is compared runs by turns, A B A B …, so that a machine that speeds up or slows down does so
 for both: times are medians over the turns, and "x ours" is the median of the quotients within a
-turn. (But for `race`, whose seconds are sums and whose last two runs have the machine for
-themselves.) Both sides have the same threads, batches and optimiser. The other side is PyTorch as
+turn. (The seconds of `race` are sums.) Both sides have the same threads, batches and optimiser. The other side is PyTorch as
 it is usually written (pip install -r experiments/requirements.txt); without it there is a dash.
 """
 
@@ -32,9 +31,6 @@ from experiments.bench_models import Model, Ours, Setup, Theirs, gpt_of_size, n_
 from experiments.common import alternate, machine, markdown, quotient
 from grassmann import check
 from text import read_corpus
-
-def rounds(setup: Setup, n: int) -> int:
-    return 2 if setup.quick else n
 
 # ---- sections: each returns the rows of its table ------------------------------------------------
 
@@ -60,7 +56,7 @@ def step(setup: Setup) -> list[dict]:
         for name, other in others.items():
             side = Ours if name.startswith("ours") else torch and Theirs
             runs[name] = side and side(setup, other).step
-        times = alternate(runs, rounds(setup, 25), 4)
+        times = alternate(runs, 2 if setup.quick else 25, 4)
         rows += [{
             "ours": what, "parameters": n_parameters(config), "ms": 1e3 * median(times["ours"]),
             "against": name, "its parameters": n_parameters(other),
@@ -72,37 +68,27 @@ def race(setup: Setup, iters: int = 2000) -> list[dict]:
     """Validation loss (nats per character) and seconds of training, against nanoGPT's laptop recipe
 
     As many steps of our defaults and of the GPT, as published (learning rate 1e-3) and at its best
-    rate (4e-3), on the same batches, by turns of 50. Then two runs of ours whose number of steps,
-    and so the schedule, is chosen for a part of the GPT's time. Validation is not on the clock.
+    rate (4e-3), on the same batches, by turns of 50. Validation is not on the clock.
     """
-    def train(*entrants: tuple[str, type, float, int]) -> list[dict]:
-        rows, runs = [], []
-        for name, side, lr, steps in entrants:
-            own = replace(setup, training=replace(setup.training, iters=steps, lr=lr))
-            runs.append(side(own, setup.config() if side is Ours else setup.gpt_config()))
-            rows.append({"run": name, "learning rate": lr, "steps": steps, "seconds": 0.0})
-        for k in range(0, max(row["steps"] for row in rows), 50):
-            for run, row in zip(runs, rows, strict=True):
-                start = time.perf_counter()
-                for _ in range(k, min(k + 50, row["steps"])):
-                    run.step()
-                row["seconds"] += time.perf_counter() - start
-        return [row | {"loss": run.validate()} for run, row in zip(runs, rows, strict=True)]
-
     if setup.quick:
         return [{"run": "skipped by --quick: it takes minutes"}]
-    lr, gpts = setup.training.lr, [("GPT, as published", Theirs, 1e-3, iters),
-                                   ("GPT, at its best learning rate", Theirs, 4e-3, iters)]
-    rows = train(("ours, as many steps", Ours, lr, iters), *(gpts if torch else []))
-    if torch:
-        steps = iters * rows[1]["seconds"] / rows[0]["seconds"]
-        rows += train(("ours, in a fifth of the GPT's time", Ours, lr, max(1, round(0.2 * steps))))
-        rows += train(("ours, in the GPT's time", Ours, lr, max(1, round(steps))))
-    return rows
+    gpts = [("GPT, as published", Theirs, 1e-3), ("GPT, at its best learning rate", Theirs, 4e-3)]
+    rows, runs = [], []
+    for name, side, lr in [("ours", Ours, setup.training.lr), *(gpts if torch else [])]:
+        own = replace(setup, training=replace(setup.training, iters=iters, lr=lr))
+        runs.append(side(own, setup.config() if side is Ours else setup.gpt_config()))
+        rows.append({"run": name, "learning rate": lr, "steps": iters, "seconds": 0.0})
+    for k in range(0, iters, 50):
+        for run, row in zip(runs, rows, strict=True):
+            start = time.perf_counter()
+            for _ in range(k, min(k + 50, iters)):
+                run.step()
+            row["seconds"] += time.perf_counter() - start
+    return [row | {"loss": run.validate()} for run, row in zip(runs, rows, strict=True)]
 
-def gpt_writer(setup: Setup, text: np.ndarray, cache: bool) -> Callable[[], None]:
-    """Each call writes one character and reads the whole context again; or, with a cache of keys
-    and values, the last character. At the end of the context the cache starts over with half."""
+def gpt_writer(setup: Setup, text: np.ndarray) -> Callable[[], None]:
+    """Each call writes one character and reads it, with a cache of keys and values. At the end of the
+    context the cache starts over with half."""
     config = setup.gpt_config()
     model, context = Model(config), config.context
     tokens, past, read = torch.from_numpy(text.astype(np.int64))[None, -context:], None, context
@@ -110,9 +96,7 @@ def gpt_writer(setup: Setup, text: np.ndarray, cache: bool) -> Callable[[], None
     @torch.inference_mode()
     def write() -> None:
         nonlocal tokens, past, read
-        if not cache:
-            logits = model(tokens)
-        elif read < context:
+        if read < context:
             logits, read = model(tokens[:, -1:], past, read), read + 1
         else:
             past, read = [{} for _ in range(config.n_layer)], context // 2
@@ -132,9 +116,8 @@ def generation(setup: Setup, positions: tuple[int, ...] = (100, 20_000)) -> list
         text = np.resize(setup.corpus.train, position)
         runs = {name: grassmann.generate(grassmann.init_params(own), own, text, 10**9, temperature=0.8).__next__
                 for name, own in (("ours", config), ("with memory", memory))}
-        for name, cache in (("GPT re-reading", False), ("GPT with cache", True)):
-            runs[name] = torch and gpt_writer(setup, text, cache)
-        times = alternate(runs, rounds(setup, 20), calls)
+        runs["GPT with cache"] = torch and gpt_writer(setup, text)
+        times = alternate(runs, 2 if setup.quick else 20, calls)
         row = {name: median(1 / t for t in seconds) for name, seconds in times.items()}
         ratios = {f"ours / {name}": quotient(times[name], times["ours"]) for name in [*times][1:]}
         rows.append({"position": position} | row | ratios)
@@ -164,7 +147,7 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
         attention = Ours(own, setup.config(mixer="attention", context=L)).step
         runs[L, "attention"] = attention if longest_table >= L else None
         runs[L, "reading"] = partial(read, L)
-    times = alternate(runs, rounds(setup, 5), 1)
+    times = alternate(runs, 2 if setup.quick else 5, 1)
     return [{"length": L, "windows": tokens // L,
              **{mixer: 1e6 / tokens * median(times[L, mixer]) for mixer in columns},
              **{f"{mixer} x": quotient(times[L, mixer], times[lengths[0], mixer]) for mixer in columns}}

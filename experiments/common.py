@@ -17,12 +17,10 @@ import parallel
 from grassmann import Array, Config
 from training import Training, step_on_batch, train_step
 
-Batches = Callable[[int], tuple[Array, Array]]  # of a step: x, y (B, L)
-
 class Learner:
-    """A model in training on a text, or on batches that a function makes: the loop of every program here."""
+    """A model in training on a text, or on the batches x, y (B, L) that a function makes of the step."""
 
-    def __init__(self, config: Config, training: Training, text: Array | Batches, threads: int = 1,
+    def __init__(self, config: Config, training: Training, text: Array | Callable, threads: int = 1,
                  model: ModuleType = grassmann):
         self.config, self.training, self.text, self.threads, self.model = config, training, text, threads, model
         self.params = model.init_params(config, training.seed)

@@ -1,7 +1,7 @@
 """Does geometry replace attention? Both, and variants of both, trained alike on one text.
 
-  python -m experiments.compare --quick              three models of the first question, minutes
-  python -m experiments.compare --data shakespeare   all questions, on Tiny Shakespeare: a day
+  python -m experiments.compare --data shakespeare            all questions, on Tiny Shakespeare: a day
+  python -m experiments.compare --data shakespeare --only 1   one of them
 
 The same for every model of a question: the number of parameters (within 2%, unless a question says so),
 the batches, the optimiser, the schedule, the validation. Every model gets its best learning rate, from
@@ -78,7 +78,6 @@ def mixer(name: str, **more) -> tuple[str, dict]:
 
 WIDE = {"ratio": 4}  # d_ff = 4 d_model, as usual with attention and in the paper
 ATTENTION = mixer("attention", positions=True)
-ROTARY_TAPS = mixer("rotary attention with taps", **WIDE)
 BEST_ATTENTION = ("attention with taps and our gate",
                   {"mixer": "rotary attention with taps and our gate", "larger": ("W_out",)})
 BEST_CONVOLUTION = ("convolution with our gate",
@@ -94,7 +93,7 @@ KEYS = SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE, "context": 128, "iters": 40
 CONTROLS = Question(
     1, "Grassmann or attention", "Which predicts text better at equal size, when attention has rotary "
     "positions, a short convolution (taps) before it, larger first weights, and our gate around it?",
-    [ATTENTION, mixer("rotary attention", **WIDE), ROTARY_TAPS,
+    [ATTENTION, mixer("rotary attention", **WIDE), mixer("rotary attention with taps", **WIDE),
      ("the same, larger W_qkv", {"mixer": "rotary attention with taps", "larger": ("W_qkv",), **WIDE}),
      mixer("gated convolution"), ("the same, larger W_in", {"mixer": "gated convolution", "larger": ("W_in",)}),
      BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, HYBRID], seeds=3, ngrams=True)
@@ -128,9 +127,8 @@ QUESTIONS = [
     Question(2, "Is it the geometry?", "Other features of a token and its partner, at equal size: products that are "
              "no wedge, none at all; learned planes, which are determinants of dot products; and whether the gate is "
              "worth its parameters.",
-             [GRASSMANN, NO_PRODUCT, mixer("MLP on [z ; s]"), mixer("symmetric product"), mixer("outer product"),
-              mixer("one-sided product", rank=64), mixer("wedge without a gate"), mixer("learned planes", rank=64)],
-             seeds=3),
+             [GRASSMANN, NO_PRODUCT, mixer("outer product"), mixer("one-sided product", rank=64),
+              mixer("wedge without a gate"), mixer("learned planes", rank=64)], seeds=3),
     Question(3, "The paper's layer", "One offset per layer, or the average of all in every layer? Normalised or not? "
              "In the paper's block?",
              [BEST_ATTENTION, ("the paper's model", PAPER), UNIT, ("one offset per layer", {"taps": False}),
@@ -163,8 +161,6 @@ QUESTIONS = [
     dispute("The dispute", 3),
     dispute("The dispute in subwords: 4,096 byte pairs", 1, ("bible", 4096)),
 ]
-QUICK = replace(CONTROLS, asks=f"{CONTROLS.asks} In short: 1,500 steps, one seed.", settings={"iters": 1500}, seeds=1,
-                models=[BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN])
 
 # ---- one run -------------------------------------------------------------------------------------
 
@@ -190,9 +186,8 @@ def count_params(trial: Trial) -> int:
     return sum(math.prod(shape) for shape in param_shapes(trial.config).values())
 
 def matched(trial: Trial, target: int) -> Trial:
-    """The trial with a model as wide as `target` parameters allow: d_model the multiple of n_head
-    that comes closest while d_ff keeps its ratio to it; d_ff, N (2 d_model + 1) a unit, the rest.
-    """
+    """The trial with a model as wide as `target` parameters allow: d_model the multiple of n_head that
+    comes closest while d_ff keeps its ratio to it; d_ff, N (2 d_model + 1) a unit, the rest."""
     ratio, n_head = trial.config.d_ff // trial.config.d_model, trial.config.n_head
     widths = range(n_head, math.isqrt(target) + 2 * n_head, n_head)
 
@@ -220,9 +215,8 @@ def learner(trial: Trial, text: Text, threads: int = 1) -> Learner:
     return new
 
 def evaluate(trial: Trial, text: Text, params: Params, test: bool, most: int | None = None) -> float | list[float]:
-    """The loss on the part of the text to choose on, or on the test part, or on at most so many tokens of it;
-    on a task the list of `accuracy`.
-    """
+    """The loss on the part of the text to choose on, or on the test part, on at most so many tokens; on a task
+    the list of `accuracy`."""
     if task := tasks.TASKS.get(name := trial.spec["data"]):
         rng = np.random.default_rng((trial.training.seed, trial.training.iters + test))  # never trained on
         held_out = task(rng, 512, trial.config.context)
@@ -230,10 +224,8 @@ def evaluate(trial: Trial, text: Text, params: Params, test: bool, most: int | N
     return grassmann.validation_loss(params, trial.config, (text.test if test else text.val)[:most])
 
 def train(label: str, trial: Trial, text: Text) -> dict:
-    """Train on one thread: a line of runs.jsonl. Its curve is a [step, what `evaluate` says] every
-    spec["eval_every"] steps, on a part of a long text, and at the end, which a loss that is not finite
-    brings early; `test` is what it says on the test part then.
-    """
+    """Train on one thread: a line of runs.jsonl. Its curve is a [step, what `evaluate` says] now and then, on a
+    part of a long text, and at the end, which a loss that is not finite brings early."""
     new, curve, iters = learner(trial, text), [], trial.training.iters
     for step in range(1, iters + 1):
         last = not math.isfinite(new.step()) or step == iters
@@ -270,12 +262,9 @@ class Row:
     results: list[dict]  # its lines of runs.jsonl, one per seed
     ms: float = math.nan  # of a step
 
-Answers = list[tuple[Question, list[Row]]]
-
 def final(result: dict, test: bool = True) -> float:
     """The smaller the better, on the test part or on what rates are chosen on: the loss at the end, inf if
-    it diverged; or -accuracy.
-    """
+    it diverged; or -accuracy."""
     step, value = result["curve"][-1]
     if test:
         value = result["test"]
@@ -285,9 +274,7 @@ def final(result: dict, test: bool = True) -> float:
 
 def best_lr(ask: Callable, rates: tuple[float, ...], spacing: float = 2.0, enough: float = -math.inf) -> float | None:
     """The best of these learning rates. While that is the smallest or the largest so far, one more is
-    tried beyond it, unless it is good `enough`. ask(lr) gives a run, or None if it is missing: then
-    the best is None, too.
-    """
+    tried beyond it, unless it is good `enough`. ask(lr) gives a run; where one is missing, None: so is the best."""
     runs = {lr: ask(lr) for lr in rates}
     while all(runs.values()):
         losses = {lr: final(run, test=False) for lr, run in runs.items()}
@@ -417,18 +404,16 @@ def loss_table(question: Question, rows: list[Row], counted: Row | None = None) 
         })
     return table
 
-def report(lab: Laboratory, answers: Answers, timed_on: str) -> str:
+def report(lab: Laboratory, answers: list[tuple[Question, list[Row]]], timed_on: str) -> str:
     """compare.md"""
     explanation = f"""\
-Unless a question says otherwise: {BASE["iters"]:,} steps of {Training.batch_size * Config.context:,} tokens, no \
-dropout (so short a run does not overfit), models of one size. Of a text nine tenths are trained on; of \
-the rest the first half (validation) chooses learning rates and the order of the n-gram, the second \
-(test) is what is reported. Learning rates: the best of {LEARNING_RATES[0]:g} and {LEARNING_RATES[1]:g} in \
-runs of full length, of one seed; while it is the smallest or the largest tried, half or twice of it is \
-tried, too. A loss with two more in brackets is the mean of several seeds, with the \
-lowest and the highest; inf: diverged. Gap: how much higher the perplexity per token is. Parameters: \
-those that act. Milliseconds: medians on all cores, by turns; what is not in grassmann.py is not \
-written for speed."""
+Unless a question says otherwise: {BASE["iters"]:,} steps of {Training.batch_size * Config.context:,} tokens, no dropout (so \
+short a run does not overfit), models of one size. Nine tenths of a text are trained on. Of the rest the first half \
+(validation) chooses learning rates and the order of the n-gram, and the second half (test) is what is reported. \
+Learning rates: the best of {LEARNING_RATES[0]:g} and {LEARNING_RATES[1]:g} in runs of full length, of one seed; while it is the \
+smallest or the largest tried, half or twice of it is tried, too. A loss with two more in brackets is the mean of \
+several seeds, with the lowest and the highest; inf: diverged. Gap: how much higher the perplexity per token is. \
+Milliseconds: medians on all cores, by turns; what is not in grassmann.py is not written for speed."""
     command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
     parts = ["# Does geometry replace attention?", f"`{command}`", f"{timed_on}.", explanation]
     for question, rows in answers:
@@ -439,7 +424,7 @@ written for speed."""
         parts += [f"## {question.number}. {question.title}", question.asks + told, markdown(table)]
     return "\n\n".join(parts) + "\n"
 
-def plot(path: Path, answers: Answers) -> None:
+def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     """What is in a table, a dot per run; and the validation loss against seconds."""
     (question, rows), = answers
     figure = Figure(figsize=(12, 1.2 + 0.3 * max(6, len(rows))), layout="constrained")
@@ -449,8 +434,8 @@ def plot(path: Path, answers: Answers) -> None:
         left.plot(values, [k] * len(values), "o", alpha=0.7, **look)
         steps, losses = np.transpose(row.results[0]["curve"])
         right.plot(steps * row.ms / 1e3, losses, "-" if k < 10 else "--", lw=1, label=row.label, **look)
-    left.set(yticks=range(len(rows)), yticklabels=[row.label for row in rows],
-             title=f"{question.number}. {question.title}", xlabel="test loss, nats; a dot per seed")
+    left.set(yticks=range(len(rows)), yticklabels=[row.label for row in rows], xlabel="test loss, nats; a dot per seed",
+             title=f"{question.number}. {question.title}")
     left.invert_yaxis()
     right.set(xlabel="seconds of training", ylabel="validation loss, nats")
     right.legend(fontsize=7, ncols=2)
@@ -458,7 +443,7 @@ def plot(path: Path, answers: Answers) -> None:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
-def plot_sizes(path: Path, answers: Answers) -> None:
+def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     """Bits against parameters after the fewest steps, and against steps; a colour per model, a line per size."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -488,7 +473,7 @@ def plot_sizes(path: Path, answers: Answers) -> None:
 def compare(args) -> None:
     """Answer the questions. Raises UserError and OSError."""
     check(args.jobs >= 0, f"--jobs must be 0 or more, not {args.jobs}")
-    asked = [QUICK] if args.quick else [q for q in QUESTIONS if q.number in args.only]
+    asked = [question for question in QUESTIONS if question.number in args.only]
     args.out.mkdir(parents=True, exist_ok=True)
     lab = Laboratory(args.out / "runs.jsonl", args.data)
     while True:  # learning rates, and what depends on those
@@ -515,11 +500,9 @@ def main() -> None:
     add = parser.add_argument
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: Python's own documentation)")
     add("--out", type=Path, default="compare", help="folder to write into (default: compare)")
-    which = parser.add_mutually_exclusive_group().add_argument
-    which("--quick", action="store_true", help="question 1 in short: three models, 1,500 steps, one seed")
     numbers = sorted({question.number for question in QUESTIONS})
-    which("--only", type=int, choices=numbers, default=numbers, nargs="+", metavar="QUESTION",
-          help=f"some of 1 to {numbers[-1]}")
+    add("--only", type=int, choices=numbers, default=numbers, nargs="+", metavar="QUESTION",
+        help=f"some of 1 to {numbers[-1]}")
     add("--jobs", type=int, default=len(parallel.available_cores()),
         help="runs at a time, which changes no result (default: one per core); 0: show what is finished")
     args = parser.parse_args()

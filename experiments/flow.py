@@ -125,8 +125,8 @@ def coastline(flow: Flow, layer: int) -> Array:
     """The path of one layer in steps of different sizes, a table with these columns:
 
     scale ("ruler": every k-th plane; "block" of k, "word", "line": the plane nearest to the sum of
-    its bivectors), size (characters per step), steps (how many), step (mean, rad), length (step /
-    size), noise (mean distance of two of these planes drawn at random: the step without any order)
+    its bivectors), size (characters per step), step (mean, rad), noise (mean distance of two of these
+    planes drawn at random: the step without any order)
     """
     T, rng, rows = len(flow.text), np.random.default_rng(0), []
     bivectors = G.plucker(flow.z[layer], flow.s[layer])  # (T, n)
@@ -140,18 +140,10 @@ def coastline(flow: Flow, layer: int) -> Array:
         sums = np.stack([bivectors[start:end].sum(0) for start, end in bounds])
         paths.append((scale, size, nearest_plane(sums)))
     for scale, size, path in paths:
-        steps = distance(path[:-1], path[1:])
-        step, count = np.nanmean(steps), np.isfinite(steps).sum()
         i, further = rng.integers(len(path), size=4000), rng.integers(1, len(path), size=4000)
         noise = np.nanmean(distance(path[i], path[(i + further) % len(path)]))
-        rows.append((scale, size, count, step, step / size, noise))
-    return np.rec.fromrecords(rows, names="scale,size,steps,step,length,noise")
-
-def slope(table: Array) -> float:
-    """Of length by ruler, log-log: 0 for a smooth path, -1/2 for a random walk, -1 for noise."""
-    rulers = table[(table["scale"] == "ruler") & (table["length"] > 0)]
-    size, length = np.log(rulers["size"]), np.log(rulers["length"])
-    return np.polyfit(size, length, 1)[0] if len(rulers) > 1 else np.nan
+        rows.append((scale, size, np.nanmean(distance(path[:-1], path[1:])), noise))
+    return np.rec.fromrecords(rows, names="scale,size,step,noise")
 
 def explained(planes: Array, labels: Array) -> float:
     """Share of the variance of projectors of planes (T, r, 2) between labels (T), not within."""
@@ -163,8 +155,7 @@ def explained(planes: Array, labels: Array) -> float:
 
 # ---- the program ---------------------------------------------------------------------------------
 
-LEGEND = ("ruler k: every k-th plane. block k, word, line: the plane nearest to the sum of its bivectors. slope: of log "
-          "length over log ruler, 0 if smooth, -1/2 of a random walk, -1 of noise.")
+LEGEND = "ruler k: every k-th plane. block k, word, line: the plane nearest to the sum of its bivectors."
 
 def text_of_run(checkpoint: Path, extra: dict) -> str:
     """The text held out from the training. Raises UserError where it is not to be found."""
@@ -194,10 +185,9 @@ def beside(*values: Array, digits: int = 2) -> list[str]:
     return [cell.replace("nan / nan", "–") for cell in cells]
 
 def step_shares(table: Array) -> dict[str, float]:
-    """The mean step at each scale, as a share of that in random order; and the slope."""
-    shares = {row["scale"] + (f" {row['size']:.0f}" if row["scale"] in ("ruler", "block") else ""):
-              row["step"] / row["noise"] for row in table}
-    return shares | {"slope of the length": slope(table)}
+    """The mean step at each scale, as a share of that in random order."""
+    return {row["scale"] + (f" {row['size']:.0f}" if row["scale"] in ("ruler", "block") else ""):
+            row["step"] / row["noise"] for row in table}
 
 def print_scales(measured: dict[str, list[Array]]) -> None:
     """The step shares of several flows side by side; nan where one has too few words or lines."""

@@ -7,9 +7,9 @@ puts them there, so that Config(mixer="rotary attention with taps") is a model l
     attention     with rotary positions; and with learned taps on its input (a short convolution)
     convolution   gated, at full width: (a ⊙ (b + taps(b))) W
     gate          our gate around either of the two
-    features      of z and its partner s in place of the wedge and W_plu: the sum z·x_k + s·y_k,
-                  an MLP on [z ; s], symmetric products, all products z_i s_j, the one-sided product
-                  (z·x_k)(s·y_k), and learned planes, (z ∧ s)·(x_k ∧ y_k); without a gate
+    features      of z and its partner s in place of the wedge and W_plu: the sum z·x_k + s·y_k, all
+                  products z_i s_j, the one-sided product (z·x_k)(s·y_k), and learned planes,
+                  (z ∧ s)·(x_k ∧ y_k); without a gate
     rescaled      the Grassmann layer with its bivectors multiplied by a constant
     hybrid        attention in one layer, the Grassmann layer in the others
 """
@@ -182,31 +182,6 @@ def outer_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
     dp = dp.reshape(*u.shape, u.shape[-1])
     return (dp @ v[..., None])[..., 0], (u[..., None, :] @ dp)[..., 0, :]
 
-def symmetric_forward(u: Array, v: Array) -> tuple[Array, tuple]:
-    """p_ij = u_i v_j + u_j v_i for i < j, (..., n): the wedge, but u and v may be exchanged."""
-    i, j = G.pairs(u.shape[-1])
-    return u[..., i] * v[..., j] + u[..., j] * v[..., i], (u, v)
-
-def symmetric_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
-    """With S symmetric, S_ij = S_ji = dp_ij, zeros on its diagonal, Σ dp_ij p_ij = uᵀ S v: du = S v, dv = S u."""
-    u, v = cache
-    i, j = G.pairs(u.shape[-1])
-    S = np.zeros((*u.shape, u.shape[-1]), dp.dtype)  # (..., r, r)
-    S[..., i, j] = S[..., j, i] = dp
-    return (S @ v[..., None])[..., 0], (S @ u[..., None])[..., 0]
-
-def mlp_forward(z: Array, s: Array, w: Scope) -> tuple:
-    """g = GELU([z ; s] W_1 + b_1) W_2 + b_2: no product of the two at all."""
-    return G.ffn_forward(np.concatenate([z, s], -1), w.scope("mlp."))
-
-def mlp_backward(dg: Array, cache: tuple) -> tuple:
-    dzs, grads = G.ffn_backward(dg, cache)
-    return *np.split(dzs, 2, -1), G.prefixed("mlp.", grads)
-
-def mlp_shapes(d: int, r: int) -> Shapes:
-    inner = r * (r - 1) // 2 * d // (2 * r + d)  # as many weights as W_plu has
-    return {"mlp.W_1": (2 * r, inner), "mlp.b_1": (inner,), "mlp.W_2": (inner, d), "mlp.b_2": (d,)}
-
 def learned_shapes(d: int, r: int) -> Shapes:
     """Two vectors x_k, y_k for every feature, columns of X and Y."""
     return {"X": (r, d), "Y": (r, d), "b_plu": (d,)}
@@ -226,7 +201,6 @@ def learned(antisymmetric: bool) -> tuple:
     By Cauchy and Binet that is (z ∧ s)·(x_k ∧ y_k) + b_k: the paper's projection with every column of
     W_plu itself a plane. The bivector is never built.
     """
-
     def dots(u: Array, v: Array, w: Scope) -> tuple:
         (ux, c_u), (vy, c_v) = G.linear_forward(u, w["X"], 0), G.linear_forward(v, w["Y"], 0)
         return ux * vy, (ux, vy, c_u, c_v)
@@ -293,7 +267,6 @@ def reads_whole(mixer: tuple) -> tuple:
     return whole, *others
 
 WEDGE = projected(G.plucker_forward, G.plucker_backward, lambda r: r * (r - 1) // 2)
-SYMMETRIC = with_features(projected(symmetric_forward, symmetric_backward, lambda r: r * (r - 1) // 2))
 CONVOLUTION = convolution_forward, convolution_backward, convolution_shapes
 MIXERS = {
     "rotary attention": rotary_attention(taps=False),
@@ -301,8 +274,6 @@ MIXERS = {
     "rotary attention with taps and our gate": gated(rotary_attention(taps=True)),
     "gated convolution": CONVOLUTION,
     "gated convolution with our gate": gated(CONVOLUTION),
-    "MLP on [z ; s]": with_features((mlp_forward, mlp_backward, mlp_shapes)),
-    "symmetric product": (*SYMMETRIC[:2], G.mix_shapes),  # in the layer's order: the same first weights
     "outer product": with_features(projected(outer_forward, outer_backward, lambda r: r * r)),
     "sum": with_features((sum_forward, sum_backward, learned_shapes)),
     "one-sided product": with_features(learned(antisymmetric=False)),
@@ -319,13 +290,8 @@ def install() -> None:
                      for name, mixer in MIXERS.items()})
 
 def scale_features(params: Params) -> None:
-    """X, Y from N(0, 0.2/r), the MLP's matrices from N(0, 1/in), in place.
-
-    Sums and the MLP are then as large as the wedge's features, products of two dot products half as
-    large or less.
-    """
+    """X, Y from N(0, 0.2/r), in place: sums are then as large as the wedge's features, products of two dot
+    products half as large or less."""
     for name, value in params.items():
         if name.split(".")[-1] in ("X", "Y"):
             value *= math.sqrt(0.2 / len(value)) / 0.02
-        elif ".mlp.W" in name:
-            value /= math.sqrt(len(value)) * value.std()

@@ -128,9 +128,8 @@ def test_both_sides_train_alike(grad_clip, tolerance):
         np.testing.assert_allclose(weights, ours.params[own], rtol=0, atol=tolerance)
     assert theirs.validate() == pytest.approx(ours.validate(), abs=tolerance)
 
-@pytest.mark.parametrize("cache", [False, True])
-def test_gpt_writer_reads_its_context(cache, monkeypatch):
-    """A context of 24: all of it each time; with a cache its last half, then one by one."""
+def test_gpt_writer_reads_its_context(monkeypatch):
+    """A context of 24: its last half, then one by one."""
     torch, read, cycle = need_torch(), [], [(0, 12), *((position, 1) for position in range(12, 24))]
 
     def model(x, past=None, start=0):
@@ -138,14 +137,14 @@ def test_gpt_writer_reads_its_context(cache, monkeypatch):
         return torch.zeros(*x.shape, 7)
 
     monkeypatch.setattr(bench, "Model", lambda config: model)
-    write = bench.gpt_writer(tiny(), np.zeros(100, np.uint8), cache)
+    write = bench.gpt_writer(tiny(), np.zeros(100, np.uint8))
     for _ in range(27):
         write()
-    assert read == (cycle * 2 + cycle[:1] if cache else [(0, 24)] * 27)
+    assert read == cycle * 2 + cycle[:1]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("section", "n_rows", "dashes"), [  # dashes where PyTorch is missing
-    (bench.step, 6, 10), (bench.generation, 1, 4)])
+    (bench.step, 6, 10), (bench.generation, 1, 2)])
 def test_sections_that_compare(section, n_rows, dashes, has_torch, capsys):
     rows = section(tiny(threads=2, quick=True))
     print(markdown(rows))
@@ -153,15 +152,12 @@ def test_sections_that_compare(section, n_rows, dashes, has_torch, capsys):
     assert capsys.readouterr().out.count("–") == (0 if has_torch else dashes)
 
 def test_race(has_torch):
-    """The loss is that of a training run; ours, at last, has as many steps as the time allows."""
+    """The loss is that of a training run."""
     ours, *others = bench.race(tiny(), iters=60)
     run = bench.Ours(tiny(iters=60), tiny().config())
     for _ in range(60):
         run.step()
-    assert ours["loss"] == run.validate() and len(others) == (4 if has_torch else 0)
-    for row, share in zip(others[2:], (0.2, 1), strict=False):
-        steps = share * others[0]["seconds"] / (ours["seconds"] / 60)
-        assert row["steps"] == max(1, round(steps))
+    assert ours["loss"] == run.validate() and len(others) == (2 if has_torch else 0)
 
 def test_length(monkeypatch):
     """Lengths of 64 and 256 in 1,024 tokens, all of them read, with attention only as far as its tables go."""

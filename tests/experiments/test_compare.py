@@ -135,7 +135,7 @@ FAR = Question(8, "Far", "How far?", [(f"{task}, far", {"data": task}) for task 
 def program(tmp_path, monkeypatch, capsys):
     """Run main() on a small text, with tiny models and three questions: the labels it trained."""
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    small = {"BASE": compare.BASE | TINY, "QUICK": replace(ONE, settings={"iters": 2}, seeds=1), "QUESTIONS": [ONE, TWO, FAR]}
+    small = {"BASE": compare.BASE | TINY, "QUESTIONS": [ONE, TWO, FAR]}
     for name, value in small.items():
         monkeypatch.setattr(compare, name, value)
 
@@ -243,17 +243,13 @@ def test_stopped_from_outside(tmp_path, victim):
     assert program.returncode == 130 and "\nstopped; " in error and error.strip().count("\n") == 0
 
 @pytest.mark.parametrize("options, reason", [
-    (["--only", 19], "--only"), (["--quick", "--only", 4], "--quick"), (["--jobs", -1], "--jobs"),
-    (["--data", "absent.txt"], "absent.txt"), (["--data", os.devnull], "text has 0 characters")])
-def test_options_that_make_no_sense_get_one_line(program, options, reason):
+    (["--only", 19], "--only"), (["--jobs", -1], "--jobs"),
+    (["--data", "absent.txt"], "absent.txt"), (["--data", "empty.txt"], "text has 0 characters")])
+def test_options_that_make_no_sense_get_one_line(program, options, reason, tmp_path, monkeypatch):
+    (tmp_path / "empty.txt").touch()
+    monkeypatch.chdir(tmp_path)
     program(*options, error=2)
     assert program.error.count("\n") == 1 and reason in program.error
-
-def test_the_quick_set(program):
-    program("--quick")
-    specs = [json.loads(line)["spec"] for line in program.lines() if "ngrams" not in line]
-    assert [f". {q.title}" in program.saved() for q in (ONE, TWO, FAR)] == [1, 0, 0]
-    assert {spec["seed"] for spec in specs} == {0} and {spec["iters"] for spec in specs} == {2}
 
 # ---- answers and tables --------------------------------------------------------------------------
 
@@ -358,13 +354,6 @@ def test_the_losses_that_a_page_shows_are_those_of_the_results(page):
     (_, *rows), (_, shown) = table_in(SECTIONS[0]), table(page, r"model \| learning rate \| test loss, nats .*")
     assert len(shown) == len(rows) and all(
         any(row[0] == cells[0] and {*cells} <= {*row} for row in rows) for cells in shown)
-
-def test_the_table_of_the_readme_is_that_of_the_results():
-    sections = [("1. ", "2. ", "3. "), ("4. ",), ("5. 1 million\n",), ("5. 1 million, 8,000",), ("6. Subwords: 1,024",),
-                ("6. Subwords: 4,096",)]
-    _, rows = table("README.md", "test loss, bits per byte")
-    for label, *cells in rows:
-        assert cells == [cell(label, "bits per byte", *which) for which in sections] != [""] * 6
 
 def test_the_sizes_that_the_tutorial_compares_are_those_of_the_results():
     (_, *models), rows = table("tutorial.md", "King James Bible")
