@@ -355,6 +355,17 @@ def test_the_losses_that_a_page_shows_are_those_of_the_results(page):
     assert len(shown) == len(rows) and all(
         any(row[0] == cells[0] and {*cells} <= {*row} for row in rows) for cells in shown)
 
+@pytest.mark.parametrize(("sentence", "model", "other"), [
+    (r"perplexity is (\d+)% below a plain Transformer", "Grassmann", "attention"),
+    (r"first weights\) is (\d+)% behind", "attention with taps and our gate", "Grassmann"),
+    (r"behind, a convolution (\d+)%", "convolution with our gate", "Grassmann"),
+    (r"no product at all loses (\d+)%", "no product, rank 64", "Grassmann"),
+    (r"own model is (\d+)% ahead of a plain Transformer", "the paper's model", "attention")])
+def test_the_percentages_of_the_readme_are_those_of_the_results(sentence, model, other):
+    said = re.search(sentence, (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8"))[1]
+    losses = [float(cell(name, "test loss", "1. ", "2. ", "3. ")) for name in (model, other)]
+    assert f"{100 * abs(math.exp(losses[0] - losses[1]) - 1):.0f}" == said
+
 def test_the_sizes_that_the_tutorial_compares_are_those_of_the_results():
     (_, *models), rows = table("tutorial.md", "King James Bible")
     for size, *cells in rows:
