@@ -221,7 +221,7 @@ def test_a_wrong_configuration_gets_a_sentence(rule, changes):
     sizes = {"context": 9, "n_layer": 2, "d_model": 8, "offsets": None if "mixer" in changes else ((1,), (1, 3))}
     with pytest.raises(G.UserError, match=rule) as error:
         G.Config(11, **sizes | changes)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 100
+    assert "\n" not in str(error.value) and "Config(" not in str(error.value)
 
 def test_sizes_of_another_type_are_a_mistake_of_the_program():
     for changes in ({"offsets": ((1.0,),)}, {"offsets": "1"}, {"context": 2.5}, {"dropout": None}):
