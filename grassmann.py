@@ -28,6 +28,7 @@ import numpy as np
 Array = np.ndarray
 Params = dict[str, Array]
 Rng = np.random.Generator
+AT_ONCE = 512  # tokens that are read at once: few, so that they stay in the processor's caches
 
 # ---- what all parts use --------------------------------------------------------------------------
 
@@ -789,7 +790,7 @@ def validation_loss(params: Params, config: Config, tokens: Array, each: Callabl
     targets, context = len(tokens) - 1, config.context
     whole = targets // context * context
     x, y = tokens[:whole].reshape(-1, context), tokens[1 : whole + 1].reshape(-1, context)
-    size = max(1, 512 // context)  # windows at once: few, so that they stay in the processor's cache
+    size = max(1, AT_ONCE // context)  # windows at once
     chunks = [(x[k : k + size], y[k : k + size]) for k in range(0, len(x), size)]
     if whole < targets:
         chunks.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
@@ -817,7 +818,7 @@ def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tu
     Equals `forward` on the whole text. With positions, the table ends at the context: then the
     decoder forgets all but the last half of the context and reads that again from position 0.
     """
-    tokens, most = list(tokens), 512  # at once: few, so that they stay in the processor's caches
+    tokens, most = list(tokens), AT_ONCE
     check(len(tokens) > 0, "there is nothing to read: give one token or more")
     check(0 <= min(tokens) <= max(tokens) < config.vocab_size, f"tokens go from 0 to {config.vocab_size - 1}")
     while tokens:
@@ -825,7 +826,7 @@ def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tu
             if state["position"] == config.context:
                 tokens = state["recent"][len(state["recent"]) - config.context // 2 :] + tokens
                 state |= stream_init(params, config)
-            most = min(512, config.context - state["position"])
+            most = min(AT_ONCE, config.context - state["position"])
             state["recent"] += tokens[:most]
         now, tokens = tokens[:most], tokens[most:]
         logits, _ = model_forward(params, config, np.array([now]), state["past"], state["position"])

@@ -1,51 +1,52 @@
 // The CUDA kernels of gpu.py: what would take a dozen passes over memory, written array by array.
 //
-// Letters as in grassmann.py: T tokens, L length, d width, r rank, V vocabulary, n = r(r-1)/2.
-// `real` is float, or double to check gradients: the file is compiled for each. A block has 256
-// threads, 8 warps of 32 lanes. In most kernels it has a chunk of the tokens, each of which gets a
-// warp, whose lanes share its coordinates: lane k has k, k + 32, k + 64, …, so r = 32 is one step
-// and any other size works too. A sum over tokens, as the gradient of a bias is, comes from the
-// kernel that has just passed over their rows: each block writes the sum of its chunk into `parts`
-// (blocks, …), and `gather` adds these. All sums have a fixed order: a run repeats bit for bit.
+// Letters as in grassmann.py: T tokens, L length, d width, r rank, V vocabulary, n = r(r-1)/2. `real` is float, or
+// double to check gradients: the file is compiled for each. A block has 256 threads, 8 warps of 32 lanes. In most
+// kernels it has a chunk of the tokens, each of which gets a warp, whose lanes share its coordinates: lane k has k,
+// k + 32, k + 64, …, whatever the size. A sum over tokens, as the gradient of a bias is, comes from the kernel that has
+// just passed over their rows: after every 8 tokens a block adds these to its own row of `parts` (blocks, …), and
+// `gather` adds the parts. All sums have a fixed order: a run repeats bit for bit.
 
-#define EVERY_LANE 0xffffffff
+using in = const real* __restrict__;  // read, and no other argument overlaps it
+using out = real* __restrict__;       // written, too
+using words = const long long* __restrict__;
+using indices = const int* __restrict__;
+using bytes = const unsigned char* __restrict__;
+
+#define RESIDENT 256, (sizeof(real) == 4 ? 6 : 4)  // threads of a block; blocks that a multiprocessor can hold at once
 #define EACH(i, size) for (int i = threadIdx.x; i < (size); i += 32)  // a lane's share of the size
-#define TOKENS(t, first, step) \
-    for (int t = blockIdx.x * chunk + first, end = min(T, t + chunk - first); t < end; t += step)
-#define EACH_TOKEN(t) TOKENS(t, (int)threadIdx.y, 8)  // a warp's share of its block's tokens
-#define CHUNK(t) TOKENS(t, 0, 1)                      // all of these
+#define EIGHTS(first) for (int first = blockIdx.x * chunk; first < min(T, (int)(blockIdx.x + 1) * chunk); first += 8)
+#define MINE(t, first) if (const int t = first + (int)threadIdx.y; t < T)  // of 8 tokens that of this warp
+#define EACH_TOKEN(t) EIGHTS(first) MINE(t, first)                         // a warp's share of its block's tokens
 
 __device__ int thread() { return threadIdx.y * 32 + threadIdx.x; }
-
 __device__ long long element() { return blockIdx.x * 256ll + thread(); }
-
 __device__ real plus(const real* x, const real* b, int i) { return x[i] + (b ? b[i] : 0); }
 
-// Sum and maximum over the 32 lanes of a warp; every lane gets the result.
-__device__ real warp_sum(real x) {
-    for (int k = 16; k > 0; k /= 2) x += __shfl_xor_sync(EVERY_LANE, x, k);
+__device__ real warp_sum(real x) {  // over the 32 lanes of a warp, each of which gets it
+    for (int k = 16; k > 0; k /= 2) x += __shfl_xor_sync(~0u, x, k);
     return x;
 }
 
 __device__ real warp_max(real x) {
-    for (int k = 16; k > 0; k /= 2) x = max(x, __shfl_xor_sync(EVERY_LANE, x, k));
+    for (int k = 16; k > 0; k /= 2) x = max(x, __shfl_xor_sync(~0u, x, k));
     return x;
 }
 
-// sums_i = Σ_t x_ti over the tokens of this block's chunk, for i < d; the rows of x are `row` apart
-__device__ void sum_chunk(int T, int chunk, int d, int row, const real* x, real* sums) {
+// sums_i += Σ_t f(t, i) over the 8 tokens from `first` on, for i < d; a block's first 8 tokens find no sums yet
+template <class F> __device__ void add_eight(int T, int chunk, int first, int d, F f, real* sums) {
     for (int i = thread(); i < d; i += 256) {
-        real sum = 0;
-        #pragma unroll 8
-        CHUNK(t) sum += x[(size_t)t * row + i];
+        real sum = first % chunk ? sums[i] : 0;
+        #pragma unroll 4
+        for (int t = first; t < min(T, first + 8); t++) sum += f(t, i);
         sums[i] = sum;
     }
 }
 
-// ---- dropout, residual, gate and LayerNorm ------------------------------------------------------
+// ---- small ops ------------------------------------------------------------------------------------------------------
 
-// x / (1 - rate), or 0 where random < rate: a function of the key and the place alone (SplitMix64,
-// Steele, Lea and Flood 2014), so that the backward draws it again and stores nothing
+// x / (1 - rate), or 0 where random < rate, a function of key and place (SplitMix64, Steele, Lea and Flood 2014) that
+// the backward computes again: nothing is stored
 __device__ real dropped(real x, unsigned long long key, long long place, real rate) {
     unsigned long long bits = key + (place + 1) * 0x9e3779b97f4a7c15ull;
     bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -55,20 +56,17 @@ __device__ real dropped(real x, unsigned long long key, long long place, real ra
     return random >= rate ? x / (1 - rate) : 0;
 }
 
-extern "C" __global__ void dropout(
-    long long n, const long long* key, real rate, const real* x, real* y
-) {
+extern "C" __global__ void dropout(long long n, words key, long long place, real rate, in x, out y) {
     const long long i = element();
-    if (i < n) y[i] = dropped(x[i], *key, i, rate);
+    if (i < n) y[i] = dropped(x[i], *key, place + i, rate);
 }
 
 // sum = residual + D(x + bias),  x̂ = (sum - mean) / σ,  y = w ⊙ x̂ + b, its rows are `row` apart.
-// With hg = [h ; g] (T, 2d) x + bias is the gate's: α = sigmoid(x + bias), which takes the place of
-// x, and D(α ⊙ h + (1-α) ⊙ g) is added. Key, bias, hg, residual may be missing; sum may be x.
-extern "C" __global__ void layernorm_forward(
-    int T, int chunk, int d, int row, real eps, const long long* key, real rate, const real* bias,
-    const real* hg, const real* residual, const real* w, const real* b, real* x, real* sum, real* y,
-    real* mean, real* inv_std
+// With hg = [h | g] (T, 2d) x + bias is the gate's: α = sigmoid(x + bias), and D(α ⊙ h + (1-α) ⊙ g) is added.
+// Key, bias, hg, residual may be missing; without `sum` x is the sum.
+extern "C" __global__ void __launch_bounds__(RESIDENT) layernorm_forward(
+    int T, int chunk, int d, int row, real eps, words key, long long place, real rate, in bias, in hg, in residual,
+    in w, in b, in x, out sum, out y, out mean, out inv_std
 ) {
     EACH_TOKEN(t) {
         const size_t first = (size_t)t * d;
@@ -76,17 +74,15 @@ extern "C" __global__ void layernorm_forward(
         EACH(i, d) {
             real x_i = plus(x + first, bias, i);
             if (hg) {
-                const real h = hg[2 * first + i], g = hg[2 * first + d + i];
-                const real alpha = 1 / (1 + exp(-x_i));
-                x[first + i] = alpha;
+                const real h = hg[2 * first + i], g = hg[2 * first + d + i], alpha = 1 / (1 + exp(-x_i));
                 x_i = alpha * h + (1 - alpha) * g;
             }
-            if (key) x_i = dropped(x_i, *key, first + i, rate);
+            if (key) x_i = dropped(x_i, *key, place + first + i, rate);
             if (residual) x_i += residual[first + i];
-            if (sum != x) sum[first + i] = x_i;
+            if (sum) sum[first + i] = x_i;
             total += x_i;
         }
-        const real *all = sum + first, center = warp_sum(total) / d;
+        const real *all = (sum ? sum : x) + first, center = warp_sum(total) / d;
         EACH(i, d) squares += (all[i] - center) * (all[i] - center);
         const real scale = 1 / sqrt(warp_sum(squares) / d + eps);
         EACH(i, d) y[(size_t)t * row + i] = w[i] * ((all[i] - center) * scale) + b[i];
@@ -95,53 +91,58 @@ extern "C" __global__ void layernorm_forward(
 }
 
 // dx̂ = w ⊙ dy,  dsum = (dx̂ - mean(dx̂) - x̂ mean(dx̂ ⊙ x̂)) / σ + dmore, which may be missing;
-// dx = D(dsum), which may be dsum;  with the gate's α and hg
-//   dhg = [α ⊙ D(dsum) ; (1-α) ⊙ D(dsum)],  dx = D(dsum) ⊙ (h - g) ⊙ α (1-α)
+// dx = D(dsum), without dx it is dsum;  with a gate, its α from x + bias again, and hg
+//   dhg = [α ⊙ D(dsum) | (1-α) ⊙ D(dsum)],  dx = D(dsum) ⊙ (h - g) ⊙ α (1-α)
 // parts (blocks, 3, d): dw = Σ_t dy ⊙ x̂,  db = Σ_t dy,  dbias = Σ_t dx
-extern "C" __global__ void layernorm_backward(
-    int T, int chunk, int d, int row, const long long* key, real rate, const real* dy,
-    const real* dmore, const real* sum, const real* w, const real* mean, const real* inv_std,
-    const real* alpha, const real* hg, real* dsum, real* dx, real* dhg, real* parts
+extern "C" __global__ void __launch_bounds__(RESIDENT) layernorm_backward(
+    int T, int chunk, int d, int row, words key, long long place, real rate, in dy, in dmore, in sum, in w, in mean,
+    in inv_std, in x, in bias, in hg, out dsum, out dx, out dhg, out parts
 ) {
-    EACH_TOKEN(t) {
-        const size_t first = (size_t)t * d;
-        const real *dy_t = dy + (size_t)t * row, center = mean[t], scale = inv_std[t];
-        real total = 0, along = 0;
-        EACH(i, d) {
-            const real dx_hat = w[i] * dy_t[i];
-            total += dx_hat;
-            along += dx_hat * (sum[first + i] - center) * scale;
-        }
-        total = warp_sum(total) / d, along = warp_sum(along) / d;
-        EACH(i, d) {
-            const real x_hat = (sum[first + i] - center) * scale;
-            real dx_i = scale * (w[i] * dy_t[i] - total - x_hat * along);
-            if (dmore) dx_i += dmore[first + i];
-            dsum[first + i] = dx_i;
-            if (key) dx_i = dropped(dx_i, *key, first + i, rate);
-            if (hg) {
-                const real h = hg[2 * first + i], g = hg[2 * first + d + i], a = alpha[first + i];
-                dhg[2 * first + i] = a * dx_i;
-                dhg[2 * first + d + i] = (1 - a) * dx_i;
-                dx_i *= (h - g) * a * (1 - a);
-            }
-            if (dx != dsum) dx[first + i] = dx_i;
-        }
-    }
-    __syncthreads();  // from here on a thread reads what others wrote
     parts += (size_t)blockIdx.x * 3 * d;
-    for (int i = thread(); i < d; i += 256) {
-        real dw = 0;
-        #pragma unroll 8
-        CHUNK(t)
-            dw += dy[(size_t)t * row + i] * (sum[(size_t)t * d + i] - mean[t]) * inv_std[t];
-        parts[i] = dw;
+    EIGHTS(first_token) {
+        MINE(t, first_token) {
+            const size_t first = (size_t)t * d;
+            const real *dy_t = dy + (size_t)t * row, center = mean[t], scale = inv_std[t];
+            real total = 0, along = 0;
+            EACH(i, d) {
+                const real dx_hat = w[i] * dy_t[i];
+                total += dx_hat;
+                along += dx_hat * (sum[first + i] - center) * scale;
+            }
+            total = warp_sum(total) / d, along = warp_sum(along) / d;
+            EACH(i, d) {
+                const real x_hat = (sum[first + i] - center) * scale;
+                real dx_i = scale * (w[i] * dy_t[i] - total - x_hat * along);
+                if (dmore) dx_i += dmore[first + i];
+                dsum[first + i] = dx_i;
+                if (key) dx_i = dropped(dx_i, *key, place + first + i, rate);
+                if (hg) {
+                    const real h = hg[2 * first + i], g = hg[2 * first + d + i];
+                    const real alpha = 1 / (1 + exp(-plus(x + first, bias, i)));
+                    dhg[2 * first + i] = alpha * dx_i;
+                    dhg[2 * first + d + i] = (1 - alpha) * dx_i;
+                    dx_i *= (h - g) * alpha * (1 - alpha);
+                }
+                if (dx) dx[first + i] = dx_i;
+            }
+        }
+        __syncthreads();  // from here on a thread reads what others wrote
+        for (int i = thread(); i < d; i += 256) {
+            real dw = 0, db = 0, dbias = 0;
+            #pragma unroll 1  // (more at a time would spill registers)
+            for (int t = first_token; t < min(T, first_token + 8); t++) {
+                const real dy_i = dy[(size_t)t * row + i];
+                dw += dy_i * (sum[(size_t)t * d + i] - mean[t]) * inv_std[t];
+                db += dy_i;
+                dbias += (dx ? dx : dsum)[(size_t)t * d + i];
+            }
+            const bool more = first_token % chunk;  // not the block's first 8 tokens, which find no sums yet
+            parts[i] = (more ? parts[i] : 0) + dw;
+            parts[d + i] = (more ? parts[d + i] : 0) + db;
+            parts[2 * d + i] = (more ? parts[2 * d + i] : 0) + dbias;
+        }
     }
-    sum_chunk(T, chunk, d, row, dy, parts + d);
-    sum_chunk(T, chunk, d, d, dx, parts + 2 * d);
 }
-
-// ---- GELU ---------------------------------------------------------------------------------------
 
 // tanh q(z),  q(z) = c (z + a z³),  c = sqrt(2/π), a = 0.044715; z is clipped where tanh is ±1
 __device__ real gelu_tanh(real z, real* slope) {
@@ -153,9 +154,7 @@ __device__ real gelu_tanh(real z, real* slope) {
 }
 
 // y = GELU(z) = z/2 (1 + tanh q(z)),  z = x + b
-extern "C" __global__ void gelu_forward(
-    int T, int chunk, int d, const real* x, const real* b, real* y
-) {
+extern "C" __global__ void gelu_forward(int T, int chunk, int d, in x, in b, out y) {
     EACH_TOKEN(t) EACH(i, d) {
         const real z = plus(x + (size_t)t * d, b, i);
         real slope;
@@ -164,31 +163,37 @@ extern "C" __global__ void gelu_forward(
 }
 
 // dx = dy ⊙ GELU'(z),  GELU' = (1 + tanh q)/2 + z/2 (1 - tanh² q) q'(z);  parts (blocks, d): Σ_t dx
-extern "C" __global__ void gelu_backward(
-    int T, int chunk, int d, const real* dy, const real* x, const real* b, real* dx, real* parts
-) {
-    EACH_TOKEN(t) EACH(i, d) {
-        const size_t e = (size_t)t * d + i;
-        real slope;
-        const real tanh_q = gelu_tanh(plus(x + (size_t)t * d, b, i), &slope);
-        dx[e] = dy[e] * (slope + (real)0.5 * (1 + tanh_q));
+extern "C" __global__ void gelu_backward(int T, int chunk, int d, in dy, in x, in b, out dx, out parts) {
+    EIGHTS(first) {
+        MINE(t, first) EACH(i, d) {
+            const size_t e = (size_t)t * d + i;
+            real slope;
+            const real tanh_q = gelu_tanh(plus(x + (size_t)t * d, b, i), &slope);
+            dx[e] = dy[e] * (slope + (real)0.5 * (1 + tanh_q));
+        }
+        __syncthreads();
+        add_eight(T, chunk, first, d, [=](int t, int i) { return dx[(size_t)t * d + i]; },
+                  parts + (size_t)blockIdx.x * d);
     }
-    __syncthreads();
-    sum_chunk(T, chunk, d, d, dx, parts + (size_t)blockIdx.x * d);
 }
 
-// ---- embedding and loss -------------------------------------------------------------------------
+// x = tokens[start + 0, 1, …, L-1] of each window and y = tokens[start + 1, …, L]; a token has `size` bytes
+extern "C" __global__ void windows(long long n, int L, int size, words starts, bytes tokens, int* x, int* y) {
+    const long long i = element();
+    if (i >= n) return;
+    bytes token = tokens + (starts[i / L] + i % L) * size;
+    x[i] = y[i] = 0;
+    for (int k = 0; k < min(size, 4); k++) x[i] |= token[k] << 8 * k, y[i] |= token[size + k] << 8 * k;
+}
 
 // y_tk = 1 where token t is k, else 0; (T, V)
-extern "C" __global__ void one_hot(long long n, int V, const int* tokens, real* y) {
+extern "C" __global__ void one_hot(long long n, int V, indices tokens, out y) {
     const long long i = element();
     if (i < n) y[i] = tokens[i / V] == i % V;
 }
 
 // loss_t = log Σ_k exp(x_k - max) - (x_target - max),  dlogits = (softmax(x) - onehot(target)) / T
-extern "C" __global__ void cross_entropy(
-    int T, int chunk, int V, const real* logits, const int* targets, real* losses, real* dlogits
-) {
+extern "C" __global__ void cross_entropy(int T, int chunk, int V, in logits, indices targets, out losses, out dlogits) {
     EACH_TOKEN(t) {
         const real* x = logits + (size_t)t * V;
         real top = x[0], total = 0;
@@ -201,27 +206,26 @@ extern "C" __global__ void cross_entropy(
     }
 }
 
-// ---- the wedge product --------------------------------------------------------------------------
+// ---- the wedge product ----------------------------------------------------------------------------------------------
 
 // z = x + b (b may be missing) of the tokens from `past` on in windows of L
 // s_t = Σ_Δ w_Δ ⊙ z_{t-Δ} over the m offsets with t - Δ >= 0; without taps s is there already
 // p_t = z_t ∧ s_t,  p_ij = z_i s_j - z_j s_i,  I and J (n) are the index pairs i < j
-// g = b_plu, the right half of [h ; g], to which p W_plu will be added
+// g = b_plu, the right half of [h | g], to which p W_plu will be added
 extern "C" __global__ void wedge_forward(
-    int T, int chunk, int L, int past, int r, int m, int n, int d, const int* offsets,
-    const int* I, const int* J, const real* x, const real* b, const real* taps, const real* b_plu,
-    real* z, real* s, real* p, real* g
+    int T, int chunk, int L, int past, int r, int m, int n, int d, indices offsets, indices I, indices J,
+    in x, in b, in taps, in b_plu, out z, out s, out p, out g
 ) {
     EACH_TOKEN(t) {
         const int position = past + t % (L - past);
         const real* x_t = x + ((size_t)(t / (L - past)) * L + position) * r;
         real *z_t = z + (size_t)t * r, *s_t = s + (size_t)t * r;
         EACH(i, r) {
-            z_t[i] = plus(x_t, b, i);
-            if (taps) s_t[i] = 0;
+            real s_i = 0;
             for (int k = 0; taps && k < m; k++)
-                if (offsets[k] <= position)
-                    s_t[i] += taps[k * r + i] * plus(x_t - (size_t)offsets[k] * r, b, i);
+                if (offsets[k] <= position) s_i += taps[k * r + i] * plus(x_t - (size_t)offsets[k] * r, b, i);
+            z_t[i] = plus(x_t, b, i);
+            if (taps) s_t[i] = s_i;
         }
         __syncwarp();  // from here on a lane reads what others wrote
         EACH(e, n) p[(size_t)t * n + e] = z_t[I[e]] * s_t[J[e]] - z_t[J[e]] * s_t[I[e]];
@@ -229,16 +233,12 @@ extern "C" __global__ void wedge_forward(
     }
 }
 
-#define STAGED 496  // numbers of dp that a warp keeps at hand: all where r <= 32
-
 // dz_i = Σ_j A_ij s_j,  ds_i = -Σ_j A_ij z_j of each token, A antisymmetric, A_ij = dp_ij for i < j
-extern "C" __global__ void wedge_backward(
-    int T, int chunk, int r, int n, const real* dp, const real* z, const real* s, real* dz, real* ds
-) {
-    __shared__ real staged[8][STAGED];
+extern "C" __global__ void wedge_backward(int T, int chunk, int r, int n, in dp, in z, in s, out dz, out ds) {
+    __shared__ real staged[8][496];  // each warp keeps dp of its token at hand, if r <= 32
     EACH_TOKEN(t) {
         const real *z_t = z + (size_t)t * r, *s_t = s + (size_t)t * r, *A = dp + (size_t)t * n;
-        if (n <= STAGED) {
+        if (n <= 496) {
             __syncwarp();  // the token before is done
             EACH(e, n) staged[threadIdx.y][e] = A[e];
             __syncwarp();
@@ -262,43 +262,43 @@ extern "C" __global__ void wedge_backward(
 // With taps: dz_t += Σ_Δ w_Δ ⊙ ds_{t+Δ}, from the tokens whose partner t is. Without, m is 0.
 // parts (blocks, r + m r + d): db_red = Σ_t dz,  dw_Δ = Σ_t ds_{t+Δ} ⊙ z_t,  db_plu = Σ_t dg
 extern "C" __global__ void partner_backward(
-    int T, int chunk, int L, int r, int m, int d, const int* offsets, const real* z,
-    const real* taps, const real* ds, const real* dg, real* dz, real* parts
+    int T, int chunk, int L, int r, int m, int d, indices offsets, in z, in taps, in ds, in dg, out dz, out parts
 ) {
-    EACH_TOKEN(t) EACH(i, r) for (int k = 0; k < m; k++)
-        if (t % L + offsets[k] < L)
-            dz[(size_t)t * r + i] += taps[k * r + i] * ds[(size_t)(t + offsets[k]) * r + i];
-    __syncthreads();
     parts += (size_t)blockIdx.x * (r + m * r + d);
-    sum_chunk(T, chunk, r, r, dz, parts);
-    for (int e = thread(); e < m * r; e += 256) {
-        const int delta = offsets[e / r], i = e % r;
-        real dw = 0;
-        CHUNK(t)
-            if (t % L + delta < L) dw += ds[(size_t)(t + delta) * r + i] * z[(size_t)t * r + i];
-        parts[r + e] = dw;
+    EIGHTS(first) {
+        MINE(t, first) EACH(i, r) {
+            real dz_i = dz[(size_t)t * r + i];
+            for (int k = 0; k < m; k++)
+                if (t % L + offsets[k] < L) dz_i += taps[k * r + i] * ds[(size_t)(t + offsets[k]) * r + i];
+            dz[(size_t)t * r + i] = dz_i;
+        }
+        __syncthreads();
+        add_eight(T, chunk, first, r, [=](int t, int i) { return dz[(size_t)t * r + i]; }, parts);
+        add_eight(T, chunk, first, m * r, [=](int t, int e) {
+            const int delta = offsets[e / r], i = e % r;
+            return t % L + delta < L ? ds[(size_t)(t + delta) * r + i] * z[(size_t)t * r + i] : 0; }, parts + r);
+        add_eight(T, chunk, first, d, [=](int t, int i) { return dg[(size_t)t * 2 * d + i]; }, parts + r + m * r);
     }
-    sum_chunk(T, chunk, d, 2 * d, dg, parts + r + m * r);
 }
 
-// ---- the optimiser, over the buffers of all parameters ------------------------------------------
+// ---- the optimiser, over the buffers of all parameters --------------------------------------------------------------
 
-// All gradients into one buffer of n numbers: for each parameter `table` has its place there and
-// its size, and of its gradient the address, the number of parts and how far apart they lie
-extern "C" __global__ void gather(long long n, int rows, const long long* table, real* grads) {
+// Gradients into the one buffer `grads`. For each, `table` has the thread that begins it, its place in the buffer, its
+// address, of how many parts it is the sum, and how far apart they lie
+extern "C" __global__ void gather(long long n, int rows, words table, real* grads) {
     const long long i = element();
+    if (i >= n) return;
     int low = 0;
-    for (int high = rows; high - low > 1;) {  // the last parameter that begins at i or before
+    for (int high = rows; high - low > 1;) {  // the last row that begins at i or before
         const int middle = (low + high) / 2;
         if (table[5 * middle] <= i) low = middle; else high = middle;
     }
-    const long long *row = table + 5 * low, place = i - row[0], parts = row[3], apart = row[4];
-    if (i >= n || place >= row[1]) return;
-    const real* part = (const real*)row[2] + place;
+    const long long *row = table + 5 * low, e = i - row[0];
+    const real* part = (const real*)row[2] + e;
     real sum = 0;
     #pragma unroll 8
-    for (int k = 0; k < parts; k++) sum += part[k * apart];
-    grads[i] = sum;
+    for (int k = 0; k < row[3]; k++) sum += part[k * row[4]];
+    grads[row[1] + e] = sum;
 }
 
 // Σ x over the 256 threads of a block; every thread gets it
@@ -314,7 +314,7 @@ __device__ double block_sum(double x) {
 }
 
 // Σ g² in double, each of 256 blocks its share
-extern "C" __global__ void sum_of_squares(long long n, const real* g, double* parts) {
+extern "C" __global__ void sum_of_squares(long long n, in g, double* parts) {
     double sum = 0;
     for (long long i = element(); i < n; i += 256 * 256) sum += (double)g[i] * g[i];
     sum = block_sum(sum);
@@ -322,25 +322,21 @@ extern "C" __global__ void sum_of_squares(long long n, const real* g, double* pa
 }
 
 // g ← g max_norm/norm where norm > max_norm;  norm = sqrt of the sum of all 256 parts; 256 blocks
-extern "C" __global__ void clip(
-    long long n, real max_norm, real* g, const double* parts, double* norm
-) {
+extern "C" __global__ void clip(long long n, real max_norm, out g, const double* parts, double* norm) {
     const double all = sqrt(block_sum(parts[thread()]));
     const real factor = all > max_norm ? max_norm / all : 1;
     for (long long i = element(); i < n; i += 256 * 256) g[i] *= factor;
     if (element() == 0) *norm = all;
 }
 
-// m ← β₁ m + (1-β₁) g,  v ← β₂ v + (1-β₂) g²,  θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ), where
-// decay = lr λ is for the first `matrices` numbers only
-extern "C" __global__ void adamw(
-    long long n, long long matrices, real rate_1, real rate_2, real inv_fix_2, real step,
-    real decay, real eps, const real* g, real* theta, real* m, real* v
-) {
+// m ← β₁ m + (1-β₁) g,  v ← β₂ v + (1-β₂) g²,  θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ) at step k, where the decay λ is
+// for the first `matrices` numbers only.  rates: lr / (1 - β₁^(k+1)), 1 / (1 - β₂^(k+1)), lr λ, 1 - β₁, 1 - β₂, eps
+extern "C" __global__ void adamw(long long n, long long matrices, in g, out theta, out m, out v, const double* rates) {
     const long long i = element();
     if (i >= n) return;
-    m[i] += rate_1 * (g[i] - m[i]);         // rate_1 = 1 - β₁
-    v[i] += rate_2 * (g[i] * g[i] - v[i]);  // rate_2 = 1 - β₂
+    const real lr = rates[0], inv_fix_2 = rates[1], decay = rates[2], rate_1 = rates[3], rate_2 = rates[4];
+    m[i] += rate_1 * (g[i] - m[i]);
+    v[i] += rate_2 * (g[i] * g[i] - v[i]);
     const real kept = i < matrices ? theta[i] * (1 - decay) : theta[i];
-    theta[i] = kept - step * m[i] / (sqrt(v[i] * inv_fix_2) + eps);  // step = lr / (1 - β₁^(k+1))
+    theta[i] = kept - lr * m[i] / (sqrt(v[i] * inv_fix_2) + (real)rates[5]);
 }

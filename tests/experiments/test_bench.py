@@ -1,9 +1,6 @@
 """The benchmark's counts and PyTorch models are right; its sections run, also without PyTorch."""
 
-import json
 import math
-import platform
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,7 +10,7 @@ import numpy as np
 import pytest
 
 import grassmann
-from experiments import bench, bench_gpu, common
+from experiments import bench, common
 from experiments import bench_models as models
 from experiments.common import markdown
 from grassmann import Config
@@ -170,59 +167,6 @@ def test_length(monkeypatch):
     assert rows[0]["grassmann x"] == rows[0]["memory x"] == 1 != rows[1]["memory x"]
     assert rows[0]["reading x"] == 1 != rows[1]["reading x"] and read.keys() == {64, 256} and read[64] == 4 * read[256]
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_contestants_on_a_card(broken, monkeypatch, capsys):
-    """The CPU plays the card; what is compiled runs as traced, or fails, which is noted."""
-    torch = need_torch()
-    trace, how = torch.compile, {"backend": "eager", "fullgraph": True}
-    monkeypatch.setattr(torch, "compile", lambda f, **_: None if broken else trace(f, **how))
-    monkeypatch.setattr(bench_gpu, "precisions_of_card", lambda: (None, ["float32", "tf32"]))
-    for name, value in {"DEVICE": "cpu", "SIZES": {"laptop": (SIZES, 3)}}.items():
-        monkeypatch.setattr(bench_gpu, name, value)
-    rows = [*bench_gpu.theirs(tiny(), "laptop", "pytorch")]
-    assert [row["model"] for row in rows] == ["default", "GPT", "paper's layer"] * 2
-    rows = [*bench_gpu.theirs(tiny(), "laptop", "compiled")]
-    assert [row["precision"] for row in rows] == ([] if broken else ["tf32"] * 2)
-    assert capsys.readouterr().out.count("TypeError") == 2 * broken
-    batch = bench_gpu.OnCard(tiny(), tiny().config(), None).batch()
-    assert np.array_equal(batch, grassmann.get_batch(tiny().corpus.train, 3, 24, 0, 0))
-
-def test_how_much_a_step_starts():
-    """Of train_char.py's model, and the larger one: nodes of the graph, launches around it."""
-    report = bench_gpu.Report(None, "")
-    report.run("floor", None, False, 600)
-    rows = report.sections["floor"]["rows"]
-    counts = [(row["nodes"], row["launches"]) for row in rows]
-    assert counts == [(108, 12), (110, 14), (156, 12), (158, 14)]
-    assert 150 < rows[0]["MB"] < 200 and 3.0 < rows[0]["GFLOP"] < 3.2
-
-def test_report_of_a_card(tmp_path, monkeypatch, capsys):
-    """Rehearsed: every row is written when it is there, and a section that lasts too long ends."""
-    if not (shutil.which("g++") and platform.libc_ver()[0] == "glibc"):
-        pytest.skip("no g++ with glibc")
-    report = bench_gpu.Report(tmp_path, "A rehearsal")
-    function, _ = bench_gpu.SECTIONS["laptop-ours"]
-    monkeypatch.setitem(bench_gpu.SECTIONS, "laptop-ours", (function, 0.1))  # to import takes longer
-    limits = {"card": 600, "floor": 600, "generation": 600, "laptop-ours": 600, "best": 1}
-    for name, limit in limits.items():
-        report.run(name, None, True, limit)
-    text = (tmp_path / "gpu-a-stand-in.md").read_text(encoding="utf-8")
-    assert text.count("| a stand-in |") == 1 and "## floor" in text and "it took too long" in text
-    assert report.sections["best"] == {"rows": [], "notes": ["no time was left"]}
-    rows = {name: section["rows"] for name, section in report.sections.items()}
-    assert [len(rows[name]) for name in ("card", "floor", "generation")] == [1, 4, 2]
-    written = json.loads((tmp_path / "gpu-a-stand-in.json").read_text())
-    assert json.dumps(written) == json.dumps(report.sections)  # (NaN is not NaN)
-    later = bench_gpu.Report(tmp_path, "Later", keep=True)
-    later.sections["card"] = {"rows": rows["card"], "notes": ["again"]}
-    later.write()
-    assert later.sections["generation"] == report.sections["generation"]
-    ours = {"size": "laptop", "precision": "float32", "model": "default", "by": "gpu.py, graph",
-            "ms": 2.0}
-    report.sections["laptop-ours"]["rows"] = [ours]
-    row = report.ratios(ours | {"model": "GPT", "by": "pytorch", "ms": 3.0})
-    assert row["x our graph"] == 1.5 and math.isnan(row["x floor"])
-    assert report.ratios(ours)["x floor"] == 2 / rows["floor"][0]["floor, ms"]
 
 @pytest.mark.parametrize(("options", "error"), [
     ("--only speed", "speed"), ("--data short.txt", "characters"), ("--threads 0", "threads"),

@@ -1,14 +1,12 @@
-// Enough of CUDA to run kernels.cu on a CPU, for the tests: what a card does, or why it would not.
+// Enough of CUDA to run kernels.cu on a CPU, for the tests: what a GPU does, or why it would not.
 //
-// Blocks run one after another. The threads of a block are fibers (stacks of their own, one runs at
-// a time): each runs until it waits in __syncthreads, __syncwarp or a warp operation, and goes on
-// when all the others are there too. The order in which they run changes from block to block: what
-// works by luck in one order doesn't in the other. A warp operation that not all 32 lanes reach, or
-// a barrier that not all threads of a block reach, is an error; on a card it is undefined.
+// Blocks run one after another. The threads of a block are fibers (stacks of their own, one runs at a time): each runs
+// until it waits in __syncthreads, __syncwarp or a warp operation, and goes on when all the others are there too. The
+// order changes from block to block: what works by luck in one order doesn't in the other. A warp operation that not all
+// 32 lanes reach, or a barrier that not all threads of a block reach, is an error; on a GPU it is undefined.
 
 #include <setjmp.h>
 #include <ucontext.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -22,6 +20,7 @@ using std::exp, std::log, std::max, std::min, std::sqrt, std::tanh;
 
 #define __global__
 #define __device__ static
+#define __launch_bounds__(...)
 #define __shared__ static  // one block at a time
 
 struct Size { unsigned x, y; };

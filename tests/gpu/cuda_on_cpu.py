@@ -1,11 +1,10 @@
 """A stand-in for CuPy that computes on the CPU, so that gpu.py and kernels.cu run without a GPU.
 
-Its arrays are NumPy's inside, but like CuPy's they refuse to meet an array of the host. New memory
-holds NaN, and kernels see their arguments between guards: what is not written, or beside an array,
-does not go unnoticed. Kernels are the same file, compiled by the host's C++ compiler behind
-cuda_on_cpu.h. What runs while a stream captures is remembered and done again at each launch of the
-graph; copies between the sides raise, as on a card. And it counts what is started (`started`). Only
-what gpu.py and card.py use is here.
+Its arrays are NumPy's inside, but like CuPy's they refuse to meet an array of the host. New memory holds NaN, in a
+recording at every launch, and kernels see their arguments between guards: what is not written, or beside an array, does
+not go unnoticed. Kernels are the same file, compiled by the host's C++ compiler behind cuda_on_cpu.h. What runs while a
+stream captures is remembered and done again at each launch of the graph; copies between the sides raise, as on a GPU.
+And it counts what is started (`started`). Only what gpu.py and gpu_cuda.py use is here.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ HEADER = Path(__file__).with_suffix(".h")
 
 def gpu_on_cpu() -> ModuleType:
     """gpu.py, as it is when its CuPy is this module."""
-    names = ["gpu", "card", "cupy"]
+    names = ["gpu", "gpu_cuda", "cupy"]
     before = {name: sys.modules.pop(name, None) for name in names}
     sys.modules["cupy"] = sys.modules[__name__]
     try:
@@ -40,8 +39,8 @@ def gpu_on_cpu() -> ModuleType:
 
 # ---- arrays --------------------------------------------------------------------------------------
 
-class ndarray:
-    """An array that lies "on the device"."""
+class Base:
+    """What an array that lies "on the device" has from CuPy's C code; its class is below, as in CuPy."""
 
     __hash__ = __array_ufunc__ = None  # np.float32(2) * array comes here, np.exp(array) fails
 
@@ -68,6 +67,15 @@ class ndarray:
         started.append(("to the host", self.nbytes, 0, None))
         return self.host.copy()
 
+    def set(self, numbers):
+        not_while_capturing()
+        started.append(("from the host", self.nbytes, 0, None))
+        self.host[...] = numbers
+        blanks[:] = [a for a in blanks if a is not self.host]
+
+class ndarray(Base):
+    pass
+
 def host(value):
     """What is inside a device array, in lists and tuples too; arrays of the host are refused."""
     if isinstance(value, np.ndarray):
@@ -85,8 +93,8 @@ def arrays_in(value):
         return [a for item in value for a in arrays_in(item)]
     return [value] if isinstance(value, np.ndarray) else []
 
-OPERATORS = ("add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd isub imul itruediv "
-             "and neg invert float int bool lt le gt ge eq ne getitem setitem len")
+OPERATORS = ("add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd isub imul itruediv rpow and neg invert "
+             "float int bool lt le gt ge eq ne getitem setitem len")
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem", "copyto")
 
 def function(of_numpy):
@@ -105,20 +113,19 @@ def function(of_numpy):
         array = isinstance(result, (np.ndarray, np.generic))
         if array and not any(np.may_share_memory(result, a) for a in read):
             result = place = np.asarray(result)
-            launched(name, lambda: place.__setitem__(..., of_numpy(*args, **kwargs)),
-                     moved + place.nbytes)
+            launched(name, lambda: place.__setitem__(..., of_numpy(*args, **kwargs)), moved + place.nbytes)
         return device(result)
 
     return of_device
 
 started = []  # what was: (name, bytes that it reads and writes, multiply-adds)
 captured = None  # while a stream captures: the same and how; None in it: it is spoilt
-kept = []  # and the arrays
+kept = []  # and the arrays,
+blanks = []  # those that are new memory at each launch of the graph
 dry = False  # if so nothing is computed, only counted
 
 def launched(name, compute, moved, multiply_adds=0):
-    """Start compute(), which writes where it is told; what a stream captures is done when its graph
-    is launched."""
+    """Start compute(), which writes where it is told; what a stream captures is done when its graph is launched."""
     (started if captured is None else captured).append((name, moved, multiply_adds, compute))
     if captured is None and not dry:
         compute()
@@ -140,10 +147,9 @@ for _name in OPERATORS.split():
         result = function(getattr(self.host, name))(*others)
         return self if name.strip("_") in IN_PLACE else result  # as after +=
 
-    setattr(ndarray, f"__{_name}__", _method)
+    setattr(Base, f"__{_name}__", _method)
 
-FUNCTIONS = ("arange ascontiguousarray concatenate copyto empty_like exp maximum ones sqrt stack "
-             "tri where zeros zeros_like")
+FUNCTIONS = "arange ascontiguousarray concatenate copyto cos empty_like exp maximum ones sin sqrt stack tri where zeros zeros_like"
 for _name in FUNCTIONS.split():
     globals()[_name] = function(getattr(np, _name))
 inf, finfo = np.inf, np.finfo
@@ -158,11 +164,18 @@ def asarray(value, dtype=None):
     return copy
 array = asarray  # of what lies on the host
 
+def split(a, places, axis):
+    """Views, in a list."""
+    return [*map(ndarray, np.split(a.host, places, axis))]
+
 def empty(shape, dtype=float):
     """Holds what shows if it is read: NaN, or a token that texts have."""
-    if dry:
-        return ndarray(np.empty(shape, dtype))
-    return ndarray(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 1, dtype))
+    blank = ndarray(np.empty(shape, dtype))
+    if not dry or np.dtype(dtype).kind != "f":
+        blank.host[...] = np.nan if np.dtype(dtype).kind == "f" else 1
+    if captured is not None:
+        blanks.append(blank.host)
+    return blank
 
 # ---- kernels -------------------------------------------------------------------------------------
 
@@ -171,7 +184,7 @@ RAN = set()  # the kernels that ran, of either precision
 
 def signatures(source: str) -> dict[str, list[tuple[str, str]]]:
     """Name of every kernel in CUDA source -> (type, name) of its parameters."""
-    kernels = re.findall(r'extern "C" __global__ void (\w+)\(([^)]*)\)', source)
+    kernels = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\(\w+\) )?(\w+)\(([^)]*)\)', source)
     return {name: [tuple(parameter.strip().rsplit(" ", 1)) for parameter in parameters.split(",")]
             for name, parameters in kernels}
 
@@ -180,13 +193,14 @@ class RawModule:
 
     def __init__(self, code: str, options: tuple[str, ...] = ()):
         """The library is made once for a source and kept beside the compiled Python files."""
-        self.dtypes = {"int": "i4", "long long": "i8", "float": "f4", "double": "f8"}  # of C types
-        self.dtypes["real"] = self.dtypes[options[0].removeprefix("-Dreal=")]
+        real = {"float": "f4", "double": "f8"}[options[0].removeprefix("-Dreal=")]
+        self.dtypes = {  # of C types, and of kernels.cu's names of pointers
+            "int": "i4", "long long": "i8", "double*": "f8", "int*": "i4", "bytes": "u1", "real": real,
+            "real*": real, "in": real, "out": real, "words": "i8", "indices": "i4"}
         self.signatures = signatures(code)
         launchers = "".join(f"LAUNCHER({name})\n" for name in self.signatures)
         source = HEADER.read_text() + code + launchers
-        command = [COMPILER, "-x", "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-w", *options,
-                   "-shared", "-fPIC", "-", "-o"]
+        command = [COMPILER, *["-x", "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"], *options, "-", "-o"]
         if dry:
             return
         key = hashlib.sha256((source + str(command)).encode()).hexdigest()[:16]
@@ -203,17 +217,18 @@ class RawModule:
             launch, parameters = self.library[f"launch_{name}"], self.signatures[name]
             launch.restype, guarded, numbers = ctypes.c_char_p, {}, []
             for value, (kind, parameter) in zip(args, parameters, strict=True):
-                dtype = np.dtype(self.dtypes[kind.removeprefix("const ").rstrip("*")])
+                pointer = kind.endswith("*") or kind in ("in", "out", "words", "indices", "bytes")
+                dtype = np.dtype(self.dtypes[kind.removeprefix("const ")])
                 fine = type(value) is np.intp and value == 0  # the null pointer
-                if isinstance(value, ndarray) and kind.endswith("*"):
+                if isinstance(value, ndarray) and pointer:
                     whole = value.host if value.flags.c_contiguous else value.host.base
-                    fine = value.dtype == dtype and value.strides == whole.strides  # (a half)
+                    fine = value.dtype == dtype and whole.flags.c_contiguous and value.strides[-1:] in ((), (value.itemsize,))
                     beside = -77.25 if dtype.kind == "f" else 1  # shows if it is read or changed
                     room = np.pad(whole.ravel(), GUARD, constant_values=beside)
                     room, *_ = guarded.setdefault(whole.ctypes.data, (room, whole, beside))
                     place = value.data.ptr - whole.ctypes.data + GUARD * dtype.itemsize
                     value = np.intp(room.ctypes.data + place)
-                elif not kind.endswith("*"):
+                elif not pointer:
                     fine = isinstance(value, np.generic) and value.dtype == dtype
                 assert fine, f"{name}: {parameter} is {value!r}"
                 numbers.append(np.array(value))
@@ -255,7 +270,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return ((np.ascontiguousarray(x).view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
 
 class Cublas:
-    """The functions that card.py calls, with the parameters of NVIDIA's cublas_api.h."""
+    """The functions that gpu_cuda.py calls, with the parameters of NVIDIA's cublas_api.h."""
 
     def cublasSetStream_v2(self, handle, stream):
         self.stream = stream.value or 0
@@ -267,26 +282,38 @@ class Cublas:
     def cublasGemmEx(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb,
                      beta, C, Ctype, ldc, compute, algo):
         """C = alpha op(A) op(B) + beta C."""
+        no = ctypes.c_longlong(0)
+        return self.cublasGemmStridedBatchedEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, no, B, Btype, ldb, no,
+                                               beta, C, Ctype, ldc, no, 1, compute, algo)
+
+    def cublasGemmStridedBatchedEx(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA,
+                                   B, Btype, ldb, strideB, beta, C, Ctype, ldc, strideC, count, compute, algo):
+        """The same for each of `count` matrices; a matrix is `stride` numbers from the one before."""
         if (Atype, Btype, Ctype, compute) not in PRODUCTS:
             return 15  # CUBLAS_STATUS_NOT_SUPPORTED
         assert self.stream == get_current_stream().ptr and handle.value
         number = ctypes.c_double if compute == F64 else ctypes.c_float
         assert type(alpha._obj) is type(beta._obj) is number  # by ctypes.byref
         assert alpha._obj.value == 1 and beta._obj.value in (0, 1)
-        a, b = matrix(A, Atype, m, k, lda, transa), matrix(B, Btype, k, n, ldb, transb)
-        c, more = matrix(C, Ctype, m, n, ldc), beta._obj.value == 1
+        more, size = beta._obj.value == 1, np.dtype(REALS[Atype]).itemsize
+
+        def stack(memory, stride, *how):
+            return [matrix(ctypes.c_void_p(memory.value + i * stride.value * size), Atype, *how) for i in range(count)]
+
+        As, Bs, Cs = stack(A, strideA, m, k, lda, transa), stack(B, strideB, k, n, ldb, transb), stack(C, strideC, m, n, ldc)
 
         @np.errstate(all="ignore")  # a BLAS may compute with what lies beside a small matrix
         def multiply():
-            product = rounded(a) @ rounded(b) if compute == TF32 else a @ b
-            c[...] = c + product if more else product
+            for a, b, c in zip(As, Bs, Cs, strict=True):
+                product = rounded(a) @ rounded(b) if compute == TF32 else a @ b
+                c[...] = c + product if more else product
 
-        launched("product", multiply, a.nbytes + b.nbytes + (1 + more) * c.nbytes, m * n * k)
+        moved = count * (As[0].nbytes + Bs[0].nbytes + (1 + more) * Cs[0].nbytes)
+        launched("product", multiply, moved, count * m * n * k)
         return 0
 
-load = ctypes.CDLL  # which is how card.py asks for the library
-ctypes.CDLL = lambda name, *how, **more: (
-    Cublas() if name == f"libcublas.so.{VERSION}" else load(name, *how, **more))
+load = ctypes.CDLL  # which is how gpu_cuda.py asks for the library
+ctypes.CDLL = lambda name, *how, **more: (Cublas() if name == f"libcublas.so.{VERSION}" else load(name, *how, **more))
 
 # ---- the rest of the library that gpu.py touches -------------------------------------------------
 
@@ -294,7 +321,7 @@ class Stream:
     """Work is done at once, whatever the stream."""
 
     def __init__(self, non_blocking: bool = False):
-        self.ptr = id(self)
+        self.ptr, self.is_capturing = id(self), lambda: captured is not None
 
     def __enter__(self):
         streams.append(self)
@@ -303,9 +330,9 @@ class Stream:
         streams.pop()
 
     def begin_capture(self):
-        global captured, kept
+        global captured, kept, blanks
         assert get_current_stream() is self and captured is None
-        captured, kept = [], []
+        captured, kept, blanks = [], [], []
 
     def end_capture(self):
         global captured
@@ -313,23 +340,36 @@ class Stream:
         if None in work:
             raise RuntimeError("cudaErrorStreamCaptureInvalidated: due to a previous error")
         moved, multiply_adds = (sum(node[k] for node in work) for k in (1, 2))
-        return SimpleNamespace(nodes=work, kept=kept, launch=lambda: launched(
-            "graph", lambda: [compute() for *_, compute in work], moved, multiply_adds))
 
-streams = [SimpleNamespace(ptr=0)]  # the current one last
+        def compute(new=blanks):
+            for a in new:
+                a[...] = np.nan if a.dtype.kind == "f" else 1
+            for *_, node in work:
+                node()
+
+        return SimpleNamespace(nodes=work, kept=kept, launch=lambda: launched("graph", compute, moved, multiply_adds))
+
+streams = [SimpleNamespace(ptr=0, is_capturing=lambda: False)]  # the current one last
 
 def get_current_stream():
     return streams[-1]
+
+def memcpy_async(to, source, size, kind, stream):
+    """From the host."""
+    assert kind == 1 and stream == get_current_stream().ptr
+    not_while_capturing()
+    started.append(("from the host", size, 0, None))
+    ctypes.memmove(to, source, size)
 
 def get_default_memory_pool(malloc=None):  # memory is NumPy's, whatever the allocator
     return SimpleNamespace(malloc=malloc, free_all_blocks=not_while_capturing)
 
 cuda = SimpleNamespace(
-    Device=lambda: SimpleNamespace(compute_capability="90", synchronize=not_while_capturing),
+    Device=lambda *_: SimpleNamespace(compute_capability="90", synchronize=not_while_capturing, use=int),
     Stream=Stream, get_current_stream=get_current_stream, get_cublas_handle=lambda: 0xB1A5,
     Memory=bytearray, MemoryPointer=lambda *place: place, MemoryPool=get_default_memory_pool,
     using_allocator=lambda malloc: contextlib.nullcontext(malloc(512)),
-    runtime=SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1),
+    runtime=SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1, memcpyHostToDevice=1, memcpyAsync=memcpy_async),
     cublas=SimpleNamespace(
         getVersion=lambda handle: VERSION * 10000, CUBLAS_GEMM_DEFAULT=-1, CUBLAS_COMPUTE_32F=F32,
         CUBLAS_COMPUTE_64F=F64, CUBLAS_COMPUTE_32F_FAST_TF32=TF32),
