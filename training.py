@@ -96,8 +96,7 @@ def loss_and_grads(
 
 @lru_cache
 def pool(threads: int) -> ThreadPoolExecutor:
-    """So many threads, kept. They hand over the global interpreter lock at every array operation; by
-    default a waiting thread can lose 5 ms, a dozen array operations, so they ask more often."""
+    """So many threads, kept. They ask for the interpreter lock every 0.1 ms; the default is 5, a dozen operations."""
     sys.setswitchinterval(1e-4)
     return ThreadPoolExecutor(threads)
 
