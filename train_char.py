@@ -232,13 +232,13 @@ def estimate_loss(run: Run) -> float | None:
 
 # ---- the program -----------------------------------------------------------------------------------
 
-def advice(run: Run) -> str:
-    """What helps next, by what was seen; measured in experiments/README.md, "What to try next"."""
+def advice(run: Run, go_on: str) -> str:
+    """What helps, by what was seen; measured in experiments/README.md, "What to try next"."""
     rows = [row for row in run.log if row[2] is not None]
     train_loss, loss, before = rows[-1][1], rows[-1][2], rows[-1 - len(rows) // 4][2]
     if loss - train_loss > 0.15:
-        return f"it learns the text by heart: more --dropout helps (it is {run.config.dropout}), or more text"
-    return "a larger model helps: --d-model, --n-layer, --preset best" if loss > 0.99 * before else "more steps help"
+        return f"more --dropout than {run.config.dropout}, or more text; it learns this text by heart"
+    return f"more steps: {go_on} --iters {2 * run.step}" if loss < 0.99 * before else "a larger model: --preset best"
 
 @parallel.together()
 def main() -> None:
@@ -273,7 +273,7 @@ def main() -> None:
         best, (step, loss) = run.out / "best.npz", run.best
         say(f"best validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}\n"
             f"{run.out / 'log.csv'}, {run.out / 'loss.png'}: the losses; {best}: the model, for\n"
-            f"{cli.command('sample.py', best)}\n{advice(run)}; longer:\n{go_on} --iters {2 * run.step}\n\nA sample:\n")
+            f"{cli.command('sample.py', best)}\nWhat to try next: {advice(run, go_on)}\n\nA sample:\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end it at once
         if parallel.rank == 0:
             params, config, extra = load_checkpoint(best, getattr(run.model, "Flat", dict))
