@@ -8,7 +8,7 @@
   mpiexec -n 4 python train_char.py             on four processes (requirements-parallel.txt)
 
 Writes into --out: best.npz (lowest validation loss), last.npz (to resume), log.csv, loss.png. The
-last tenth of the text is held out for validation. Ctrl-C loses nothing.
+last tenth of the text is held out for validation. Ctrl-C saves and stops.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from text import decode, read_corpus, start_token, visible
 from training import Training, in_threads, train_step
 
 LOG_EVERY = 10  # steps per row of log.csv; its training loss is their mean
-MOST_VALIDATED, PIECE = 200_000, 10_000  # characters; of more held out, evenly spread pieces are read
+MOST_VALIDATED, PIECE = 200_000, 10_000  # characters; of a longer held-out text, pieces are read, evenly spread
 
 # ---- options ---------------------------------------------------------------------------------------
 
@@ -48,7 +48,7 @@ def offsets(text: str) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(delta) for delta in layer.split(",")) for layer in text.split(";"))
 
 DEFAULTS = {"data": None, "eval_every": 250} | {f.name: f.default for f in fields(Training) + fields(Config)[1:]}
-PACE = "data", "iters", "lr", "min_lr", "warmup_iters", "eval_every"  # what a resumed run may change
+MAY_CHANGE = "data", "iters", "lr", "min_lr", "warmup_iters", "eval_every"  # what a resumed run may change
 OPTIONS = {  # name: (type, choices or bool, help)
     "data": (str, "UTF-8 files, folders or 'shakespeare' (default: Python's documentation)"),
     "iters": (int, "training steps"),
@@ -76,7 +76,7 @@ OPTIONS = {  # name: (type, choices or bool, help)
     "n_head": (int, "attention heads"),
     "memory": (bool, "a bivector in every layer that all tokens so far have written"),
 }
-IGNORED = {"attention": ("rank", "offsets", "taps", "normalize", "memory"), "grassmann": ("n_head",)}
+NO_USE = {"attention": ("rank", "offsets", "taps", "normalize", "memory"), "grassmann": ("n_head",)}
 PRESETS = {
     "laptop": {},  # the defaults
     "tiny": {"iters": 1000, "d_model": 64, "eval_every": 100},
@@ -97,7 +97,7 @@ def build_parser() -> cli.Parser:
         "for a megabyte of text, half an hour or more")
     add("--paper", action="store_true", help="the paper's own model: its block, average, normalisation, positions, "
         "one offset a layer, d_ff = 4 d_model")
-    add("--resume", action="store_true", help=f"go on from last.npz; may change {', '.join(PACE)}")
+    add("--resume", action="store_true", help=f"go on from last.npz; may change {', '.join(MAY_CHANGE)}")
     add("--threads", type=int, default=parallel.cores, help="CPU threads (default: all cores)")
     cli.add_gpu_option(parser)
     for name, (kind, text) in OPTIONS.items():
@@ -126,20 +126,21 @@ def make_run(args: argparse.Namespace) -> Run:
         typed["mixer"] = load_layer(typed["mixer"])
         check_layer(typed["mixer"])
     saved = read_run(model, last) if args.resume else {"settings": {}, "step": 0, "recent": []}
-    before, asked = saved["settings"], PRESETS.get(args.preset, {}) | typed
-    settings = DEFAULTS | before | asked  # what is typed counts most
-    asked |= paper(settings["n_layer"], settings["d_model"], settings["context"]) | typed if args.paper else {}
-    for name in IGNORED.get(settings["mixer"], ()):
+    old, asked = saved["settings"], PRESETS.get(args.preset, {}) | typed
+    settings = DEFAULTS | old | asked  # the later ones win: defaults, saved run, preset, --paper, what is typed
+    if args.paper:
+        asked |= paper(settings["n_layer"], settings["d_model"], settings["context"]) | typed
+    for name in NO_USE.get(settings["mixer"], ()):
         check(name not in typed, f"{flag(name)} is of no use with --mixer {settings['mixer']}")
-        asked[name] = before.get(name, DEFAULTS[name])  # whatever a preset says
+        asked[name] = old.get(name, DEFAULTS[name])  # whatever a preset says
     settings |= asked
-    for name in asked.keys() & before.keys() - PACE:
-        check(asked[name] == before[name], f"--resume cannot change {flag(name)}: {last} has {before[name]}, "
-              f"not {asked[name]}")
-    check(saved["step"] < settings["iters"] or saved["recent"],  # or it waits for its last validation
-          f"{last} is at step {saved['step']}; to go on, give --iters more than that, not {settings['iters']}")
+    for name in (asked.keys() & old.keys()) - set(MAY_CHANGE):
+        check(asked[name] == old[name], f"--resume cannot change {flag(name)}: it was {old[name]}, not {asked[name]}")
+    step, iters = saved["step"], settings["iters"]
+    check(step < iters or (step == iters and saved["recent"]),  # it was stopped in its last validation
+          f"{last} is at step {step}; to go on, give --iters more than that, not {iters}")
     check(settings["eval_every"] >= 1, f"--eval-every must be at least 1, not {settings['eval_every']}")
-    for name in () if "data" in typed else saved["settings"].get("data") or ():
+    for name in (old.get("data") or ()) if "data" not in typed else ():
         check(os.path.exists(name) or name == "shakespeare" or "*" in name,
               f"cannot read {name}: it is gone; if it was moved, add --data with its new place")
     corpus = read_corpus(settings["data"], settings["context"])
@@ -171,8 +172,8 @@ def catch_signals() -> None:
     """From now on Ctrl-C, SIGTERM and a closed terminal are noted in parallel.stops, for `train` to see."""
 
     def note(number: int, frame: object) -> None:
-        (parallel.caught if parallel.size > 1 else parallel.stops).append(number)
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+        (parallel.caught if parallel.size > 1 else parallel.stops).append(number)  # all ranks must agree first
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)  # a second one kills
         if number == signal.SIGINT and parallel.rank == 0:
             os.write(2, b"\nSaving and stopping. Press Ctrl-C again to quit now.\n")
 
@@ -182,37 +183,39 @@ def catch_signals() -> None:
 
 def train(run: Run) -> None:
     """Steps until --iters or a signal. Raises UserError and OSError."""
-    t, eval_every, tokens = run.training, run.settings["eval_every"], run.model.np.asarray(run.corpus.train)
-    first, before, started = run.step, run.seconds, time.perf_counter()
-    with tqdm(total=t.iters, initial=first, unit="step", disable=None, dynamic_ncols=True, smoothing=0) as bar:
-        while True:
-            due = run.step % eval_every == 0 or run.step == t.iters
-            if run.recent and (due or run.step % LOG_EVERY == 0):  # losses of the last step, or left by a stop
+    iters, tokens = run.training.iters, run.model.np.asarray(run.corpus.train)
+    started = time.perf_counter() - run.seconds
+    with tqdm(total=iters, initial=run.step, unit="step", disable=None, dynamic_ncols=True, smoothing=0) as bar:
+        while True:  # first what the last step has made due, then the next step
+            due = run.step % run.settings["eval_every"] == 0 or run.step == iters
+            if run.recent and (due or run.step % LOG_EVERY == 0):
                 train_loss = math.fsum(run.losses()) / len(run.recent)
                 val_loss = estimate_loss(run) if due else None
                 if due and val_loss is None:  # a signal in the validation: the losses wait for the next time
                     break
-                run.log.append([run.step, train_loss, val_loss, t.rate(run.step - 1), round(run.seconds, 2)])
+                row = [run.step, train_loss, val_loss, run.training.rate(run.step - 1), round(run.seconds, 2)]
+                run.log.append(row)
                 run.recent = []
-                seen = f" best val {run.best[1]:.4f}" if run.best else ""
-                bar.set_description_str(f"loss {train_loss:.4f}{seen}", refresh=False)
                 if due:
                     if run.best is None or val_loss < run.best[1]:
                         run.best = [run.step, val_loss]
                         run.save("best.npz")
                     run.save("last.npz")
-                    left = (time.perf_counter() - started) * (t.iters - run.step) / max(1, run.step - first)
+                    to_go = (time.perf_counter() - started) * (iters / run.step - 1)
                     start = [start_token(run.corpus.vocab, run.corpus.most_common)]
                     written = run.model.generate(run.params, run.config, start, 70, temperature=0.8)
                     line = decode(written, run.corpus.vocab).replace("\n", "⏎").replace("\t", " ")
+                    line += run.plot()  # why there is no plot, or nothing
                     say(f"step {run.step:6d}   train {train_loss:.4f}   val {val_loss:.4f} nats/char   "
-                        f"{run.seconds:6.1f} s, {left:.0f} to go\n  {line}{run.plot()}")
-            if parallel.stops or run.step >= t.iters:
+                        f"{run.seconds:6.1f} s, {to_go:.0f} to go\n  {line}")
+                best = f" best val {run.best[1]:.4f}" if run.best else ""
+                bar.set_description_str(f"loss {train_loss:.4f}{best}", refresh=False)
+            if parallel.stops or run.step >= iters:
                 break
-            loss = train_step(run.model, run.params, run.config, t, run.optimizer, run.step, tokens, run.threads)
-            run.recent.append(loss)
+            run.recent.append(train_step(  # it changes params and optimizer in place
+                run.model, run.params, run.config, run.training, run.optimizer, run.step, tokens, run.threads))
             run.step += 1
-            run.seconds = before + time.perf_counter() - started
+            run.seconds = time.perf_counter() - started
             bar.update()
     if parallel.stops:
         run.save("last.npz")
@@ -235,18 +238,18 @@ def estimate_loss(run: Run) -> float | None:
 def advice(run: Run, go_on: str) -> str:
     """What helps, by what was seen; measured in experiments/README.md, "What to try next"."""
     rows = [row for row in run.log if row[2] is not None]
-    train_loss, loss, before = rows[-1][1], rows[-1][2], rows[-1 - len(rows) // 4][2]
+    train_loss, loss, earlier = rows[-1][1], rows[-1][2], rows[-1 - len(rows) // 4][2]
     if loss - train_loss > 0.15:
         return f"more --dropout than {run.config.dropout}, or more text; it learns this text by heart"
-    return f"more steps: {go_on} --iters {2 * run.step}" if loss < 0.99 * before else "a larger model: --preset best"
+    falling = len(rows) < 4 or loss < 0.99 * earlier
+    return f"more steps: {go_on} --iters {2 * run.step}" if falling else "a larger model: --preset best"
 
 @parallel.together()
 def main() -> None:
     cli.plain_output()
     parser = build_parser()
     args = parser.parse_args()
-    memory = "not enough memory; a smaller --batch-size, --context, --d-model or --n-layer needs less"
-    with cli.short_errors(parser, args.out, memory):
+    with cli.short_errors(parser, args.out, "not enough memory: lower --batch-size, --context, --d-model or --n-layer"):
         if args.resume:
             lock(args.out)  # before it is read
         run = make_run(args)
@@ -259,9 +262,9 @@ def main() -> None:
         say(f"{corpus.name}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate, "
             f"{len(corpus.vocab):,} different ones\n{n_params / 1e6:.2f}M parameters; threads: {args.threads}, "
             f"processes: {parallel.size}; writing into {run.out}")
-        rate, before = run.training.rate(run.step), run.log[-1][3] if run.log else 1
-        if run.step > run.training.warmup_iters and rate > 1.1 * before:  # with more --iters
-            say(f"the learning rate rises from {before:.2g} to {rate:.2g} and falls again, which helps if more steps do")
+        rate, last_rate = run.training.rate(run.step), run.log[-1][3] if run.log else 1.0
+        if run.step > run.training.warmup_iters and rate > 1.1 * last_rate:  # a run with more --iters
+            say(f"the learning rate rises from {last_rate:.2g} to {rate:.2g} and falls again")
         catch_signals()
         train(run)
         how = ["--gpu"] * args.gpu + ["--precision", args.precision] * bool(args.precision)
