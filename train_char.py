@@ -136,15 +136,16 @@ def make_run(args: argparse.Namespace) -> Run:
     for name in asked.keys() & before.keys() - PACE:
         check(asked[name] == before[name], f"--resume cannot change {flag(name)}: {last} has {before[name]}, "
               f"not {asked[name]}")
+    training = Training(**{f.name: settings[f.name] for f in fields(Training)})
     check(saved["step"] < settings["iters"] or saved["recent"],  # or it waits for its last validation
           f"{last} is at step {saved['step']}; to go on, give --iters more than that, not {settings['iters']}")
     check(settings["eval_every"] >= 1, f"--eval-every must be at least 1, not {settings['eval_every']}")
+    check(args.threads >= 1, f"--threads must be at least 1, not {args.threads}")
     for name in () if "data" in typed else saved["settings"].get("data") or ():
         check(os.path.exists(name) or name == "shakespeare" or "*" in name,
               f"cannot read {name}: it is gone; if it was moved, add --data with its new place")
     corpus = read_corpus(settings["data"], settings["context"])
     config = Config(len(corpus.vocab), **{f.name: settings[f.name] for f in fields(Config)[1:]})
-    training = Training(**{f.name: settings[f.name] for f in fields(Training)})
     if not args.gpu:  # a GPU says itself that it is full
         check_memory(config, training.batch_size, args.threads)
     if args.resume:

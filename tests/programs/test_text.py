@@ -44,7 +44,7 @@ def test_several_files_and_folders(tmp_path, capsys, monkeypatch):
     assert said.startswith(f"{folder}: 3 files are read (") and "3 are left out" in said and said.count("\n") == 1
     assert f"--data '{folder}/**/*.md'" in said
     assert load_text([f"{folder}/a/**/*.md"]) == "c\n\ufeff\rd" and load_text([f"{folder}/.git"]) == "no"  # (it is named)
-    for name, message in (("none", "cannot read"), ("out/previous-1", "no UTF-8"), ("large", "larger")):
+    for name, message in {"none": "cannot", "*.none": "cannot", "out/previous-1": "no UTF-8", "large": "larger"}.items():
         with pytest.raises(ValueError, match=message):
             load_text([one, f"{folder}/{name}"])
 

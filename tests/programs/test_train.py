@@ -182,7 +182,8 @@ def test_bad_texts(call, refused, tmp_path, monkeypatch, name, make, message):
 @pytest.mark.parametrize("words, message", [
     ("--offsets 1;8", "offsets"), ("--offsets 1;x", "1;x"), ("--rank 1", "rank"), ("--d-model 1000000", "memory"),
     (f"--batch-size {10**12}", "memory"), ("--context 300000", "the text has 4,234 characters"), ("--lr nan", "nan"),
-    ("--iter 5", "iter"), ("--dropout 1", "dropout"), ("--iters 1.5", "1.5"), ("--iters 0", "iters"),
+    ("--iter 5", "iter"), ("--dropout 1", "dropout"), ("--iters 0", "iters must be 1 or more"),
+    ("--batch-size 0", "batch_size must be 1 or more"), ("--threads -1", "--threads"), ("--iters 1.5", "1.5"),
     ("--eval-every 0", "--eval-every"), (f"--warmup-iters 1{'0' * 400}", "warmup_iters"), ("stray", "stray"),
     ("--data ", "--data needs the name"), ("--precision tf32", "--gpu"), ("--preset huge", "choose from"),
     (f"--{HOSTILE}", r"\x1b[2J\u202e")])
