@@ -17,12 +17,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import cli
-
-cli.prepare()  # before NumPy
-
+import kill_and_resume  # noqa: F401  (before NumPy)
 import numpy as np
 
 import grassmann as G
