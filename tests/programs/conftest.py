@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
 import kill_and_resume  # before NumPy
@@ -119,9 +120,6 @@ def with_meta(checkpoint: Path, place: str, value: object) -> dict:
     """Its arrays, with another value in the description, at a place such as "extra.settings.lr"."""
     with np.load(checkpoint) as file:
         arrays = dict(file)
-    part = meta = json.loads(arrays["meta"].tobytes())
-    *groups, key = place.split(".")
-    for group in groups:
-        part = part[group]
-    part[key] = value
+    meta, (*groups, key) = json.loads(arrays["meta"].tobytes()), place.split(".")
+    reduce(dict.get, groups, meta)[key] = value
     return arrays | {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}

