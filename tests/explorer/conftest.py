@@ -16,7 +16,7 @@ PAGE = Path(__file__).resolve().parents[2] / "explorer" / "explorer.html"
 KINDS = {
     "default": {}, "paper": {"block": "paper", "taps": False, "normalize": True, "positions": True, "context": 21},
     "average": {"taps": False, "offsets": ((1, 3), (2, 5))}, "memory": {"memory": True},
-    "sizes": {"n_layer": 3, "d_model": 21, "rank": 7, "d_ff": 10, "offsets": ((1,), (4, 2, 30), (9,)), "normalize": True}}
+    "sizes": {"n_layer": 3, "d_model": 21, "rank": 7, "d_ff": 9, "offsets": ((1,), (4, 2, 30), (9,)), "normalize": True}}
 
 def random_model(letters="abcdefgh ijklm\nnopq", **sizes):
     """A small model that knows these letters; its weights are large enough to matter."""
