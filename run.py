@@ -59,8 +59,6 @@ class Run:
 
     def plot(self) -> str:
         """loss.png, or a line on why there is none: a font cache, LaTeX, a backend are matplotlib's own."""
-        if parallel.rank > 0:
-            return ""
         try:
             from matplotlib.figure import Figure
 

@@ -20,8 +20,7 @@ from text import encode, start_token, visible
 SHIPPED = Path(__file__).with_name("shakespeare.npz")
 
 def find_trained(path: Path) -> Path:
-    """The file to read. Where there is no best.npz, a run that has not come so far gives its last.npz, and
-    before any run cli.BEST is the model that the project ships."""
+    """The file to read: where there is no best.npz, last.npz, and in place of cli.BEST the shipped model."""
     others = [path.parent / "last.npz", *[SHIPPED] * (path == cli.BEST)] * (path.name == "best.npz")
     found = next((other for other in [path, *others] if other.exists()), path)
     if found != path:
@@ -76,13 +75,13 @@ def main() -> None:
         params, config, extra = load_trained(model, args.checkpoint)
         prompt = os.fsencode(args.prompt).decode("utf-8", "surrogateescape")  # in any locale
         prompt = (sys.stdin.read() if prompt == "-" else prompt).replace("\r\n", "\n")
-        encode(prompt, extra["vocab"])  # refused before a seed is named
-        if args.seed is None:
+        how = {"temperature": args.temperature, "top_k": args.top_k}
+        model.generate(params, config, encode(prompt, extra["vocab"]).tolist(), args.length, **how)
+        if args.seed is None:  # only now: what cannot be written is refused before a seed is named
             args.seed = random.SystemRandom().randrange(10**6)
             print(f"--seed {args.seed} writes this again", file=sys.stderr)
         check(args.seed >= 0, f"--seed must be 0 or more, not {args.seed}")
-        write_sample(model, params, config, extra, prompt, args.length, temperature=args.temperature,
-                     top_k=args.top_k, seed=args.seed)
+        write_sample(model, params, config, extra, prompt, args.length, **how, seed=args.seed)
 
 if __name__ == "__main__":
     main()

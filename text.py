@@ -55,8 +55,7 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 def load_text(data: str | Sequence[str] | None) -> str:
-    """The text behind --data, or Python's documentation if None: files, also as folder/**/*.py, folders,
-    "shakespeare". Raises UserError."""
+    """Files, folders, folder/**/*.py or "shakespeare" as one text; None: Python's documentation. Raises UserError."""
     if data is None:
         try:
             from pydoc_data.topics import topics
@@ -68,10 +67,9 @@ def load_text(data: str | Sequence[str] | None) -> str:
         check(name != "", "--data needs the name of a file or a folder")
         path = shakespeare() if name == "shakespeare" else Path(name)
         if "*" in name and not path.exists():
-            texts += [read_file(Path(found)) for found in sorted(glob.glob(name, recursive=True))]
+            texts += [read_file(Path(found)) for found in sorted(glob.glob(name, recursive=True)) or [name]]
         else:
             texts += read_folder(path) if path.is_dir() else [read_file(path)]
-    check(len(texts) > 0, f"no file is called {data}")
     return texts[0] if len(texts) == 1 else "".join(t if t.endswith("\n") else t + "\n" for t in texts)
 
 def read_folder(folder: Path) -> list[str]:

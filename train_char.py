@@ -136,16 +136,17 @@ def make_run(args: argparse.Namespace) -> Run:
     settings |= asked
     for name in (asked.keys() & old.keys()) - set(MAY_CHANGE):
         check(asked[name] == old[name], f"--resume cannot change {flag(name)}: it was {old[name]}, not {asked[name]}")
-    step, iters = saved["step"], settings["iters"]
+    training = Training(**{f.name: settings[f.name] for f in fields(Training)})
+    step, iters = saved["step"], training.iters
     check(step < iters or (step == iters and saved["recent"]),  # it was stopped in its last validation
           f"{last} is at step {step}; to go on, give --iters more than that, not {iters}")
-    check(settings["eval_every"] >= 1, f"--eval-every must be at least 1, not {settings['eval_every']}")
+    for name, value in ("--eval-every", settings["eval_every"]), ("--threads", args.threads):
+        check(value >= 1, f"{name} must be at least 1, not {value}")
     for name in (old.get("data") or ()) if "data" not in typed else ():
         check(os.path.exists(name) or name == "shakespeare" or "*" in name,
               f"cannot read {name}: it is gone; if it was moved, add --data with its new place")
     corpus = read_corpus(settings["data"], settings["context"])
     config = Config(len(corpus.vocab), **{f.name: settings[f.name] for f in fields(Config)[1:]})
-    training = Training(**{f.name: settings[f.name] for f in fields(Training)})
     if not args.gpu:  # a GPU says itself that it is full
         check_memory(config, training.batch_size, args.threads)
     if args.resume:
@@ -205,7 +206,7 @@ def train(run: Run) -> None:
                     start = [start_token(run.corpus.vocab, run.corpus.most_common)]
                     written = run.model.generate(run.params, run.config, start, 70, temperature=0.8)
                     line = decode(written, run.corpus.vocab).replace("\n", "⏎").replace("\t", " ")
-                    line += run.plot()  # why there is no plot, or nothing
+                    line += run.plot() if parallel.rank == 0 else ""  # why there is no plot, or nothing
                     say(f"step {run.step:6d}   train {train_loss:.4f}   val {val_loss:.4f} nats/char   "
                         f"{run.seconds:6.1f} s, {to_go:.0f} to go\n  {line}")
                 best = f" best val {run.best[1]:.4f}" if run.best else ""
@@ -242,7 +243,7 @@ def advice(run: Run, go_on: str) -> str:
     if loss - train_loss > 0.15:
         return f"more --dropout than {run.config.dropout}, or more text; it learns this text by heart"
     falling = len(rows) < 4 or loss < 0.99 * earlier
-    return f"more steps: {go_on} --iters {2 * run.step}" if falling else "a larger model: --preset best"
+    return f"more steps\n{go_on} --iters {2 * run.step}" if falling else "a larger model: --preset best"
 
 @parallel.together()
 def main() -> None:
@@ -276,7 +277,7 @@ def main() -> None:
         best, (step, loss) = run.out / "best.npz", run.best
         say(f"best validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}\n"
             f"{run.out / 'log.csv'}, {run.out / 'loss.png'}: the losses; {best}: the model, for\n"
-            f"{cli.command('sample.py', best)}\nWhat to try next: {advice(run, go_on)}\n\nA sample:\n")
+            f"{cli.command('sample.py', best)}\nwhat to try next: {advice(run, go_on)}\n\nA sample:\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end it at once
         if parallel.rank == 0:
             params, config, extra = load_checkpoint(best, getattr(run.model, "Flat", dict))

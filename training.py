@@ -32,10 +32,11 @@ class Training:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            whole = name in ("iters", "batch_size", "warmup_iters", "seed")
+            least = 1 if name in ("iters", "batch_size") else 0
+            whole = least == 1 or name in ("warmup_iters", "seed")
             number = isinstance(value, (int, np.integer) if whole else (int, float, np.number))
-            check((number and 0 <= value < 1e300) or (name == "min_lr" and value is None),
-                  f"{name} must be 0 or more{' and whole' * whole}, not {value!r}")
+            check((number and least <= value < 1e300) or (name == "min_lr" and value is None),
+                  f"{name} must be {least} or more{' and whole' * whole}, not {value!r}")
 
     def rate(self, step: int) -> float:
         """The learning rate: linear up to lr, then half a cosine down to min_lr."""

@@ -136,7 +136,7 @@ MUTATIONS = {  # in grassmann.py unless a module is named
     "generate": [("np.random.default_rng(seed)", "np.random.default_rng(0)"), ("[0]", "[1]"),
         ("check_tokens(np.array([prompt]), config)", "None"), ("0 <= temperature < math.inf", "temperature < math.inf"),
         ("operator.index(n) >= 0", "True"), ("operator.index(top_k) >= 1", "operator.index(top_k) >= 0")],
-    "training.__post_init__": [("0 <= value < 1e300", "value < 1e300"),
+    "training.__post_init__": [("least <= value < 1e300", "value < 1e300", "0 <= value < 1e300"),
         ('name == "min_lr" and value is None', "value is None")],
     "training.rate": [("step + 1", "step"), ("0.5 * (self.lr - min_lr)", "0.5 * self.lr"),
         ("min(1.0, progress)", "progress")],

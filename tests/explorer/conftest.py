@@ -14,10 +14,9 @@ from text import vocabulary
 FLAGS = "--headless --no-sandbox --no-first-run --disable-component-update --disable-background-networking"
 PAGE = Path(__file__).resolve().parents[2] / "explorer" / "explorer.html"
 KINDS = {
-    "default": {}, "paper": {"block": "paper", "taps": False, "normalize": True, "positions": True},
-    "average": {"taps": False, "offsets": ((1, 3), (2, 5))}, "normalized taps": {"normalize": True},
-    "positions": {"positions": True, "context": 21}, "memory": {"memory": True},
-    "sizes": {"n_layer": 3, "d_model": 21, "rank": 7, "d_ff": 10, "offsets": ((1,), (4, 2, 30), (9,))}}
+    "default": {}, "paper": {"block": "paper", "taps": False, "normalize": True, "positions": True, "context": 21},
+    "average": {"taps": False, "offsets": ((1, 3), (2, 5))}, "memory": {"memory": True},
+    "sizes": {"n_layer": 3, "d_model": 21, "rank": 7, "d_ff": 9, "offsets": ((1,), (4, 2, 30), (9,)), "normalize": True}}
 
 def random_model(letters="abcdefgh ijklm\nnopq", **sizes):
     """A small model that knows these letters; its weights are large enough to matter."""
@@ -60,7 +59,6 @@ def explore(browser, tmp_path):
         browser.get_log("browser"), browser.get_log("performance")
         browser.get(f"{what.as_uri()}{hash}")
         return Page(browser, "explorer.done()" if wait else "true")
-
     return explore
 
 class Page:

@@ -6,11 +6,11 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
 import kill_and_resume  # before NumPy
@@ -64,29 +64,23 @@ def program(start, ended) -> Callable:
 @pytest.fixture
 def call(monkeypatch, text) -> Callable:
     def call(name: str, *args, stdin: str = "") -> Process:
-        """main() of a program, in this process and without a plot; folders are not locked.
-
-        train_char.py is given a tiny model and a text, unless it is to resume.
-        """
+        """main() of a program, here, without plot, lock and signals. train_char.py gets a tiny model and a text."""
         if name == "train_char.py" and "--resume" not in args:
             args = (*MODEL, "--threads", 1, "--data", text, *args)
         module, code = importlib.import_module(name.removesuffix(".py")), 0
         out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [str(ROOT / name), *map(str, args)])
             for stream in (("stdin", io.StringIO(stdin)), ("stdout", out), ("stderr", errors)):
                 patch.setattr(sys, *stream)
             patch.setattr(train_char, "lock", lambda out: None)
+            patch.setattr(train_char, "catch_signals", lambda: None)
             patch.setattr(run.Run, "plot", lambda self: "")
+            patch.setattr(parallel, "stops", [])
             try:
                 module.main()
             except SystemExit as end:
                 code = end.code or 0
-            finally:
-                parallel.stops.clear()
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
         printed = (stream.flush() or stream.buffer.getvalue().decode() for stream in (out, errors))
         return Process([name, *args], code, *printed)
     return call
@@ -126,9 +120,6 @@ def with_meta(checkpoint: Path, place: str, value: object) -> dict:
     """Its arrays, with another value in the description, at a place such as "extra.settings.lr"."""
     with np.load(checkpoint) as file:
         arrays = dict(file)
-    part = meta = json.loads(arrays["meta"].tobytes())
-    *groups, key = place.split(".")
-    for group in groups:
-        part = part[group]
-    part[key] = value
+    meta, (*groups, key) = json.loads(arrays["meta"].tobytes()), place.split(".")
+    reduce(dict.get, groups, meta)[key] = value
     return arrays | {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}

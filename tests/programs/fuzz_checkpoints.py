@@ -2,8 +2,7 @@
 
     python tests/programs/fuzz_checkpoints.py 1000
 
-The damage is done to the file, or to a part of it that is then packed anew, with the right CRC: such a file may
-load with other contents.
+A part that is damaged is packed anew, with the right CRC: such a file may load with other contents.
 """
 
 import io
@@ -17,12 +16,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import cli
-
-cli.prepare()  # before NumPy
-
+import kill_and_resume  # noqa: F401  (before NumPy)
 import numpy as np
 
 import grassmann as G

@@ -2,9 +2,8 @@
 
   python tests/programs/kill_and_resume.py 50
 
-A third of the kills fall into the start of the program, a third anywhere in its work, a third while a checkpoint
-is written. After each, the checkpoints must load, and the run must not have gone back. In the end both runs must
-agree bit for bit.
+The kills fall into the start of the program, anywhere into its work, and into the writing of a checkpoint. After
+each, the checkpoints must load, and the run must not have gone back. In the end both runs agree bit for bit.
 """
 
 import contextlib

@@ -27,18 +27,14 @@ OPTIONS = [*MODEL, "--batch-size", 13, "--dropout", 0.2, "--eval-every", 50, "--
 @pytest.fixture
 def launch(plain, text, tmp_path):
     """launch(n, *options) starts train_char.py on n ranks, into tmp_path / "out"; or `program`."""
-    jobs = []
-
     def launch(n, *options, program=(ROOT / "train_char.py",)):
         given = [*OPTIONS, "--data", text, "--out", tmp_path / "out", *options]
         env = plain | OPEN_MPI | {"JOB": str(tmp_path), "PYTHONPATH": f"{plain['PYTHONPATH']}{os.pathsep}{ROOT}"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
         command = [MPIEXEC, "-n", n, sys.executable, *program, *given]
-        jobs.append(subprocess.Popen([*map(str, command)], env=env, **pipes))
-        return jobs[-1]
-
+        return subprocess.Popen([*map(str, command)], env=env, **pipes)
     yield launch
-    for pid in [*(job.pid for job in jobs if job.poll() is None), *ranks(tmp_path)]:
+    for pid in ranks(tmp_path):  # of a test that failed; mpiexec ends with them
         os.kill(pid, signal.SIGKILL)
 
 def ranks(folder, rank=""):
@@ -60,8 +56,7 @@ def all_ended(job, folder):
     return job.returncode, out, [line for line in errors.splitlines() if line.startswith("train_char.py: ")]
 
 def test_ranks_follow_one_process_also_when_one_is_killed(program, launch, text, wait_for_step, tmp_path):
-    """13 windows a step, which three ranks do not divide, and dropout; then two go on. The losses are equal to
-    rounding, and so are the weights."""
+    """13 windows a step, which three ranks do not divide; then two go on. Losses and weights are equal to rounding."""
     alone = tmp_path / "alone"
     assert program("train_char.py", *OPTIONS, "--iters", 200, "--data", text, "--out", alone).returncode == 0
     wait_for_step(job := launch(3, "--iters", 200), tmp_path / "out", 50)
@@ -78,8 +73,7 @@ def test_ranks_follow_one_process_also_when_one_is_killed(program, launch, text,
 
 @pytest.mark.parametrize("which", ["mpiexec", 2])
 def test_a_signal_stops_all_after_the_same_step(launch, wait_for_step, tmp_path, which):
-    """Ctrl-C, which mpiexec hands on, or one that a single rank gets. (After Ctrl-C Open MPI's shows nothing more, and
-    soon kills those that have not ended.)"""
+    """Ctrl-C, which mpiexec hands on (Open MPI's then shows nothing more), or one that a single rank gets."""
     wait_for_step(job := launch(3, "--iters", 100_000), tmp_path / "out", 50)
     if which == "mpiexec":
         job.send_signal(signal.SIGINT)

@@ -45,8 +45,6 @@ def resume(call):
 def step_of(folder, name="last.npz"):
     return load_checkpoint(folder / name)[2]["step"]
 
-# ---- signals -----------------------------------------------------------------------------------------
-
 def test_a_stopped_run_equals_one_that_was_not(begin, alone, tmp_path, wait_for_step, ended, plain):
     """Parameters, optimiser, best model and every line of the log, except the seconds."""
     step, options = 0, []
@@ -88,21 +86,18 @@ def test_stopped_in_every_validation(call, resume, succeeded, tmp_path, monkeypa
     assert "at step 50\n" in succeeded(resume(out, "--threads", threads))
     assert kill_and_resume.differences(out, whole) == []
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_closed_terminal_loses_nothing(begin, wait_for_step, ended, refused, tmp_path, terminal):
-    """Nothing can be written any more, neither to a terminal nor into a pipe that nobody reads. SIGHUP comes twice,
-    from the terminal and from the shell. Until then a second run in the folder is refused. Ctrl-C was ignored
-    when the run began, as for what a script starts in the background, so it is ignored."""
+def test_a_closed_terminal_loses_nothing(begin, wait_for_step, ended, refused, tmp_path):
+    """Nothing can be written any more. SIGHUP comes twice, from the terminal and from the shell. Until then a second
+    run in the folder is refused. Ctrl-C was ignored when the run began, as in the background, so it is ignored."""
     ours, theirs = pytest.importorskip("pty").openpty()
-    ends = dict.fromkeys(("stdin", "stdout", "stderr"), theirs) if terminal else {}
+    ends = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
     ignoring = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
     process = begin(tmp_path, "--iters", 100_000, preexec_fn=ignoring, **ends)
     os.close(theirs)
-    for pipe in [] if terminal else [process.stdout, process.stderr]:
-        pipe.close()
     wait_for_step(process, tmp_path, 25)
     os.close(ours)
-    assert "another run" in refused(ended(begin(tmp_path, *["--resume"] * terminal)))
+    for options in ([], ["--resume"]):
+        assert "another run" in refused(ended(begin(tmp_path, *options)))
     for number in (signal.SIGINT, signal.SIGHUP):
         process.send_signal(number)
     time.sleep(0.02)  # two at once would count as one
@@ -113,11 +108,8 @@ def test_a_closed_terminal_loses_nothing(begin, wait_for_step, ended, refused, t
 def test_killed_again_and_again():
     kill_and_resume.main(6)
 
-# ---- what a resumed run may change -------------------------------------------------------------------
-
 def test_more_iterations_later(alone, copied, resume, succeeded):
-    """A finished run goes on at another pace, so fast that it gets worse, and with other threads. What it has logged
-    so far stays, and so does its best model. All options may be repeated. log.csv is written from the checkpoint."""
+    """A finished run goes on, so fast that it gets worse. What it has logged stays, and so does its best model."""
     old = kill_and_resume.log_lines(alone)
     (copied / "log.csv").write_text("310,undone,,0.001,9.99\n320,1.")
     succeeded(resume(copied, *OPTIONS, "--iters", STEPS + 30, "--eval-every", 15, "--lr", 5, "--threads", 2))
@@ -127,17 +119,14 @@ def test_more_iterations_later(alone, copied, resume, succeeded):
     settings = load_checkpoint(copied / "last.npz")[2]["settings"]
     assert (settings["iters"], settings["eval_every"], settings["lr"]) == (STEPS + 30, 15, 5)
 
-@pytest.mark.parametrize("words", [
-    "--context 7", "--n-layer 3", "--d-model 16", "--rank 4", "--offsets 1;2", "--block paper", "--no-taps",
-    "--normalize", "--positions", "--mixer attention", "--dropout 0.3", "--memory", "--seed 1", "--batch-size 5",
-    "--weight-decay 0.3", "--grad-clip 0", "--d-ff 7", "--paper"])
-def test_resume_refuses_another_model_by_name(alone, resume, refused, words):
-    name = {"--no-taps": "--taps", "--paper": ""}.get(words, words.split()[0])
-    assert f"--resume cannot change {name}" in refused(resume(alone, *MORE, *words.split()))
-
-def test_resume_refuses_a_run_that_is_finished_or_not_there(alone, resume, refused, tmp_path):
-    assert "nothing to resume" in refused(resume(tmp_path / "nowhere"))
-    assert f"is at step {STEPS}; to go on, give --iters" in refused(resume(alone))
+@pytest.mark.parametrize("words, message", [
+    *((words, f"--resume cannot change {words.split()[0]}") for words in (
+        "--context 7", "--offsets 1;2", "--mixer attention", "--dropout 0.3", "--seed 1", "--batch-size 5")),
+    ("--no-taps", "--resume cannot change --taps"), ("--paper", "--resume cannot change --"),
+    ("--out nowhere", "nothing to resume"), (f"--iters {STEPS}", f"is at step {STEPS}; to go on, give --iters")])
+def test_what_cannot_be_resumed(alone, resume, refused, words, message):
+    """Another model or another training, by the name of the option; a run that is finished or not there."""
+    assert message in refused(resume(alone, *MORE, *words.split()))
 
 def test_the_text_is_known_by_its_contents(call, resume, succeeded, refused, tmp_path, monkeypatch):
     """Also from another working folder. Where it was moved is asked only when it is missing."""
@@ -161,33 +150,23 @@ def test_a_best_model_that_is_gone_is_written_at_the_next_validation(copied, res
     assert f"at step {STEPS + 20}\n" in succeeded(resume(copied, *MORE, "--lr", 5))
     assert step_of(copied, "best.npz") == STEPS + 20
 
-# ---- damage ------------------------------------------------------------------------------------------
-
 NAN, INF, BAD = float("nan"), float("inf"), ["many", {"a": 1}, [[]], None]
 
 @pytest.mark.parametrize("place, values", [
-    ("step", [*BAD, -1, 10**400, INF]), ("seconds", [*BAD, 10**400]), ("text_sha256", [None, 5]),
-    ("recent", [*BAD[1:], 5, [None], [10**400], [NAN]]), ("best", [*BAD[:3], 5, [1], [1, "x"], [1, None], [INF, 1]]),
-    ("log", [None, 5, ["10,3,"], [[]], [[None, 1]], [[10, "x"]], [[10, 3.0]]]), ("settings", [*BAD, 5]),
-    ("settings.data", [5, [5], True]), ("settings.min_lr", ["x", NAN]), ("settings.warmup_iters", [*BAD, 10**400, 0.5]),
-    ("settings.lr", [*BAD, NAN, -1, 10**400]), ("settings.batch_size", [*BAD, 10**30]),
-    ("settings.eval_every", [*BAD, 0, -5, NAN])])
+    ("step", [*BAD, -1, 10**400, INF]), ("seconds", [*BAD, 10**400]), ("text_sha256", [None, 5]), ("settings", BAD),
+    ("recent", [*BAD[1:], [None], [10**400], [NAN]]), ("best", [*BAD[:3], [1], [1, None], [INF, 1]]),
+    ("log", [None, ["10,3,"], [[]], [[10, "x"]]]), ("settings.data", [5, [5]]), ("settings.batch_size", [*BAD, 10**30]),
+    ("settings.warmup_iters", [*BAD, 0.5]), ("settings.lr", [NAN, -1]), ("settings.eval_every", [*BAD, 0])])
 def test_progress_that_makes_no_sense(alone, resume, refused, with_meta, tmp_path, place, values):
     """It is refused with one sentence, before anything is trained or written."""
     for value in values:
         np.savez(last := tmp_path / "last.npz", **with_meta(alone / "last.npz", f"extra.{place}", value))
         before, process = last.read_bytes(), resume(tmp_path, *MORE)
-        assert any(word in refused(process) for word in ("make no sense", "memory", "became", "no file is")), process
+        assert any(word in refused(process) for word in ("make no sense", "memory", "became")), process
         assert last.read_bytes() == before and "val " not in process.stdout
 
-def test_a_best_that_is_nothing_is_none(alone, copied, resume, succeeded, with_meta):
-    for value in (0, "", [], {}):
-        np.savez(copied / "last.npz", **with_meta(alone / "last.npz", "extra.best", value))
-        assert "best validation loss" in succeeded(resume(copied, *MORE, "--lr", 5))
-
 @pytest.mark.parametrize("damage, message", [
-    (lambda last, good: None, "does not exist"), (lambda last, good: last.mkdir(), "is not a file"),
-    (lambda last, good: last.write_bytes(good[:999]), "not a usable"), (lambda last, good: os.mkfifo(last), "not a file")])
+    (lambda last, good: last.write_bytes(good[:999]), "not a usable"), (lambda last, good: os.mkfifo(last), "a file")])
 def test_damaged_checkpoints(alone, call, resume, refused, tmp_path, damage, message):
     damage(last := tmp_path / "last.npz", (alone / "last.npz").read_bytes())
     for process in (call("sample.py", last), resume(tmp_path, *MORE)):

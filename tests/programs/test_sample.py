@@ -20,7 +20,7 @@ def best(trained):
 @pytest.fixture
 def sampled(call, succeeded, best):
     """sampled(*options) -> what is printed; the seed is 0 unless given."""
-    return lambda *args, at=best, **how: succeeded(call("sample.py", at, "--seed", 0, *args, **how))
+    return lambda *args, **how: succeeded(call("sample.py", best, "--seed", 0, *args, **how))
 
 @pytest.fixture
 def odd(tmp_path):
@@ -30,7 +30,6 @@ def odd(tmp_path):
         params = {name: scale * value for name, value in init_params(config).items()}
         save_checkpoint(tmp_path / "odd", params, config, **{"vocab": vocabulary(characters), "most_common": 0} | more)
         return tmp_path / "odd"
-
     return odd
 
 def test_it_prints_the_prompt_and_what_generate_draws(call, sampled, best):
@@ -44,15 +43,12 @@ def test_it_prints_the_prompt_and_what_generate_draws(call, sampled, best):
     assert sampled("--length", 70, *options) == drawn("12 times", 70, 1.2, top_k=5, seed=3)
     assert sampled("--length", 50) == sampled("--length", 50, "--prompt=") == drawn("", 50, seed=0)
     assert sampled("--length", 50, "--prompt", "-", stdin="3 is\r\n4") == drawn("3 is\n4", 50, seed=0)
-    for options in (["--temperature", 0], ["--top-k", 1]):
-        assert sampled("--length", 40, "--seed", 9, *options) == drawn("", 40, 0)
-    first, second = (call("sample.py", best, "--length", 60) for _ in range(2))
-    assert first.stdout != second.stdout  # a new seed, which can be given again
-    assert sampled("--length", 60, *re.fullmatch("(--seed) (.+) writes this again\n", first.stderr).groups()) == first.stdout
+    one, other = (call("sample.py", best, "--length", 60) for _ in range(2))
+    assert one.stdout != other.stdout  # a new seed, which can be given again
+    assert sampled("--length", 60, *re.fullmatch("(--seed) (.+) writes this.*\n", one.stderr).groups()) == one.stdout
 
 def test_characters_appear_as_they_are_drawn(start, best):
-    """The program, which would never end, is read while it writes. (If characters were held back, they would come
-    by the thousand, when the buffer is full.) Then the reader leaves, as `head` does."""
+    """Else they would come by the thousand, when the buffer is full. Then the reader leaves, as `head` does."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with start("sample.py", best, "--length", 10**9, "--seed", 0, "--prompt", "7", env=env) as process:
         first, second = (os.read(process.stdout.fileno(), 10**6) for _ in range(2))
@@ -61,16 +57,13 @@ def test_characters_appear_as_they_are_drawn(start, best):
         assert process.stderr.read() == ""
     assert process.returncode == 0 and first.startswith(b"7") and len(first + second) < 1000
 
-def test_last_where_there_is_no_best(call, trained, sampled, tmp_path, monkeypatch):
-    """Of a run that was stopped before its first validation. Before any run, the model of the project."""
+def test_last_where_there_is_no_best(call, trained, tmp_path):
+    """Of a run that was stopped before its first validation; in a folder whose name clears a screen."""
     (folder := tmp_path / "\x1b[2J").mkdir()
     (folder / "last.npz").write_bytes((trained[0] / "last.npz").read_bytes())
     process, shown = call("sample.py", folder / "best.npz", "--seed", 0, "--length", 20), f"{tmp_path}/\\x1b[2J"
+    assert process.returncode == 0 and len(process.stdout) == 20 + 1
     assert process.stderr == f"there is no {shown}/best.npz yet, so this is {shown}/last.npz\n"
-    assert (process.returncode, process.stdout) == (0, sampled("--length", 20, at=folder / "last.npz"))
-    monkeypatch.chdir(folder)
-    process = call("sample.py", "--seed", 0, "--length", 5)
-    assert process.returncode == 0 and process.stderr.endswith("shakespeare.npz\n")
 
 def test_control_characters_are_escaped_on_a_terminal(odd, monkeypatch, capsys):
     """A text may hold what clears a screen; into a file it goes as it is."""
@@ -81,19 +74,13 @@ def test_control_characters_are_escaped_on_a_terminal(odd, monkeypatch, capsys):
         shown, hostile = capsys.readouterr().out, {*"\x1b\x07\x9b\u202e"}
         assert hostile & {*shown} == (set() if terminal else hostile) and shown.startswith(r"\x1b[2J") == terminal
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk(program, best):
-    with open("/dev/full", "w") as full:
-        process = program("sample.py", best, "--length", 5, "--seed", 0, stdout=full)
-    assert (process.returncode, process.stderr) == (2, "sample.py: standard output: No space left on device\n")
-
 @pytest.mark.parametrize("words, message", [
     ("--length -1", "-1"), ("--temperature nan", "temperature"), ("--top-k 0", "top_k"), ("--seed -1", "--seed"),
     ("--prompt -x", "(one that begins with a dash is written --option=-value)"), ("--precision tf32", "--gpu"),
     ("--prompt Ω你", "not in the model's vocabulary: 'Ω' '你'"), ("--prompt 12\udcff", r"'\udcff'"),
     ("--prompt=\x1b", r"'\x1b'"), ("two\nlines", "two lines"), ("", "is not a file")])
 def test_bad_options(call, refused, best, words, message):
-    process = call("sample.py", *[best, "--seed", 0] * words.startswith("-"), *words.split(" "))
+    process = call("sample.py", *[best] * words.startswith("-"), *words.split(" "))
     assert message in refused(process) and process.stdout == ""
 
 @pytest.mark.parametrize("changes, message", [

@@ -27,8 +27,8 @@ def test_several_files_and_folders(tmp_path, capsys, monkeypatch):
     """In order; of a folder all text below it, by name, except hidden files and those of a run. What is too
     large or cannot be read is left out, and a line says so. A byte order mark in front goes, CRLF is LF."""
     mark = b"\xef\xbb\xbf"
-    files = {"in/b.txt": b"b", "in/a/z.txt": b"z\n", "in/a/c.md": mark + b"c\r\n" + mark + b"\rd", "one.txt": b"1", "in/large": bytes(99),
-             "in/.git/config": b"no", "in/.hidden": b"no", "in/picture.png": b"\x89PNG", "in/log.csv": b"l",
+    files = {"in/b.txt": b"b", "in/a/z.txt": b"z\n", "in/a/c.md": mark + b"c\r\n" + mark + b"\rd", "one.txt": b"1",
+             "in/.git/config": b"no", "in/picture.png": b"\x89PNG", "in/log.csv": b"l", "in/large": bytes(99),
              "in/out/last.npz": b"PK\xff", "in/out/log.csv": b"no", "in/out/log.csv.tmp": b"no",
              "in/out/flow/report.md": b"no", "in/out/previous-1/best.npz": b"", "in/out/previous-1/log.csv": b"no"}
     for name, content in files.items():
@@ -43,8 +43,8 @@ def test_several_files_and_folders(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert said.startswith(f"{folder}: 3 files are read (") and "3 are left out" in said and said.count("\n") == 1
     assert f"--data '{folder}/**/*.md'" in said
-    assert load_text([f"{folder}/a/**/*.md"]) == "c\n\ufeff\rd" and load_text([f"{folder}/.git"]) == "no"  # (it is named)
-    for name, message in (("none", "cannot read"), ("out/previous-1", "no UTF-8"), ("large", "larger")):
+    assert load_text([f"{folder}/a/**/*.md"]) == "c\n\ufeff\rd" and load_text([f"{folder}/.git"]) == "no"
+    for name, message in {"no": "cannot", "no*": "cannot", "out/previous-1": "no UTF-8", "large": "larger"}.items():
         with pytest.raises(ValueError, match=message):
             load_text([one, f"{folder}/{name}"])
 
@@ -59,14 +59,13 @@ def test_training_and_sampling_on_an_odd_text(program, plain, tmp_path):
     assert (sampling.stdout, sampling.stderr) == (b"\\U0001f469\\u200d\n", b"")
 
 def test_tiny_shakespeare(call, refused, tmp_path, monkeypatch, capsys):
-    """It is downloaded once, and again if it is damaged. A bad download ends in one sentence that says what to do
-    instead, Ctrl-C without a word, and neither leaves anything."""
+    """It is downloaded once, and again if it is damaged. A bad download ends in one sentence, and leaves nothing."""
     def answer(url, timeout):
         if isinstance(answers[0], BaseException):
             raise answers.pop(0)
         return io.BytesIO(answers.pop(0))
 
-    answers = [TEXT.encode() + b"!", OSError("no route"), text.http.client.BadStatusLine("220 FTP"), KeyboardInterrupt()]
+    answers = [TEXT.encode() + b"!", OSError("no route"), text.http.client.BadStatusLine("220"), KeyboardInterrupt()]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(text, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
     monkeypatch.setattr(text.urllib.request, "urlopen", answer)
@@ -76,10 +75,9 @@ def test_tiny_shakespeare(call, refused, tmp_path, monkeypatch, capsys):
     process = call("train_char.py", "--data", "shakespeare", "--out", tmp_path / "out")
     assert (process.returncode, process.stderr) == (130, "") and not list(tmp_path.iterdir())
     cached = tmp_path / "grassmann" / "shakespeare.txt"
-    for content in (None, b"", TEXT.encode()[:-1]):
+    for _ in range(2):
         answers.append(TEXT.encode())
-        if content is not None:
-            cached.write_bytes(content)
         for said in ("downloading http", ""):
             assert load_text(["shakespeare"]) == TEXT and capsys.readouterr().out.startswith(said)
-    assert not answers and cached.read_text() == TEXT and [*cached.parent.iterdir()] == [cached]
+        assert not answers and [*cached.parent.iterdir()] == [cached]
+        cached.write_bytes(TEXT.encode()[:-1])
