@@ -34,7 +34,7 @@ BROKEN = {  # a cupy.py, and what the programs say
     "no device": (f"{WORKS}\ndef ones(*_): raise type('CompileException', (Exception,), {{}})('no device')\n"
                   "cuda_on_cpu.ones = ones", "--gpu: .*requirements-gpu.txt .*driver .*CompileException: no device"),
     "full": (f"{WORKS}\ndef empty(*_): raise MemoryError\ncuda_on_cpu.empty = empty",
-             "not enough memory; a smaller --batch-size"),
+             "not enough memory: lower --batch-size"),
 }
 
 @needs_compiler
