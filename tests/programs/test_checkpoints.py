@@ -5,12 +5,14 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import fuzz_checkpoints
 import numpy as np
 import pytest
 from kill_and_resume import ROOT, contents
 
+import checkpoint
 import grassmann as G
 from checkpoint import load_checkpoint, save_checkpoint
 
@@ -81,15 +83,16 @@ def test_round_trip(tmp_path, dtype):
 @pytest.mark.parametrize("accident", ["os.fsync = lambda file: os.kill(os.getpid(), 9)",  # written, not yet named
                                       "resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (5000,))"])
 def test_an_accident_while_writing_leaves_the_old_file(path, accident):
-    """Killed, or on a full disk, without a warning; the next save works and leaves nothing else."""
-    good, script = path.read_bytes(), f"""
+    """Killed, or on a full disk, without a warning and with no other file; the next save leaves nothing else either."""
+    good, ours = path.read_bytes(), Path(checkpoint.__file__).parent  # with tests/mutate.py the broken one
+    script = f"""
 import os, resource, checkpoint
 params, config, extra = checkpoint.load_checkpoint("file.npz")
 {accident}
 try: checkpoint.save_checkpoint("file.npz", params, config, **extra)
 except OSError: print("failed", os.listdir())"""
     process = subprocess.run([sys.executable, "-X", "dev", "-c", script], capture_output=True, text=True,
-                             cwd=path.parent, env=os.environ | {"PYTHONPATH": str(ROOT)})
+                             cwd=path.parent, env=os.environ | {"PYTHONPATH": f"{ours}{os.pathsep}{ROOT}"})
     expected = "" if process.returncode == -9 else "failed ['file.npz']\n"
     assert (process.stdout, process.stderr) == (expected, "") and path.read_bytes() == good
     save_checkpoint(path, *model(), step=9)

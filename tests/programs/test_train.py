@@ -73,7 +73,6 @@ def test_checkpoints_hold_the_best_and_the_last_state(call, succeeded, tmp_path)
 def test_a_second_run_moves_the_first_one_aside(call, succeeded, refused, trained, tmp_path):
     """Files that are not ours stay; an impossible run moves nothing."""
     out = shutil.copytree(trained[0], tmp_path / "out")
-    (out / "flow").mkdir()  # pictures of it
     (out / "notes.md").write_text("mine")
     before = {name: (out / name).read_bytes() for name in FILES}
     refused(call("train_char.py", "--context", 10**5, "--out", out))
@@ -82,7 +81,7 @@ def test_a_second_run_moves_the_first_one_aside(call, succeeded, refused, traine
         assert f"previous-{number}" in succeeded(call("train_char.py", "--iters", 2, "--out", out))
         assert {name: (out / f"previous-{number}" / name).read_bytes() for name in before} == before
         before = {name: (out / name).read_bytes() for name in FILES[:3]}
-    assert (out / "previous-1" / "flow").exists() and not (out / "flow").exists() and (out / "notes.md").exists()
+    assert (out / "notes.md").exists()
 
 def test_files_of_others_are_never_moved(call, succeeded, refused, tmp_path):
     for name in ("explorer.html", "log.csv"):
@@ -172,7 +171,7 @@ def test_a_run_goes_on_when_nobody_reads(text, plain, tmp_path, how):
     ("UTF-16", lambda path: path.write_text(TEXT, "utf-16"), "iconv -f UTF-16 -t UTF-8"),
     ("in 'quotes'", lambda path: path.write_text("é" * 99, "latin-1"), "iconv -f WINDOWS-1252 -t UTF-8 '"),
     ("folder", lambda path: path.mkdir(), "no UTF-8 text in"),
-    ("endless", lambda path: path.symlink_to("/dev/zero"), "is larger than")])
+    ("endless", lambda path: path.symlink_to("/dev/zero"), "GB, or endless")])
 def test_bad_texts(call, refused, tmp_path, monkeypatch, name, make, message):
     monkeypatch.setattr(texts, "MOST_BYTES", 10_000)
     make(bad := tmp_path / name)
