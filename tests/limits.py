@@ -20,11 +20,8 @@ def words(name: str) -> int:
 
 ROWS = [  # what, how much, at most
     ("lines at the root, without the GPU's", lines("*.py") - lines(*GPU[:2]), 1900),
-    ("lines of train_char.py", lines("train_char.py"), 290),
-    ("lines of cli.py", lines("cli.py"), 120),
-    ("lines of parallel.py", lines("parallel.py"), 85),
-    ("lines of checkpoint.py", lines("checkpoint.py"), 100),
-    ("lines of training.py", lines("training.py"), 110),
+    *((f"lines of {name}", lines(name), most) for name, most in (
+        ("train_char.py", 290), ("cli.py", 120), ("parallel.py", 85), ("checkpoint.py", 100), ("training.py", 110))),
     (f"lines of {', '.join(GPU)}", lines(*GPU), 1050),
     ("lines of Python in experiments", lines("experiments/**/*.py"), 2400),
     ("lines of bench_gpu.py", lines("experiments/bench_gpu.py"), 250),

@@ -1,6 +1,6 @@
-"""The geometry: the wedge product, contraction, unit areas.
+"""The geometry: the wedge product and unit areas.
 
-The exercises and the tutorial test what they show of planes. One wedge for all offsets: test_model.py.
+The exercises and the tutorial test what they show of planes. One wedge for all offsets, contraction: test_model.py.
 """
 
 import itertools
@@ -8,8 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-import grassmann as G
-from grassmann import contract, plucker, unit_area_backward, unit_area_forward
+from grassmann import plucker, unit_area_backward, unit_area_forward
 
 def wedge(u, v):
     """u ∧ v by its definition, one coordinate after the other: (0,1), (0,2), …, (1,2), …"""
@@ -30,19 +29,6 @@ def test_plucker_is_the_definition_and_exactly_antisymmetric(rng, leading, r, dt
     for place in np.ndindex(leading):
         np.testing.assert_array_equal(p[place], wedge(u[place], v[place]))
     np.testing.assert_array_equal(p, -plucker(v, u))
-
-@pytest.mark.parametrize("chunk", [1, 4, 64])
-def test_contraction_with_the_planes_so_far(rng, chunk):
-    """Token by token, by the coordinates of the sum of the planes, as a matrix; which is antisymmetric."""
-    x, a, b = rng.standard_normal((3, 2, 13, 5))
-    start = rng.standard_normal((2, 5, 5))
-    start -= start.swapaxes(1, 2)
-    out, last = contract(x, a, b, start, chunk)
-    M, (i, j) = np.zeros((5, 5)), G.pairs(5)
-    for row, t in np.ndindex(2, 13):
-        M[i, j] = plucker(a[row, : t + 1], b[row, : t + 1]).sum(0)
-        np.testing.assert_allclose(out[row, t], x[row, t] @ (start[row] + M - M.T), rtol=0, atol=1e-12)
-    np.testing.assert_allclose(last[1], start[1] + M - M.T, rtol=0, atol=1e-12)
 
 def pair_at_angle(rng, angle, dtype, r=5):
     """u and v, of different lengths between 0.1 and 10, at this angle."""

@@ -111,9 +111,8 @@ def test_a_run_is_training_by_hand(monkeypatch, changes):
     assert diverged["curve"][-1][0] == 1 and compare.final(diverged) == math.inf
 
 @pytest.mark.parametrize("change", [
-    {"iters": 30}, {"batch_size": 5}, {"weight_decay": 0.2}, {"grad_clip": 2.0}, {"dropout": 0.2},
-    {"context": 9}, {"normalize": True}, {"offsets": ((1,), (2,))}, {"rank": 6}, {"block": "paper"},
-    {"memory": True}, {"larger": ("W_red",)}, {"data": "another text"}, {"seed": 1}])
+    {"iters": 30}, {"grad_clip": 2.0}, {"context": 9}, {"normalize": True}, {"offsets": ((1,), (2,))},
+    {"block": "paper"}, {"memory": True}, {"larger": ("W_red",)}, {"data": "another text"}, {"seed": 1}])
 def test_other_settings_are_another_run(change):
     spec = trial_with(**change).spec
     assert compare.digest(spec) != compare.digest(trial_with().spec)
@@ -130,9 +129,8 @@ FAR = Question(8, "Far", "How far?", [(f"{task}, far", {"data": task}) for task 
 def program(tmp_path, monkeypatch, capsys):
     """Run main() on a small text, with tiny models and three questions: the labels it trained."""
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    small = {"BASE": compare.BASE | TINY, "QUESTIONS": [ONE, TWO, FAR]}
-    for name, value in small.items():
-        monkeypatch.setattr(compare, name, value)
+    monkeypatch.setattr(compare, "BASE", compare.BASE | TINY)
+    monkeypatch.setattr(compare, "QUESTIONS", [ONE, TWO, FAR])
 
     def run(*options, jobs: int = 1, error: int = 0) -> list[str]:
         trained, fixed = [], ["--data", tmp_path / "text.txt", "--out", run.out, "--jobs", jobs]
@@ -231,12 +229,11 @@ def test_stopped_from_outside(tmp_path, victim):
     assert program.returncode == 130 and "\nstopped; " in error and error.strip().count("\n") == 0
 
 @pytest.mark.parametrize("options, reason", [
-    (["--only", 19], "--only"), (["--jobs", -1], "--jobs"),
-    (["--data", "absent.txt"], "absent.txt"), (["--data", "empty.txt"], "text has 0 characters")])
+    ("--only 19", "--only"), ("--jobs -1", "--jobs"), ("--data empty.txt", "text has 0 characters")])
 def test_options_that_make_no_sense_get_one_line(program, options, reason, tmp_path, monkeypatch):
     (tmp_path / "empty.txt").touch()
     monkeypatch.chdir(tmp_path)
-    program(*options, error=2)
+    program(*options.split(), error=2)
     assert program.error.count("\n") == 1 and reason in program.error
 
 # ---- answers and tables --------------------------------------------------------------------------
@@ -289,7 +286,7 @@ HEAD, *SECTIONS = (RESULTS / "compare.md").read_text(encoding="utf-8").strip().s
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.partition("\n")[0])
 def test_the_tables_in_results_follow_from_the_runs(tmp_path, monkeypatch, section):
-    """Every number; losses, bits, gaps and parameters once more by hand."""
+    """Every number; shares of right answers once more by hand."""
     shutil.copy(RESULTS / "runs.jsonl", tmp_path)
     lab = Laboratory(tmp_path / "runs.jsonl", "shakespeare")
     lab.texts = {which: replace(text_of(np.zeros(99, int), vocab_size=size), sha256=sha256)
@@ -304,17 +301,9 @@ def test_the_tables_in_results_follow_from_the_runs(tmp_path, monkeypatch, secti
     counted = lab.counting(question) if question.ngrams else None
     table = tasks.table(rows) if question.tasks else compare.loss_table(question, rows, counted)
     assert section.endswith("\n\n" + compare.markdown(table))
-    first = np.mean([run["test"] for run in rows[0].results])
-    for cells, row in zip(table[counted is not None :], rows, strict=True):
-        test, chosen_on = (np.mean(of, 0) for of in zip(*((run["test"], run["curve"][-1][1]) for run in row.results), strict=True))
-        if question.tasks:
-            assert [cell.split()[0] for cell in [*cells.values()][3:]] == [f"{100 * share:.0f}%" for share in test]
-            continue
-        _, _, nats, bits, validation, parameters, _, gap = cells.values()
-        assert (nats.split()[0], validation) == (f"{test:.3f}", f"{chosen_on:.3f}")
-        assert parameters == f"{count_params(Trial(row.results[0]['spec'])):,}"
-        assert gap == ("" if row is rows[0] else f"{100 * (math.exp(test) / math.exp(first) - 1):+.1f}%")
-        assert question.text is not None or bits == f"{math.log2(math.e) * test:.3f}"
+    for cells, row in zip(table, rows if question.tasks else [], strict=question.tasks):
+        shares = np.mean([run["test"] for run in row.results], 0)
+        assert [cell.split()[0] for cell in [*cells.values()][3:]] == [f"{100 * share:.0f}%" for share in shares]
 
 def table(text: str, corner: str = ".*") -> list[list[str]]:
     """The rows of the first table with this first cell, heading first."""

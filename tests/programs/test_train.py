@@ -137,8 +137,8 @@ def test_commands_run_as_they_are_printed(program, text, succeeded, plain, tmp_p
     assert load_checkpoint(tmp_path / options[-1] / "last.npz")[2]["step"] == 4  # twice as many
 
 def test_a_library_import_changes_nothing():
-    check = "import os, sys; env = dict(os.environ); import training, checkpoint, text; " \
-            "assert env == os.environ and sys.excepthook is sys.__excepthook__ and 'cli' not in sys.modules"
+    check = "import os, sys; env = dict(os.environ); import training, checkpoint, text; assert 'cli' not in sys.modules;" \
+            "import cli, parallel; assert env == os.environ and sys.excepthook is sys.__excepthook__"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
 
 def test_ctrl_c_in_the_final_sample(call, tmp_path, monkeypatch):
