@@ -209,8 +209,9 @@ def test_what_has_no_flow_is_refused_in_one_sentence(tmp_path):
 def test_the_text_held_out_is_found_or_asked_for(tmp_path):
     text = "x" * 9000 + "first\n\n   second paragraph" + "y" * 974
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    named = {"settings": {"data": [str(tmp_path / "text.txt")]}}  # as train_char.py writes it: a list
-    for extra in ({}, {"text_sha256": hashlib.sha256(text.encode()).hexdigest()}, {"settings": {"data": str(tmp_path)}}):
+    named = {"settings": {"data": [str(tmp_path / "text.txt")]}}  # a list: so train_char.py writes it
+    same = {"text_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    for extra in ({}, same, {"settings": {"data": str(tmp_path)}}):
         assert F.text_of_run("c", named | extra) == "second paragraph" + "y" * 974
     for settings in (3, {}, *({"data": name} for name in (5, os.devnull, [str(tmp_path / "no")], "\0"))):
         with pytest.raises(ValueError, match=r"here \(there is no file .*\); give one with --text"):
