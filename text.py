@@ -23,7 +23,7 @@ from grassmann import Array, UserError, check
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 MOST_BYTES = 1 << 30  # of one file
-WRITTEN = "best.npz", "last.npz", "log.csv", "loss.png", "explorer.html", "flow"  # by the programs, into a run's folder
+WRITTEN = "best.npz", "last.npz", "log.csv", "loss.png", "explorer.html"  # by the programs, into a run's folder
 
 @dataclass(frozen=True)
 class Corpus:
@@ -97,7 +97,7 @@ def read_file(path: Path) -> str:
     """A UTF-8 file, without a byte order mark, its line ends as \\n. Raises UserError."""
     try:
         fine = not path.is_char_device() and path.stat().st_size <= MOST_BYTES  # a device may never end
-        check(fine, f"{path} is larger than {MOST_BYTES >> 30} GB")
+        check(fine, f"{path} is larger than {MOST_BYTES >> 30} GB, or endless")
         return path.read_bytes().decode("utf-8", "surrogatepass").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         code = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"

@@ -1,9 +1,5 @@
-"""How much there is to read, against the limits that this project keeps: python tests/limits.py
+"""How much there is to read, against this project's limits: python tests/limits.py (exit code 1: more than that)"""
 
-Exit code 1 if there is more.
-"""
-
-import re
 import sys
 from pathlib import Path
 
@@ -14,17 +10,10 @@ def lines(*patterns: str) -> int:
     """The lines of all files that fit a pattern."""
     return sum(len(path.read_bytes().splitlines()) for pattern in patterns for path in ROOT.glob(pattern))
 
-def words(name: str) -> int:
-    """The words of a page, without its code blocks."""
-    return len(re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE).split())
-
 ROWS = [  # what, how much, at most
     ("lines at the root, without the GPU's", lines("*.py") - lines(*GPU[:2]), 1900),
-    ("lines of train_char.py", lines("train_char.py"), 290),
-    ("lines of cli.py", lines("cli.py"), 120),
-    ("lines of parallel.py", lines("parallel.py"), 85),
-    ("lines of checkpoint.py", lines("checkpoint.py"), 100),
-    ("lines of training.py", lines("training.py"), 110),
+    *((f"lines of {name}", lines(name), most) for name, most in (
+        ("train_char.py", 290), ("cli.py", 120), ("parallel.py", 85), ("checkpoint.py", 100), ("training.py", 110))),
     (f"lines of {', '.join(GPU)}", lines(*GPU), 1050),
     ("lines of Python in experiments", lines("experiments/**/*.py"), 2400),
     ("lines of bench_gpu.py", lines("experiments/bench_gpu.py"), 250),
@@ -35,5 +24,4 @@ ROWS = [  # what, how much, at most
 if __name__ == "__main__":
     for what, found, most in ROWS:
         print(f"{found:6,} of {most:6,} {what}{'   TOO MANY' * (found > most)}")
-    print(", ".join(f"{name}: {words(name):,} words" for name in ("README.md", "tutorial.md", "experiments/README.md")))
     sys.exit(any(found > most for _, found, most in ROWS))

@@ -21,9 +21,7 @@ def document(page) -> str:
     return page.read_text(encoding="utf-8")
 
 def same(printed: str, shown: str) -> bool:
-    """The same words, and the same numbers to a unit of the last digit shown; those with an exponent,
-    which are errors, in their order of magnitude.
-    """
+    """The same words and numbers, to a unit of the last digit shown; errors, which have an exponent, roughly."""
     def near(a, b):
         if "e" in b:
             return 1 / 30 < float(a) / float(b) < 30
@@ -48,8 +46,7 @@ def test_every_block_prints_what_the_page_shows(document):
         assert same(printed.getvalue(), shown), f"shown:\n{shown}\nprinted:\n{printed.getvalue()}"
 
 def test_what_is_named_in_backticks_exists(document):
-    """Files, flags, names with an underscore, as words of the source or of the page's own code; and
-    pairs of functions."""
+    """Files, pairs of functions, flags and names with an underscore, in the source or the page's own code."""
     files = [file for pattern in ("*.py", "*.cu", "experiments/**/*.py", "tests/**/*.*")
              for file in ROOT.glob(pattern) if file.suffix in (".py", ".cu", ".h")]
     known = {file.name for file in files}

@@ -10,20 +10,11 @@ from experiments.layer_checks import check_layer, load_layer
 
 START = Path(__file__).parent.parent / "docs" / "my_layer.py"
 
-@pytest.fixture
-def checked(monkeypatch, tmp_path):
-    def checked(old: str, new: str) -> None:
-        """Load and check the file with one change."""
-        source = START.read_text(encoding="utf-8")
-        assert source.count(old) == 1
-        layer = tmp_path / "mine.py"
-        layer.write_text(source.replace(old, new), encoding="utf-8")
-        monkeypatch.setattr(G, "MIXERS", G.MIXERS.copy())
-        check_layer(load_layer(layer))
-    return checked
-
-def test_the_models_own_layers_and_the_file_to_start_from_pass(monkeypatch):
+@pytest.fixture(autouse=True)
+def no_layer_stays(monkeypatch):
     monkeypatch.setattr(G, "MIXERS", G.MIXERS.copy())
+
+def test_the_models_own_layers_and_the_file_to_start_from_pass():
     mixer = load_layer(START)
     assert mixer == f"my_layer.py#{hashlib.sha256(START.read_bytes()).hexdigest()[:8]}"
     for name in ("grassmann", "attention", mixer):
@@ -43,9 +34,13 @@ def test_the_models_own_layers_and_the_file_to_start_from_pass(monkeypatch):
     ("import numpy", "import nonsense", "mine.py, line 8: ModuleNotFoundError: No module named 'nonsense'"),
     ("z * s,", "z * s *,", r"mine.py: SyntaxError: invalid syntax \(mine.py, line \d+\)"),
 ])
-def test_what_is_wrong_is_said(checked, old, new, said):
+def test_what_is_wrong_is_said(tmp_path, old, new, said):
+    """Of the file with one change."""
+    source, layer = START.read_text(encoding="utf-8"), tmp_path / "mine.py"
+    assert source.count(old) == 1
+    layer.write_text(source.replace(old, new), encoding="utf-8")
     with pytest.raises(G.UserError, match=said) as error:
-        checked(old, new)
+        check_layer(load_layer(layer))
     assert "Error" not in said or error.value.__cause__ is not None
 
 def test_what_is_no_python_file_is_refused():

@@ -29,8 +29,7 @@ def test_adamw_is_the_formula(rng, given):
                 np.testing.assert_allclose(found[name], value, rtol=1e-12)
     assert params["W"] is same[0] and params["b"] is same[1]
 
-@pytest.mark.parametrize("size", [1, 1e-30, 1e30])
-@pytest.mark.parametrize(("max_norm", "clipped"), [(5, 5), (20, 13)])
+@pytest.mark.parametrize(("size", "max_norm", "clipped"), [(1, 5, 5), (1, 20, 13), (1e-30, 5, 5), (1e30, 20, 13)])
 def test_clip_grads(size, max_norm, clipped):
     """(3, 4) and 12 have together the norm 13; all are scaled alike, in place, or not at all."""
     same = [np.float32([[3, 4]]) * size, np.float32([12, 0]) * size]
@@ -55,8 +54,6 @@ def test_a_batch_is_windows_of_the_text_drawn_from_seed_and_step():
     assert x.shape == (3000, 5) and (np.diff(x) == 3).all() and (y == x + 3).all()
     counts = np.bincount(x[:, 0] // 3)
     assert len(counts) == 15 and np.abs(counts - 200).max() < 60  # four standard deviations
-    np.random.seed(0)  # no other state counts
-    np.testing.assert_array_equal(x, G.get_batch(np.arange(20) * 3, 3000, 5, seed=5, step=2)[0])
     for seed, step in [(5, 3), (6, 2), (2, 5), (4, 3)]:
         assert (x != G.get_batch(np.arange(20) * 3, 3000, 5, seed, step)[0]).any()
     assert (G.get_batch(np.arange(6), 3, 5, 0, 0)[0] == range(5)).all()
@@ -77,29 +74,17 @@ def test_validation_takes_every_target_once(tiny_model, length):
     model, text = tiny_model(positions=True), np.random.default_rng(1).integers(0, 11, length)
     total = 0.0
     for start in range(0, length - 1, 9):
-        x, y = text[start : min(start + 9, length - 1)], text[start + 1 : start + 10]
-        p = np.exp(G.forward(*model, x[None])[0])
-        total -= np.log(p[np.arange(len(y)), y] / p.sum(-1)).sum()
+        x, y = text[None, start : min(start + 9, length - 1)], text[None, start + 1 : start + 10]
+        total += y.size * G.loss_and_grads(*model, x, y)[0]
     found = G.validation_loss(*model, text, lambda f, items: training.in_threads(f, items, 2))
     assert found == pytest.approx(total / (length - 1), rel=1e-12)
     with pytest.raises(G.UserError, match="1 tokens are too few"):
         G.validation_loss(*model, text[:1])
 
-@pytest.mark.parametrize("shape", [(4, 6), (3, 5), (1, 1)])  # rows of an even or an odd length
-def test_rows_of_a_batch_get_what_the_whole_batch_gets(shape):
-    """From one generator's numbers, in several arrays one after the other."""
-    rng = np.random.default_rng([3, 4, 1])
-    whole = [rng.random((5, *shape), np.float32) for _ in range(4)]
-    for first, last in ((0, 5), (0, 2), (1, 4), (4, 5)):
-        draw = G.draw_rows([3, 4, 1], first, 5)
-        for array in whole:
-            np.testing.assert_array_equal(draw((last - first, *shape)), array[first:last])
-
 @pytest.mark.parametrize("threads", [0, 1, 3])
-@pytest.mark.parametrize("shard_tokens", [1, 20, 4096])
-@pytest.mark.parametrize("B", [1, 5])
+@pytest.mark.parametrize(("B", "shard_tokens"), [(1, 1), (1, 4096), (5, 1), (5, 20), (5, 4096)])
 def test_shards_and_threads_change_nothing_but_rounding(
-        tiny_model, batch, relative_error, monkeypatch, threads, shard_tokens, B):
+        tiny_model, batch, relative_error, monkeypatch, threads, B, shard_tokens):
     """The masks are the whole batch's. And with as many threads it repeats bit for bit."""
     monkeypatch.setattr(training, "SHARD_TOKENS", shard_tokens)
     model = tiny_model(dropout=0.3, d_model=7)
@@ -140,5 +125,3 @@ def test_wrong_settings_get_a_sentence(tiny_model, batch):
             Training(**changes)
     with pytest.raises(G.UserError, match="threads must be 1 or more"):
         training.loss_and_grads(G, *tiny_model(), *batch(2), None, -1)
-    with pytest.raises(G.UserError, match="one shape"):
-        training.loss_and_grads(G, *tiny_model(), batch(2)[0], batch(2)[1][:, 1:], None, 1)

@@ -12,7 +12,6 @@ import pytest
 import grassmann
 from experiments import bench, common
 from experiments import bench_models as models
-from experiments.common import markdown
 from grassmann import Config
 from text import Corpus
 from training import Training
@@ -20,9 +19,8 @@ from training import Training
 PAPER = {"taps": False, "normalize": True, "positions": True}
 SIX = ((1, 2, 4, 8, 12, 16),) * 3
 SIZES = {"n_layer": 2, "d_model": 16, "rank": 4, "context": 24}
-IN_TORCH = {"w": "weight", "b": "bias", "E": "E.weight", "P": "P.weight", "W_1": "0.weight",
-            "b_1": "0.bias", "W_2": "2.weight", "b_2": "2.bias", "b_red": "red.bias",
-            "b_gate": "gate.bias"}
+IN_TORCH = {"w": "weight", "b": "bias", "E": "E.weight", "P": "P.weight", "W_1": "0.weight", "b_1": "0.bias",
+            "W_2": "2.weight", "b_2": "2.bias", "b_red": "red.bias", "b_gate": "gate.bias"}
 IN_TORCH |= {f"W_{name}": f"{name}.weight" for name in ("red", "plu", "gate", "qkv", "out")}
 
 def need_torch():
@@ -39,12 +37,6 @@ def tiny(threads: int = 1, quick: bool = False, **training) -> bench.Setup:
     tokens = np.random.default_rng(0).integers(0, 7, 1000).astype(np.uint8)
     corpus = Corpus("", [*range(7)], tokens[:900], tokens[900:], 0)
     return bench.Setup(corpus, threads, quick, Training(**{"batch_size": 3} | training), SIZES)
-
-def random_params(config: Config) -> dict:
-    """Weights of ordinary size, so that no branch is negligible; the GPT has no biases."""
-    rng, biased = np.random.default_rng(0), config.mixer != "attention"
-    return {name: 0.5 * rng.standard_normal(shape) * (biased or ".b" not in name)
-            for name, shape in grassmann.param_shapes(config).items()}
 
 def copy_weights(params: dict, model) -> None:
     """grassmann.py's into a PyTorch model, whose Linears keep their matrices transposed."""
@@ -88,11 +80,13 @@ def test_sizes_of_the_gpt():
 @pytest.mark.parametrize("config", [
     Config(7, 24, 3, 16, 5), Config(7, 24, 3, 16, 5, SIX), Config(7, 24, 3, 16, 5, **PAPER),
     Config(7, 24, 3, 16, 5, SIX, **PAPER), Config(7, 24, 3, 16, mixer="attention", positions=True)])
-def test_pytorch_computes_our_models(config):
+def test_pytorch_computes_our_models(ordinary_params, config):
     """The same logits with the same weights, for tokens without a partner and repeated letters too;
     those of the GPT, once its GELU is not exact, also with its cache."""
     torch = need_torch()
-    model, params = bench.Model(config), random_params(config)
+    model, params = bench.Model(config), ordinary_params(config)
+    for name in params:  # the GPT has no biases
+        params[name] *= config.mixer != "attention" or ".b" not in name
     assert bench.n_parameters(config) == sum(p.numel() for p in model.parameters())
     copy_weights(params, model)
     for block in model.blocks:
@@ -107,14 +101,14 @@ def test_pytorch_computes_our_models(config):
             np.testing.assert_allclose(torch.cat(steps, 1), expected[:, :14], rtol=0, atol=1e-10)
 
 @pytest.mark.parametrize(("grad_clip", "tolerance"), [(1e9, 1e-10), (1.0, 1e-6)])
-def test_both_sides_train_alike(grad_clip, tolerance):
+def test_both_sides_train_alike(ordinary_params, grad_clip, tolerance):
     """Ten steps in float64 from the same weights lead to the same weights. (Clipping differs by
     design: PyTorch divides by norm + 1e-6, we divide by the norm.)"""
     need_torch()
     setup = tiny(grad_clip=grad_clip, warmup_iters=3, iters=10, lr=1e-2)
     config = setup.config(**PAPER)
     ours, theirs = bench.Ours(setup, config), bench.Theirs(setup, config)
-    ours.params = random_params(config)
+    ours.params = ordinary_params(config)
     ours.optimizer = grassmann.adamw_init(ours.params)
     copy_weights(ours.params, theirs.model)
     for _ in range(10):
@@ -144,7 +138,7 @@ def test_gpt_writer_reads_its_context(monkeypatch):
     (bench.step, 6, 10), (bench.generation, 1, 2)])
 def test_sections_that_compare(section, n_rows, dashes, has_torch, capsys):
     rows = section(tiny(threads=2, quick=True))
-    print(markdown(rows))
+    print(common.markdown(rows))
     assert len(rows) == n_rows
     assert capsys.readouterr().out.count("–") == (0 if has_torch else dashes)
 
@@ -158,15 +152,13 @@ def test_race(has_torch):
 
 def test_length(monkeypatch):
     """Lengths of 64 and 256 in 1,024 tokens, all of them read, with attention only as far as its tables go."""
-    read, stream_read = Counter(), bench.grassmann.stream_read
-    monkeypatch.setattr(bench.grassmann, "stream_read",
-                        lambda *args: read.update([len(args[-1])]) or stream_read(*args))
+    read, stream_read = Counter(), grassmann.stream_read
+    monkeypatch.setattr(grassmann, "stream_read", lambda *args: read.update([len(args[-1])]) or stream_read(*args))
     rows = bench.length(tiny(threads=3), tokens=1024, longest_table=128)
     assert [(row["length"], row["windows"]) for row in rows] == [(64, 16), (256, 4)]
     assert [math.isnan(row["attention"]) for row in rows] == [False, True]
     assert rows[0]["grassmann x"] == rows[0]["memory x"] == 1 != rows[1]["memory x"]
     assert rows[0]["reading x"] == 1 != rows[1]["reading x"] and read.keys() == {64, 256} and read[64] == 4 * read[256]
-
 
 @pytest.mark.parametrize(("options", "error"), [
     ("--only speed", "speed"), ("--data short.txt", "characters"), ("--threads 0", "threads"),

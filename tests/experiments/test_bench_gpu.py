@@ -1,5 +1,6 @@
 """The benchmark on a GPU, without one: PyTorch on the CPU, gpu.py on the CPU stand-in."""
 
+import itertools
 import platform
 import shutil
 
@@ -14,7 +15,8 @@ from text import Corpus
 SIZES = {"n_layer": 2, "d_model": 16, "rank": 4, "context": 24}
 TEXT = np.random.default_rng(0).integers(0, 11, 600).astype(np.uint8)
 SETUP = Setup(Corpus("", [*range(11)], TEXT, TEXT, 0), 1, True, sizes=SIZES)
-needs_compiler = pytest.mark.skipif(not shutil.which("g++") or platform.libc_ver()[0] != "glibc", reason="no g++ with glibc")
+HAS_COMPILER = shutil.which("g++") and platform.libc_ver()[0] == "glibc"
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no g++ with glibc")
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_pytorch_in_every_precision(broken, monkeypatch, capsys):
@@ -26,9 +28,8 @@ def test_pytorch_in_every_precision(broken, monkeypatch, capsys):
         monkeypatch.setattr(bench_gpu, name, value)
     for by in ("eager", "compiled"):
         rows = [*bench_gpu.theirs(SETUP, "laptop", by)]
-        expected = [] if broken and by == "compiled" else [(precision, model) for precision in ("bfloat16", "tf32", "float32")
-                                                           for model in ("default", "GPT", "paper's layer")]
-        assert [(row["precision"], row["model"]) for row in rows] == expected
+        every = itertools.product(("bfloat16", "tf32", "float32"), ("default", "GPT", "paper's layer"))
+        assert [(row["precision"], row["model"]) for row in rows] == ([] if broken and by == "compiled" else [*every])
     assert (capsys.readouterr().out.count("compiled: ") == 9) == broken
     setup = bench_gpu.of_size(SETUP, "laptop")
     model = bench_gpu.OnGPU(setup, setup.config(), False, True)
@@ -45,9 +46,8 @@ def test_how_much_a_step_starts():
 @needs_compiler
 def test_a_report(tmp_path, monkeypatch, capsys):
     """Rehearsed: every section is printed and written when it is done, and one that lasts too long ends."""
-    ours, _ = bench_gpu.SECTIONS["laptop-ours"]
-    monkeypatch.setattr(bench_gpu, "SECTIONS", {name: (function, 600) for name, (function, _) in bench_gpu.SECTIONS.items()}
-                        | {"laptop-ours": (ours, 0.1)})
+    sections = {name: (run, 0.1 if name == "laptop-ours" else 600) for name, (run, _) in bench_gpu.SECTIONS.items()}
+    monkeypatch.setattr(bench_gpu, "SECTIONS", sections)
     bench_gpu.main(["rates", "laptop-ours", "training"], None, tmp_path, True)
     page = (tmp_path / "gpu-a-stand-in.md").read_text(encoding="utf-8")
     assert page == "# On a GPU\n" + capsys.readouterr().out

@@ -65,21 +65,12 @@ def test_a_plane_is_an_orthonormal_basis_of_what_it_spans_or_nan(rng):
 @pytest.mark.parametrize("angles", [(0, 1e-9), (1e-12, 1e-4), (0.3, 1.2), (0, np.pi / 2),
                                     (np.pi / 2 - 1e-9, np.pi / 2)])
 def test_small_angles_and_right_ones_are_exact(rng, angles):
-    Q = rotation(rng)
-    turned = np.cos(angles) * Q[:, :2] + np.sin(angles) * Q[:, 2:4]
-    assert np.allclose(F.principal_angles(Q[:, :2], turned), angles, rtol=1e-9, atol=2e-15)
-    assert np.isclose(F.distance(Q[:, :2], turned), np.hypot(*angles), rtol=1e-9, atol=2e-15)
-
-def test_distance_is_a_metric_that_knows_no_basis_sign_or_rotation(rng):
-    (u, v), (a, b, c, d) = rng.standard_normal((2, 2000, 7)), rng.standard_normal((4, 2000, 1))
-    A, B, Q = F.plane(u, v), planes(rng, 2000), rotation(rng)
-    for same in (F.plane(v, -u), F.plane(a * u + b * v, c * u + d * v), A[..., ::-1], -A):
-        assert F.distance(A, same).max() < 1e-11
-    C = np.concatenate([planes(rng, 1000), F.plane(*(A + 0.1 * B)[1000:].transpose(2, 0, 1))])
-    assert np.allclose(F.distance(A, B), F.distance(B, A), atol=1e-14)
-    assert (F.distance(A, B) <= F.distance(A, C) + F.distance(C, B) + 1e-14).all()
-    assert F.distance(A, B).max() <= np.pi / np.sqrt(2) and F.distance(A, B).min() > 0
-    assert np.allclose(F.distance(Q @ A, Q @ B), F.distance(A, B), atol=1e-13)
+    """Whatever the bases of the two planes, and in either order."""
+    Q, one, other = rotation(rng), rotation(rng, 2), rotation(rng, 2)
+    A, B = Q[:, :2] @ one, (np.cos(angles) * Q[:, :2] + np.sin(angles) * Q[:, 2:4]) @ other
+    for pair in ((A, B), (B, A)):
+        assert np.allclose(F.principal_angles(*pair), angles, rtol=1e-9, atol=2e-15)
+        assert np.isclose(F.distance(*pair), np.hypot(*angles), rtol=1e-9, atol=2e-15)
 
 @pytest.mark.parametrize("r", [2, 3, 4, 7, 12])
 def test_the_nearest_plane_of_a_plane_is_itself_and_no_other_is_nearer(rng, r):
@@ -175,11 +166,7 @@ def test_from_a_checkpoint_to_tables_of_the_text_held_out(tmp_path):
     printed, (params, config) = process.stdout, model()
     flow = F.read_flow(params, config, TEXT[-(len(TEXT) // 10) :].lstrip(), VOCAB)
     plain = F.read_flow(G.init_params(config), config, flow.text, VOCAB)
-    first, second, empty, count, *_ = printed.splitlines()
-    for i, sentence in enumerate((first, second)):  # the verdict comes first
-        (share,) = F.coastline(flow, i)[["step", "noise"]][:1]
-        assert sentence.startswith(f"Layer {i + 1}: ") and "flow, since a step" in sentence
-        assert f"is {share['step'] / share['noise']:.2f} of a step in random order" in sentence
+    *verdicts, empty, count = printed.splitlines()[:4]
     assert empty == "" and count.startswith(f"{len(flow.text)} characters")
     spaces, near = F.character_kinds(flow.text) == "space", {"atol": 0.0051, "rtol": 0}
     for name, where in (("all", spaces | True), ("space", spaces)):
@@ -187,21 +174,22 @@ def test_from_a_checkpoint_to_tables_of_the_text_held_out(tmp_path):
         assert np.allclose(printed_row(printed, name), means, **near)
     gates = printed_row(printed.split("| mean gate α at |")[1], "space")
     assert np.allclose(gates, flow.gate[:, spaces].mean(1, keepdims=True), **near)
-    for i in range(2):
+    for i, sentence in enumerate(verdicts):
         share = F.explained(flow.planes[i], np.array([*flow.text]))
-        assert printed_row(printed, "share of variance explained by the character")[i][0] == pytest.approx(share, abs=6e-4)
+        row = printed_row(printed, "share of variance explained by the character")
+        assert row[i][0] == pytest.approx(share, abs=6e-4)
         table = F.coastline(flow, i)
+        shares = table["step"] / table["noise"]
         for name, scale in {"ruler 4": "ruler", "block 4": "block", "word": "word"}.items():
-            row = table[(table["scale"] == scale) & ((table["size"] == 4) | (scale == "word"))]
-            share = row["step"] / row["noise"]
-            assert np.allclose(printed_row(printed, name)[i][0], share, **near)
+            row = (table["scale"] == scale) & ((table["size"] == 4) | (scale == "word"))
+            assert np.allclose(printed_row(printed, name)[i][0], shares[row], **near)
+        assert sentence.startswith(f"Layer {i + 1}: ") and "flow, since a step" in sentence
+        assert f"is {shares[0]:.2f} of a step in random order" in sentence
 
 def test_strange_texts_and_paths_that_stand_still_are_measured(tmp_path):
-    """What is a sign of markup, no words and lines to speak of."""
-    strange = "$x^2$ \\frac{ \t\0\ud800 \u4e2d \u200b %s _{^ $$ \n\r"
-    (tmp_path / "strange.txt").write_bytes(strange.encode("utf-8", "surrogatepass"))
-    path = save(tmp_path / "strange.npz", vocab=vocabulary(strange))
-    process = run_flow(path, "--file", tmp_path / "strange.txt")
+    strange, file = "$x^2$ \\frac{ \t\0\ud800 \u4e2d \u200b %s _{^ $$ \n\r", tmp_path / "strange.txt"
+    file.write_bytes(strange.encode("utf-8", "surrogatepass"))
+    process = run_flow(save(tmp_path / "strange.npz", vocab=vocabulary(strange)), "--file", file)
     assert (process.returncode, process.stderr) == (0, "")
 
 def test_what_has_no_flow_is_refused_in_one_sentence(tmp_path):
@@ -221,9 +209,9 @@ def test_what_has_no_flow_is_refused_in_one_sentence(tmp_path):
 def test_the_text_held_out_is_found_or_asked_for(tmp_path):
     text = "x" * 9000 + "first\n\n   second paragraph" + "y" * 974
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    named = {"settings": {"data": str(tmp_path / "text.txt")}}
-    for extra in ({}, {"text_sha256": hashlib.sha256(text.encode()).hexdigest()},
-                  {"settings": {"data": [str(tmp_path)]}}):  # as train_char.py writes it: a list
+    named = {"settings": {"data": [str(tmp_path / "text.txt")]}}  # a list: so train_char.py writes it
+    same = {"text_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    for extra in ({}, same, {"settings": {"data": str(tmp_path)}}):
         assert F.text_of_run("c", named | extra) == "second paragraph" + "y" * 974
     for settings in (3, {}, *({"data": name} for name in (5, os.devnull, [str(tmp_path / "no")], "\0"))):
         with pytest.raises(ValueError, match=r"here \(there is no file .*\); give one with --text"):

@@ -1,65 +1,47 @@
 """What the layer is compared with: gradients of mixers, nothing from the future, n-grams as written out."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import grassmann
 from experiments import mixers
+from experiments.layer_checks import check_layer
 from experiments.ngram import ngram_loss, orders
 
 mixers.install()
 
 @pytest.fixture(params=[name for name in mixers.MIXERS if name != "rescaled by 76"])  # 31 has its gradient, less steep
-def config(request, tiny_config):
-    return tiny_config(mixer=request.param, n_head=2, offsets=((1, 2), (1, 3)), positions=True)
+def mixer(request):
+    return request.param
 
-def test_gradients(config, ordinary_params, batch, check_gradients):
-    params, (x, y) = ordinary_params(config), batch(2)
+def test_gradients_are_right_and_nothing_sees_the_future(mixer):
+    """Both are asked before the layer must go on where a text ended, which all but one refuse."""
+    refused = pytest.raises(grassmann.UserError, match=r"not in parts: UserError: .* reads texts whole")
+    with nullcontext() if mixer == "rotary attention" else refused:
+        check_layer(mixer)
 
-    def loss():
-        return grassmann.cross_entropy_forward(grassmann.forward(params, config, x), y)[0]
-
-    _, grads = grassmann.loss_and_grads(params, config, x, y)
-    check_gradients(config.mixer, loss, params, grads)
-
-def test_offsets_differ_from_the_first_step(config):
-    """Taps start with 0.5, those of a second partner too; the 0.02 of matrices would hide what they multiply."""
+def test_offsets_differ_from_the_first_step(mixer):
+    """Taps start with 0.5; the 0.02 of matrices would hide what they multiply."""
+    config = grassmann.Config(65, mixer=mixer)
     taps = [value for name, value in grassmann.init_params(config).items() if "taps" in name]
     assert all(value.std() > 0.25 for value in taps)
 
 def test_how_large_features_are_at_first(monkeypatch, rng):
     """Beside the wedge's, in the last layer; the objections in experiments/README.md name it."""
     gate, tokens, sizes = grassmann.gate_forward, rng.integers(0, 65, (12, 64)), {}
-    for rank, names in ((32, ("grassmann", "outer product")), (64, ("sum", "learned planes", "one-sided product"))):
-        for name in names:
-            config = grassmann.Config(65, mixer=name, rank=rank, dropout=0.0)
-            mixers.scale_features(params := grassmann.init_params(config))
-            monkeypatch.setattr(grassmann, "gate_forward", lambda h, g, W, b, name=name: (
-                sizes.update({name: float(g.std())}), gate(h, g, W, b))[1])
-            grassmann.forward(params, config, tokens)
+    ranks = {"grassmann": 32, "outer product": 32, "sum": 64, "learned planes": 64, "one-sided product": 64}
+    for name, rank in ranks.items():
+        config = grassmann.Config(65, mixer=name, rank=rank, dropout=0.0)
+        mixers.scale_features(params := grassmann.init_params(config))
+        monkeypatch.setattr(grassmann, "gate_forward", lambda h, g, W, b, name=name: (
+            sizes.update({name: float(g.std())}), gate(h, g, W, b))[1])
+        grassmann.forward(params, config, tokens)
     wedge = sizes.pop("grassmann")
-    assert {name for name, size in sizes.items() if size > 0.6 * wedge} == {
-        "outer product", "sum"} and max(sizes.values()) < 1.5 * wedge
-
-def test_causality(config, ordinary_params):
-    params, x = ordinary_params(config), np.arange(18).reshape(2, 9) % 11
-    logits = grassmann.forward(params, config, x)
-    for t in range(8):
-        later = x.copy()
-        later[:, t + 1 :] = (later[:, t + 1 :] + 1) % 11
-        changed = np.abs(grassmann.forward(params, config, later) - logits).max(-1)
-        assert changed[:, : t + 1].max() < 1e-12 < 1e-3 < changed[:, t + 1].min()
-
-def test_it_writes_what_it_reads_or_refuses(config, ordinary_params):
-    params, tokens = ordinary_params(config), np.arange(9) % 11
-    stream = grassmann.stream_init(params, config)
-    if config.mixer != "rotary attention":
-        with pytest.raises(ValueError, match="reads texts whole"):
-            grassmann.stream_step(params, config, stream, 1)
-        return
-    for t, logits in enumerate(grassmann.forward(params, config, tokens[None])[0]):
-        one_by_one, stream = grassmann.stream_step(params, config, stream, tokens[t])
-        np.testing.assert_allclose(one_by_one, logits, rtol=1e-9)
+    assert {name for name, size in sizes.items() if size > 0.6 * wedge} == {"outer product", "sum"}
+    assert max(sizes.values()) < 1.5 * wedge
 
 def test_features_are_what_they_are_called(rng):
     """Learned planes are dot products with planes, and the one-sided product is the first of their two terms."""
@@ -73,14 +55,13 @@ def test_features_are_what_they_are_called(rng):
     np.testing.assert_allclose(products, np.outer(z, s))
     np.testing.assert_allclose(grassmann.plucker(z, s).ravel(), products[i, j] - products[j, i])
 
-def test_rescaled_is_the_layer_with_larger_projections(tiny_config, ordinary_params, batch):
-    unit = {"taps": False, "normalize": True, "block": "paper"}
-    config, (x, y) = tiny_config(**unit), batch(2)
-    params = ordinary_params(config)
+def test_rescaled_is_the_layer_with_larger_projections(tiny_model, batch):
+    params, config = tiny_model(taps=False, normalize=True, block="paper")
     larger = {name: value * (31 if "W_plu" in name else 1) for name, value in params.items()}
-    loss, grads = grassmann.loss_and_grads(params, tiny_config(**unit, mixer="rescaled by 31"), x, y)
-    assert loss == pytest.approx(grassmann.loss_and_grads(larger, config, x, y)[0], rel=1e-12)
-    assert grads.keys() == params.keys() and abs(loss - grassmann.loss_and_grads(params, config, x, y)[0]) > 1e-3
+    rescaled = replace(config, mixer="rescaled by 31")
+    same, loss, other = (grassmann.loss_and_grads(p, c, *batch(2))[0]
+                         for p, c in ((larger, config), (params, rescaled), (params, config)))
+    assert loss == pytest.approx(same, rel=1e-12) and abs(loss - other) > 1e-3
 
 @pytest.mark.parametrize("offsets, factor", [(None, 31), (((1, 2, 4, 8, 12, 16),) * 4, 76)])
 def test_messages_that_are_rescaled_are_as_long_as_without_normalising(rng, offsets, factor):
@@ -114,12 +95,11 @@ def test_ngrams_are_the_formula(rng, order, window):
     assert ngram_loss(train, test, order, V, window) == pytest.approx(np.mean(losses), rel=1e-12)
 
 @pytest.mark.parametrize("width", [1, 4, 5])
-def test_a_rotation_by_the_opposite_angle_undoes_it(rng, width):
-    x = rng.standard_normal((2, 3, 7, width))
-    turned = mixers.rotate(x)
-    np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-12)
-    np.testing.assert_allclose(mixers.rotate(turned, -1), x, rtol=1e-12)
-    assert width == 1 or not np.allclose(turned[:, :, 1:], x[:, :, 1:])
+def test_a_rotation_multiplies_complex_numbers(rng, width):
+    """By e^(it f), f = 10000^(-k / n) for the k-th of n; of an odd width the last coordinate stays."""
+    x, n = rng.standard_normal((2, 3, 7, width)), width // 2
+    turned = (x[..., :n] + 1j * x[..., n : 2 * n]) * np.exp(1j * np.outer(range(7), 10000.0 ** (-np.arange(n) / n)))
+    np.testing.assert_allclose(mixers.rotate(x), np.concatenate([turned.real, turned.imag, x[..., 2 * n :]], -1))
 
 def test_orders_end_where_contexts_have_no_numbers():
     for vocab_size, last in ((2, 7), (512, 7), (513, 6), (5000, 5)):

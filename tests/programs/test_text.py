@@ -30,7 +30,7 @@ def test_several_files_and_folders(tmp_path, capsys, monkeypatch):
     files = {"in/b.txt": b"b", "in/a/z.txt": b"z\n", "in/a/c.md": mark + b"c\r\n" + mark + b"\rd", "one.txt": b"1",
              "in/.git/config": b"no", "in/picture.png": b"\x89PNG", "in/log.csv": b"l", "in/large": bytes(99),
              "in/out/last.npz": b"PK\xff", "in/out/log.csv": b"no", "in/out/log.csv.tmp": b"no",
-             "in/out/flow/report.md": b"no", "in/out/previous-1/best.npz": b"", "in/out/previous-1/log.csv": b"no"}
+             "in/out/previous-1/best.npz": b"", "in/out/previous-1/log.csv": b"no"}
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
