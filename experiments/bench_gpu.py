@@ -59,7 +59,7 @@ def rates(setup: Setup) -> Iterator[dict]:
 
 def parity(setup: Setup) -> Iterator[dict]:
     """Parity with NumPy: python -m pytest -m gpu tests/gpu"""
-    which = ["-m", "gpu"] if DEVICE == "cuda" else ["-k", "test_op and linear"]
+    which = ["-m", "gpu"] if DEVICE == "cuda" else ["-m", "slow", "-k", "test_op and linear"]
     subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", *which], cwd=ROOT)
     yield from ()  # what pytest prints last are the notes
 

@@ -14,13 +14,9 @@ def stand_in():
 
 @pytest.fixture(scope="session")
 def on_gpu():
-    try:
-        import gpu
-    except ImportError:
-        pytest.skip("no GPU")
-    return gpu
+    return pytest.importorskip("gpu", reason="no GPU", exc_type=ImportError)
 
-@pytest.fixture(params=["stand_in", pytest.param("on_gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[pytest.param("stand_in", marks=pytest.mark.slow), pytest.param("on_gpu", marks=pytest.mark.gpu)])
 def gpu(request):
     module = request.getfixturevalue(request.param)
     yield module
@@ -56,10 +52,7 @@ def same():
 
 @pytest.fixture
 def model_and_batch(tiny_model, batch):
-    def make(dtype=np.float64, **changes):
-        params, config = tiny_model(dtype, **changes)
-        return config, params, *batch(5)
-    return make
+    return lambda **changes: (*tiny_model(**changes), *batch(5))
 
 @pytest.fixture
 def trained(rng):
