@@ -82,7 +82,7 @@ def floor(setup: Setup) -> Iterator[dict]:
             for step in range(3):  # the last: as all that follow
                 cuda_on_cpu.started.clear()
                 train_step(gpu, params, config, training, state, step, text)
-            calls, recorded = len(cuda_on_cpu.started), params.step.recorded["step"].graph.nodes
+            calls, recorded = len(cuda_on_cpu.started), params.step.graphs["step"].graph.nodes
             gradients = params.step.gradients  # those that come in parts; only a table points to them
             parts = sum((n + 1) * gradients[name].nbytes for name in gradients for _, place, _, n, _ in gradients.rows
                         if place == gradients.places[name])

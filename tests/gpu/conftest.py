@@ -16,7 +16,8 @@ def stand_in():
 def on_gpu():
     return pytest.importorskip("gpu", reason="no GPU", exc_type=ImportError)
 
-@pytest.fixture(params=[pytest.param("stand_in", marks=pytest.mark.slow), pytest.param("on_gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[pytest.param(name, marks=mark) for name, mark in
+                        [("stand_in", pytest.mark.slow), ("on_gpu", pytest.mark.gpu)]])
 def gpu(request):
     module = request.getfixturevalue(request.param)
     yield module
@@ -33,7 +34,7 @@ def set_precision(gpu):
 
 @pytest.fixture
 def same():
-    """Asserts ‖a - b‖ <= bound max(‖a‖, ‖b‖) for each array a of one result and b of the other; `Parts` are added."""
+    """Assert ‖a - b‖ <= bound max(‖a‖, ‖b‖) for each array a of one result and b of the other; `Parts` are added."""
     def check(ours, theirs, bound=0):
         if isinstance(ours, dict):
             assert ours.keys() == theirs.keys()

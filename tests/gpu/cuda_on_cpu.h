@@ -2,7 +2,7 @@
 //
 // Blocks run one after another. The threads of a block are fibers (stacks of their own, one runs at a time): each runs
 // until it waits in __syncthreads, __syncwarp or a warp operation, and goes on when all the others are there too. The
-// order changes from block to block: what works by luck in one order doesn't in the other. A warp operation that not all
+// order changes from block to block: what works by luck in one order fails in the other. A warp operation that not all
 // 32 lanes reach, or a barrier that not all threads of a block reach, is an error; on a GPU it is undefined.
 
 #include <setjmp.h>

@@ -80,8 +80,6 @@ def host(value):
 
 def device(value):
     """The reverse; what NumPy returns as a scalar is a 0-d array in CuPy."""
-    if isinstance(value, list):
-        return [*map(device, value)]
     return ndarray(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
 
 OPERATORS = ("add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd isub imul itruediv rpow and neg invert "
@@ -144,8 +142,8 @@ for _name in OPERATORS.split():
 
     setattr(Base, f"__{_name}__", _method)
 
-FUNCTIONS = "arange ascontiguousarray concatenate copyto empty_like exp maximum ones split sqrt stack tri where zeros zeros_like"
-for _name in FUNCTIONS.split():
+NAMES = "arange ascontiguousarray concatenate copyto empty_like exp maximum ones sqrt stack tri where zeros zeros_like"
+for _name in NAMES.split():
     globals()[_name] = function(getattr(np, _name))
 inf, finfo = np.inf, np.finfo
 
@@ -184,7 +182,8 @@ class RawModule:
         self.signatures = {name: [tuple(parameter.strip().rsplit(" ", 1)) for parameter in parameters.split(",")]
                            for name, parameters in kernels}  # (type, name) of each parameter
         source = HEADER.read_text() + code + "".join(f"LAUNCHER({name})\n" for name in self.signatures)
-        command = [COMPILER, *["-x", "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"], *options, "-", "-o"]
+        flags = ["-x", "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
+        command = [COMPILER, *flags, *options, "-", "-o"]
         if dry:
             return
         key = hashlib.sha256((source + str(command)).encode()).hexdigest()[:16]
@@ -206,7 +205,8 @@ class RawModule:
                 fine = type(value) is np.intp and value == 0  # the null pointer
                 if isinstance(value, ndarray) and pointer:
                     whole = value.host if value.flags.c_contiguous else value.host.base
-                    fine = value.dtype == dtype and whole.flags.c_contiguous and value.strides[-1:] in ((), (value.itemsize,))
+                    rows_contiguous = value.strides[-1:] in ((), (value.itemsize,))
+                    fine = value.dtype == dtype and whole.flags.c_contiguous and rows_contiguous
                     beside = -77.25 if dtype.kind == "f" else 1  # shows if it is read or changed
                     room = np.pad(whole.ravel(), GUARD, constant_values=beside)
                     room, *_ = guarded.setdefault(whole.ctypes.data, (room, whole, beside))
@@ -279,7 +279,8 @@ class Cublas:
         def stack(memory, stride, *how):
             return [matrix(ctypes.c_void_p(memory.value + i * stride.value * size), Atype, *how) for i in range(count)]
 
-        As, Bs, Cs = stack(A, strideA, m, k, lda, transa), stack(B, strideB, k, n, ldb, transb), stack(C, strideC, m, n, ldc)
+        As, Bs = stack(A, strideA, m, k, lda, transa), stack(B, strideB, k, n, ldb, transb)
+        Cs = stack(C, strideC, m, n, ldc)
 
         @np.errstate(all="ignore")  # a BLAS may compute with what lies beside a small matrix
         def multiply():

@@ -37,10 +37,10 @@ def test_names_of_the_model(stand_in):
 def test_every_name_is_one_of_cupy():
     """What the stand-in offers, and so what gpu.py uses, exists in the real library."""
     cupy = pytest.importorskip("cupy", reason="no CuPy")
-    names = cuda_on_cpu.FUNCTIONS + " array asarray empty finfo inf RawModule get_default_memory_pool"
+    names = (cuda_on_cpu.NAMES + " array asarray empty finfo inf RawModule get_default_memory_pool").split()
     operators = ["get", "set", *(f"__{name}__" for name in cuda_on_cpu.OPERATORS.split())]
     parts, runtime = vars(cuda_on_cpu.cuda).keys() - {"cublas"}, vars(cuda_on_cpu.cuda.runtime)
-    for module, found in [(cupy, names.split()), (cupy.ndarray, operators), (cupy.cuda, parts), (cupy.cuda.runtime, runtime)]:
+    for module, found in [(cupy, names), (cupy.ndarray, operators), (cupy.cuda, parts), (cupy.cuda.runtime, runtime)]:
         assert all(getattr(module, name) is not None for name in found)
     assert "__matmul__" not in vars(cupy.ndarray)  # it is inherited, so that ours can be taken away again
     assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)  # which the programs report
@@ -73,9 +73,8 @@ def test_the_stand_in_waits_as_a_gpu_does_and_refuses_what_cuda_does_not_define(
 def test_arrays_keep_to_their_side_and_new_memory_is_nan(stand_in):
     """What a recording allocates is new at every launch."""
     here, there = np.ones(3), cuda_on_cpu.ones(3)
-    for mix in [lambda: here + there, lambda: there + here, lambda: there.__iadd__(here), lambda: np.asarray(there),
-                lambda: np.exp(there), lambda: cuda_on_cpu.concatenate([here, there]), lambda: there[np.array([0])],
-                lambda: there.__setitem__(0, here[:1])]:
+    for mix in [lambda: here + there, lambda: there + here, lambda: np.asarray(there), lambda: np.exp(there),
+                lambda: cuda_on_cpu.stack([here, there]), lambda: there[here > 0], lambda: there.__setitem__(0, here)]:
         with pytest.raises((TypeError, ValueError)):
             mix()
     assert float(there.sum()) == 3 and np.isnan(cuda_on_cpu.empty(3).host).all()
@@ -266,7 +265,7 @@ def test_training_follows_the_cpu(gpu, same, tiny_config, trained, recwarn, chan
     our_losses, our_state = trained(gpu, config, ours, 12)
     assert np.allclose(our_losses, losses, rtol=bound) and len({*losses}) == 12
     same((ours, our_state), (params, state), 10 * bound)
-    assert isinstance(ours.step.recorded["step"], gpu.gpu_cuda.Graph) and not recwarn.list
+    assert isinstance(ours.step.graphs["step"], gpu.gpu_cuda.Graph) and not recwarn.list
 
 def test_the_graph_does_what_its_kernels_do(gpu, same, tiny_config, trained, monkeypatch):
     """With dropout, which draws other numbers than on the CPU. From the third step on no function is called."""
@@ -290,7 +289,7 @@ def test_all_that_a_step_depends_on(gpu, set_precision, tiny_config):
         for k in range(3):
             gpu.train_step(ours, config, Training(batch_size=size), states[a], k, texts[b])
         seen.append(ours.step)
-        assert isinstance(ours.step.recorded["step"], gpu.gpu_cuda.Graph)
+        assert isinstance(ours.step.graphs["step"], gpu.gpu_cuda.Graph)
     assert seen[0] is seen[1] and len({*map(id, seen)}) == 5
 
 @parametrize("name, change, error", [
@@ -328,7 +327,7 @@ def test_without_a_graph(gpu, same, tiny_config, trained, monkeypatch, when):
         return empty(shape, dtype)
 
     monkeypatch.setattr(gpu.cp, "empty", fails)
-    monkeypatch.setattr(gpu.gpu_cuda.Graph, "__del__", lambda graph: release(graph) or released.append(len(graph.memory)))
+    monkeypatch.setattr(gpu.gpu_cuda.Graph, "__del__", lambda g: release(g) or released.append(len(g.memory)))
     with (pytest.raises(KeyboardInterrupt) if when == "Ctrl-C"
           else pytest.warns(UserWarning, match="without a CUDA graph.*: the reason")):
         trained(gpu, config, ours, 5)
@@ -337,7 +336,7 @@ def test_without_a_graph(gpu, same, tiny_config, trained, monkeypatch, when):
     assert released == [0]
     monkeypatch.setattr(gpu.cp, "empty", empty)
     trained(gpu, config, ours, 3)
-    assert ours.step.recorded["step"]
+    assert ours.step.graphs["step"]
 
 @pytest.mark.gpu
 def test_memory_of_graphs_is_given_back(on_gpu, tiny_config):
@@ -358,12 +357,11 @@ def test_memory_of_graphs_is_given_back(on_gpu, tiny_config):
 
 # ---- arrays, validation, sampling, checkpoints -----------------------------------------------------------------------
 
-def test_arrays_in_one_buffer(gpu, same, rng):
+def test_arrays_in_one_buffer(gpu, rng):
     """Each begins at a multiple of 256 bytes, matrices first; between them nothing ever changes."""
     shapes = {"b": (5,), "W": (3, 25), "c": (64,), "V": (2, 2)}
     theirs = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     ours, grads = gpu.Flat(theirs), gpu.Flat(theirs)
-    same(ours, theirs)
     assert all((a.data.ptr - ours.buffer.data.ptr) % 256 == 0 for a in ours.values())
     assert (ours.matrices, ours.buffer.size) == (192, 320)
     gpu.clip_grads(grads, 0.1)
