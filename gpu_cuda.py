@@ -252,7 +252,7 @@ class Step:
 
     def __init__(self, key: tuple, params: Flat, inputs: int):
         self.key, self.gradients = key, Gradients(params)
-        self.inputs, self.recorded = cp.zeros(inputs, numpy.int64), {}  # words of 64 bits; function's name -> graph
+        self.inputs, self.graphs = cp.zeros(inputs, numpy.int64), {}  # words of 64 bits; function's name -> graph
 
     def send(self, *words: numpy.ndarray) -> None:
         """Copy the inputs to their place, with one call."""
@@ -262,14 +262,14 @@ class Step:
 
     def run(self, name: str, function: Callable):
         """function(): kernel by kernel in the first call, recorded in the second call, launched from then on."""
-        if name not in self.recorded:
-            self.recorded[name] = None
+        if name not in self.graphs:
+            self.graphs[name] = None
             return function()
-        if self.recorded[name] is None:
+        if self.graphs[name] is None:
             try:
-                self.recorded[name] = Graph(function)
+                self.graphs[name] = Graph(function)
                 self.gradients.fill_table()
             except (RuntimeError, MemoryError) as error:
-                self.recorded[name] = False
+                self.graphs[name] = False
                 warnings.warn(f"without a CUDA graph, kernel by kernel: {error}", stacklevel=3)
-        return (self.recorded[name] or function)()
+        return (self.graphs[name] or function)()

@@ -59,7 +59,7 @@ def rates(setup: Setup) -> Iterator[dict]:
 
 def parity(setup: Setup) -> Iterator[dict]:
     """Parity with NumPy: python -m pytest -m gpu tests/gpu"""
-    which = ["-m", "gpu"] if DEVICE == "cuda" else ["-k", "test_op and linear"]
+    which = ["-m", "gpu"] if DEVICE == "cuda" else ["-m", "slow", "-k", "test_op and linear"]
     subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", *which], cwd=ROOT)
     yield from ()  # what pytest prints last are the notes
 
@@ -82,7 +82,7 @@ def floor(setup: Setup) -> Iterator[dict]:
             for step in range(3):  # the last: as all that follow
                 cuda_on_cpu.started.clear()
                 train_step(gpu, params, config, training, state, step, text)
-            calls, recorded = len(cuda_on_cpu.started), params.step.recorded["step"].graph.nodes
+            calls, recorded = len(cuda_on_cpu.started), params.step.graphs["step"].graph.nodes
             gradients = params.step.gradients  # those that come in parts; only a table points to them
             parts = sum((n + 1) * gradients[name].nbytes for name in gradients for _, place, _, n, _ in gradients.rows
                         if place == gradients.places[name])

@@ -14,13 +14,10 @@ def stand_in():
 
 @pytest.fixture(scope="session")
 def on_gpu():
-    try:
-        import gpu
-    except ImportError:
-        pytest.skip("no GPU")
-    return gpu
+    return pytest.importorskip("gpu", reason="no GPU", exc_type=ImportError)
 
-@pytest.fixture(params=["stand_in", pytest.param("on_gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[pytest.param(name, marks=mark) for name, mark in
+                        [("stand_in", pytest.mark.slow), ("on_gpu", pytest.mark.gpu)]])
 def gpu(request):
     module = request.getfixturevalue(request.param)
     yield module
@@ -37,7 +34,7 @@ def set_precision(gpu):
 
 @pytest.fixture
 def same():
-    """Asserts ‖a - b‖ <= bound max(‖a‖, ‖b‖) for each array a of one result and b of the other; `Parts` are added."""
+    """Assert ‖a - b‖ <= bound max(‖a‖, ‖b‖) for each array a of one result and b of the other; `Parts` are added."""
     def check(ours, theirs, bound=0):
         if isinstance(ours, dict):
             assert ours.keys() == theirs.keys()
@@ -56,10 +53,7 @@ def same():
 
 @pytest.fixture
 def model_and_batch(tiny_model, batch):
-    def make(dtype=np.float64, **changes):
-        params, config = tiny_model(dtype, **changes)
-        return config, params, *batch(5)
-    return make
+    return lambda **changes: (*tiny_model(**changes), *batch(5))
 
 @pytest.fixture
 def trained(rng):

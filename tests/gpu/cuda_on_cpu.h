@@ -2,7 +2,7 @@
 //
 // Blocks run one after another. The threads of a block are fibers (stacks of their own, one runs at a time): each runs
 // until it waits in __syncthreads, __syncwarp or a warp operation, and goes on when all the others are there too. The
-// order changes from block to block: what works by luck in one order doesn't in the other. A warp operation that not all
+// order changes from block to block: what works by luck in one order fails in the other. A warp operation that not all
 // 32 lanes reach, or a barrier that not all threads of a block reach, is an error; on a GPU it is undefined.
 
 #include <setjmp.h>
@@ -41,7 +41,7 @@ struct Fiber {
 
 static std::deque<Fiber> fibers;  // reused from launch to launch
 static size_t threads, current;
-static Size grid, block, block_index;
+static Size block, block_index;
 static jmp_buf scheduler;
 static std::function<void()> body;
 static std::string error;
@@ -114,38 +114,31 @@ static void run_block(bool backwards) {
 }
 
 template <class... Args>
-const char* launch(void (*kernel)(Args...), Size g, Size b, void** args) {
-    grid = g, block = b, threads = size_t(b.x) * b.y;
+const char* launch(void (*kernel)(Args...), unsigned blocks, Size b, void** args) {
+    block = b, threads = size_t(b.x) * b.y;
     error.clear();
-    if (threads < 1 || threads > 1024 || g.x < 1 || g.x > 2147483647 || g.y < 1 || g.y > 65535)
-        return "invalid configuration argument";
+    if (threads < 1 || threads > 1024 || blocks < 1 || blocks > 2147483647) return "invalid configuration argument";
     while (fibers.size() < threads) getcontext(&fibers.emplace_back().start);
     const std::tuple<Args...> values{*static_cast<Args*>(*args++)...};  // in {}, from left to right
     body = [=] { std::apply(kernel, values); };
-    for (unsigned y = 0; y < g.y; y++)
-        for (unsigned x = 0; x < g.x && error.empty(); x++) {
-            block_index = {x, y};
-            run_block((x + y) % 2);
-        }
+    for (block_index = {0, 0}; block_index.x < blocks && error.empty(); block_index.x++) run_block(block_index.x % 2);
     return error.empty() ? nullptr : error.c_str();
 }
 }  // namespace cuda_on_cpu
 
 #define threadIdx (cuda_on_cpu::fibers[cuda_on_cpu::current].index)
 #define blockIdx (cuda_on_cpu::block_index)
-#define blockDim (cuda_on_cpu::block)
 
 static inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::AT_BLOCK); }
 static inline void __syncwarp() { cuda_on_cpu::meet(0xffffffff, "__syncwarp", 0, '-'); }
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
-    const auto all = cuda_on_cpu::meet(mask, "__shfl_xor_sync", other, value);
-    return all[cuda_on_cpu::current % 32 ^ other];
+    return cuda_on_cpu::meet(mask, "__shfl_xor_sync", other, value)[cuda_on_cpu::current % 32 ^ other];
 }
 
 // The entry that ctypes calls: args are pointers to the kernel's arguments, as for cuLaunchKernel.
 #define LAUNCHER(kernel) \
-    extern "C" const char* launch_##kernel(const unsigned* g, const unsigned* b, void** args) { \
-        return cuda_on_cpu::launch(kernel, {g[0], g[1]}, {b[0], b[1]}, args); \
+    extern "C" const char* launch_##kernel(unsigned blocks, unsigned x, unsigned y, void** args) { \
+        return cuda_on_cpu::launch(kernel, blocks, {x, y}, args); \
     }

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import numpy as np
 
@@ -27,15 +28,10 @@ HEADER = Path(__file__).with_suffix(".h")
 
 def gpu_on_cpu() -> ModuleType:
     """gpu.py, as it is when its CuPy is this module."""
-    names = ["gpu", "gpu_cuda", "cupy"]
-    before = {name: sys.modules.pop(name, None) for name in names}
-    sys.modules["cupy"] = sys.modules[__name__]
-    try:
-        return importlib.import_module("gpu")
-    finally:
-        for name in names:
+    with mock.patch.dict(sys.modules, cupy=sys.modules[__name__]):  # afterwards all is as before
+        for name in ("gpu", "gpu_cuda"):
             sys.modules.pop(name, None)
-        sys.modules.update({name: module for name, module in before.items() if module})
+        return importlib.import_module("gpu")
 
 # ---- arrays --------------------------------------------------------------------------------------
 
@@ -63,13 +59,11 @@ class Base:
         return SimpleNamespace(ptr=self.host.ctypes.data)
 
     def get(self):
-        not_while_capturing()
-        started.append(("to the host", self.nbytes, 0, None))
+        crossing("to the host", self.nbytes)
         return self.host.copy()
 
     def set(self, numbers):
-        not_while_capturing()
-        started.append(("from the host", self.nbytes, 0, None))
+        crossing("from the host", self.nbytes)
         self.host[...] = numbers
         blanks[:] = [a for a in blanks if a is not self.host]
 
@@ -88,11 +82,6 @@ def device(value):
     """The reverse; what NumPy returns as a scalar is a 0-d array in CuPy."""
     return ndarray(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
 
-def arrays_in(value):
-    if isinstance(value, (tuple, list)):
-        return [a for item in value for a in arrays_in(item)]
-    return [value] if isinstance(value, np.ndarray) else []
-
 OPERATORS = ("add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd isub imul itruediv rpow and neg invert "
              "float int bool lt le gt ge eq ne getitem setitem len")
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem", "copyto")
@@ -103,15 +92,15 @@ def function(of_numpy):
 
     def of_device(*args, **kwargs):
         args, kwargs = host(args), {name: host(value) for name, value in kwargs.items()}
-        read = arrays_in([getattr(of_numpy, "__self__", None), *args, *kwargs.values()])
+        given = [getattr(of_numpy, "__self__", None), *args, *kwargs.values()]
+        read = [a for x in given for a in (x if isinstance(x, (tuple, list)) else [x]) if isinstance(a, np.ndarray)]
         if name in ("getitem", "setitem"):  # of what is inside that place alone
             read[0] = read[0][args[0]]
         moved = sum(a.nbytes for a in read)
         if name in IN_PLACE:
             return launched(name, lambda: of_numpy(*args, **kwargs), moved + read[0].nbytes)
         result = of_numpy(*args, **kwargs)
-        array = isinstance(result, (np.ndarray, np.generic))
-        if array and not any(np.may_share_memory(result, a) for a in read):
+        if isinstance(result, (np.ndarray, np.generic)) and not any(np.may_share_memory(result, a) for a in read):
             result = place = np.asarray(result)
             launched(name, lambda: place.__setitem__(..., of_numpy(*args, **kwargs)), moved + place.nbytes)
         return device(result)
@@ -135,13 +124,17 @@ def not_while_capturing():
         captured.append(None)
         raise RuntimeError("cudaErrorStreamCaptureUnsupported: not when a stream is capturing")
 
+def crossing(direction, nbytes):
+    not_while_capturing()
+    started.append((direction, nbytes, 0, None))
+
 for _name in OPERATORS.split():
 
     def _method(self, *others, name=f"__{_name}__"):
-        if name in ("__float__", "__int__", "__bool__", "__matmul__", "__rmatmul__"):
+        if name in ("__matmul__", "__rmatmul__"):
             not_while_capturing()  # CuPy refuses its products too
         if name in ("__float__", "__int__", "__bool__"):
-            started.append(("to the host", self.nbytes, 0, None))
+            crossing("to the host", self.nbytes)
         if name == "__getitem__" and isinstance(others[0], int):
             others = ((*others, ...),)  # a view, not a number as in NumPy
         result = function(getattr(self.host, name))(*others)
@@ -149,8 +142,8 @@ for _name in OPERATORS.split():
 
     setattr(Base, f"__{_name}__", _method)
 
-FUNCTIONS = "arange ascontiguousarray concatenate copyto cos empty_like exp maximum ones sin sqrt stack tri where zeros zeros_like"
-for _name in FUNCTIONS.split():
+NAMES = "arange ascontiguousarray concatenate copyto empty_like exp maximum ones sqrt stack tri where zeros zeros_like"
+for _name in NAMES.split():
     globals()[_name] = function(getattr(np, _name))
 inf, finfo = np.inf, np.finfo
 
@@ -158,15 +151,10 @@ def asarray(value, dtype=None):
     """From either side, without a copy if it is on the device already."""
     if isinstance(value, ndarray):
         return value if dtype in (None, value.dtype) else value.astype(dtype)
-    not_while_capturing()
     copy = ndarray(np.array(value, dtype))
-    started.append(("from the host", copy.nbytes, 0, None))
+    crossing("from the host", copy.nbytes)
     return copy
 array = asarray  # of what lies on the host
-
-def split(a, places, axis):
-    """Views, in a list."""
-    return [*map(ndarray, np.split(a.host, places, axis))]
 
 def empty(shape, dtype=float):
     """Holds what shows if it is read: NaN, or a token that texts have."""
@@ -180,13 +168,6 @@ def empty(shape, dtype=float):
 # ---- kernels -------------------------------------------------------------------------------------
 
 GUARD = 1024  # elements on either side of an argument
-RAN = set()  # the kernels that ran, of either precision
-
-def signatures(source: str) -> dict[str, list[tuple[str, str]]]:
-    """Name of every kernel in CUDA source -> (type, name) of its parameters."""
-    kernels = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\(\w+\) )?(\w+)\(([^)]*)\)', source)
-    return {name: [tuple(parameter.strip().rsplit(" ", 1)) for parameter in parameters.split(",")]
-            for name, parameters in kernels}
 
 class RawModule:
     """CUDA source, compiled for the CPU."""
@@ -197,10 +178,12 @@ class RawModule:
         self.dtypes = {  # of C types, and of kernels.cu's names of pointers
             "int": "i4", "long long": "i8", "double*": "f8", "int*": "i4", "bytes": "u1", "real": real,
             "real*": real, "in": real, "out": real, "words": "i8", "indices": "i4"}
-        self.signatures = signatures(code)
-        launchers = "".join(f"LAUNCHER({name})\n" for name in self.signatures)
-        source = HEADER.read_text() + code + launchers
-        command = [COMPILER, *["-x", "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"], *options, "-", "-o"]
+        kernels = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\(\w+\) )?(\w+)\(([^)]*)\)', code)
+        self.signatures = {name: [tuple(parameter.strip().rsplit(" ", 1)) for parameter in parameters.split(",")]
+                           for name, parameters in kernels}  # (type, name) of each parameter
+        source = HEADER.read_text() + code + "".join(f"LAUNCHER({name})\n" for name in self.signatures)
+        flags = ["-x", "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
+        command = [COMPILER, *flags, *options, "-", "-o"]
         if dry:
             return
         key = hashlib.sha256((source + str(command)).encode()).hexdigest()[:16]
@@ -222,7 +205,8 @@ class RawModule:
                 fine = type(value) is np.intp and value == 0  # the null pointer
                 if isinstance(value, ndarray) and pointer:
                     whole = value.host if value.flags.c_contiguous else value.host.base
-                    fine = value.dtype == dtype and whole.flags.c_contiguous and value.strides[-1:] in ((), (value.itemsize,))
+                    rows_contiguous = value.strides[-1:] in ((), (value.itemsize,))
+                    fine = value.dtype == dtype and whole.flags.c_contiguous and rows_contiguous
                     beside = -77.25 if dtype.kind == "f" else 1  # shows if it is read or changed
                     room = np.pad(whole.ravel(), GUARD, constant_values=beside)
                     room, *_ = guarded.setdefault(whole.ctypes.data, (room, whole, beside))
@@ -232,16 +216,13 @@ class RawModule:
                     fine = isinstance(value, np.generic) and value.dtype == dtype
                 assert fine, f"{name}: {parameter} is {value!r}"
                 numbers.append(np.array(value))
-            sizes = [(ctypes.c_uint * 2)(*size, *[1] * (2 - len(size))) for size in (grid, block)]
             addresses = (ctypes.c_void_p * len(numbers))(*(n.ctypes.data for n in numbers))
-            error = launch(*sizes, addresses)
-            if error:
+            if error := launch(*grid, *block, *[1] * (2 - len(block)), addresses):
                 raise RuntimeError(f"{name}: {error.decode()}")
             for room, whole, beside in guarded.values():
                 guards = np.r_[room[:GUARD], room[-GUARD:]]
                 assert (guards == beside).all(), f"{name} wrote beside an array"
                 whole[...] = room[GUARD:-GUARD].reshape(whole.shape)
-            RAN.add(name)
 
         def start(grid: tuple, block: tuple, args: tuple) -> None:
             arrays = {a.data.ptr: a.nbytes for a in args if isinstance(a, ndarray)}
@@ -279,16 +260,14 @@ class Cublas:
     def cublasSetWorkspace_v2(self, handle, workspace, size):
         return 0 if workspace.value and size.value > 4096 else 7
 
-    def cublasGemmEx(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb,
-                     beta, C, Ctype, ldc, compute, algo):
-        """C = alpha op(A) op(B) + beta C."""
+    def cublasGemmEx(self, *args):
+        """C = alpha op(A) op(B) + beta C: as below, without the strides and the count."""
         no = ctypes.c_longlong(0)
-        return self.cublasGemmStridedBatchedEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, no, B, Btype, ldb, no,
-                                               beta, C, Ctype, ldc, no, 1, compute, algo)
+        return self.cublasGemmStridedBatchedEx(*args[:10], no, *args[10:13], no, *args[13:17], no, 1, *args[17:])
 
     def cublasGemmStridedBatchedEx(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA,
                                    B, Btype, ldb, strideB, beta, C, Ctype, ldc, strideC, count, compute, algo):
-        """The same for each of `count` matrices; a matrix is `stride` numbers from the one before."""
+        """The same for each of `count` matrices. A matrix lies `stride` numbers behind the one before."""
         if (Atype, Btype, Ctype, compute) not in PRODUCTS:
             return 15  # CUBLAS_STATUS_NOT_SUPPORTED
         assert self.stream == get_current_stream().ptr and handle.value
@@ -300,7 +279,8 @@ class Cublas:
         def stack(memory, stride, *how):
             return [matrix(ctypes.c_void_p(memory.value + i * stride.value * size), Atype, *how) for i in range(count)]
 
-        As, Bs, Cs = stack(A, strideA, m, k, lda, transa), stack(B, strideB, k, n, ldb, transb), stack(C, strideC, m, n, ldc)
+        As, Bs = stack(A, strideA, m, k, lda, transa), stack(B, strideB, k, n, ldb, transb)
+        Cs = stack(C, strideC, m, n, ldc)
 
         @np.errstate(all="ignore")  # a BLAS may compute with what lies beside a small matrix
         def multiply():
@@ -313,7 +293,8 @@ class Cublas:
         return 0
 
 load = ctypes.CDLL  # which is how gpu_cuda.py asks for the library
-ctypes.CDLL = lambda name, *how, **more: (Cublas() if name == f"libcublas.so.{VERSION}" else load(name, *how, **more))
+LIBRARIES = f"libcublas.so.{VERSION}", f"cublas64_{VERSION}.dll"
+ctypes.CDLL = lambda name, *how, **more: Cublas() if name in LIBRARIES else load(name, *how, **more)
 
 # ---- the rest of the library that gpu.py touches -------------------------------------------------
 
@@ -355,10 +336,8 @@ def get_current_stream():
     return streams[-1]
 
 def memcpy_async(to, source, size, kind, stream):
-    """From the host."""
     assert kind == 1 and stream == get_current_stream().ptr
-    not_while_capturing()
-    started.append(("from the host", size, 0, None))
+    crossing("from the host", size)
     ctypes.memmove(to, source, size)
 
 def get_default_memory_pool(malloc=None):  # memory is NumPy's, whatever the allocator

@@ -5,9 +5,7 @@ import functools
 import inspect
 import itertools
 import math
-import os
-from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 
 import cuda_on_cpu
 import numpy as np
@@ -15,11 +13,9 @@ import pytest
 
 import checkpoint
 import grassmann
-from experiments import mixers
 from grassmann import Config, Scope
 from training import Training
 
-KERNELS = cuda_on_cpu.signatures((Path(__file__).parents[2] / "kernels.cu").read_text(encoding="utf-8"))
 parametrize = pytest.mark.parametrize
 
 # ---- names, and the stand-in -----------------------------------------------------------------------------------------
@@ -41,10 +37,10 @@ def test_names_of_the_model(stand_in):
 def test_every_name_is_one_of_cupy():
     """What the stand-in offers, and so what gpu.py uses, exists in the real library."""
     cupy = pytest.importorskip("cupy", reason="no CuPy")
-    names = cuda_on_cpu.FUNCTIONS + " array asarray empty finfo inf split RawModule get_default_memory_pool"
+    names = (cuda_on_cpu.NAMES + " array asarray empty finfo inf RawModule get_default_memory_pool").split()
     operators = ["get", "set", *(f"__{name}__" for name in cuda_on_cpu.OPERATORS.split())]
     parts, runtime = vars(cuda_on_cpu.cuda).keys() - {"cublas"}, vars(cuda_on_cpu.cuda.runtime)
-    for module, found in [(cupy, names.split()), (cupy.ndarray, operators), (cupy.cuda, parts), (cupy.cuda.runtime, runtime)]:
+    for module, found in [(cupy, names), (cupy.ndarray, operators), (cupy.cuda, parts), (cupy.cuda.runtime, runtime)]:
         assert all(getattr(module, name) is not None for name in found)
     assert "__matmul__" not in vars(cupy.ndarray)  # it is inherited, so that ours can be taken away again
     assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)  # which the programs report
@@ -74,21 +70,17 @@ def test_the_stand_in_waits_as_a_gpu_does_and_refuses_what_cuda_does_not_define(
         with pytest.raises((RuntimeError, AssertionError), match=error):
             toy((3,), (block,), args)
 
-def test_arrays_keep_to_their_side_and_new_memory_is_nan():
+def test_arrays_keep_to_their_side_and_new_memory_is_nan(stand_in):
+    """What a recording allocates is new at every launch."""
     here, there = np.ones(3), cuda_on_cpu.ones(3)
-    for mix in [lambda: here + there, lambda: there + here, lambda: np.asarray(there), lambda: np.exp(there) + here,
-                lambda: cuda_on_cpu.concatenate([here, there]), lambda: there[np.array([0])],
-                lambda: there.__iadd__(here), lambda: there.__setitem__(0, here[:1])]:
+    for mix in [lambda: here + there, lambda: there + here, lambda: np.asarray(there), lambda: np.exp(there),
+                lambda: cuda_on_cpu.stack([here, there]), lambda: there[here > 0], lambda: there.__setitem__(0, here)]:
         with pytest.raises((TypeError, ValueError)):
             mix()
     assert float(there.sum()) == 3 and np.isnan(cuda_on_cpu.empty(3).host).all()
-    with (stream := cuda_on_cpu.Stream()):
-        stream.begin_capture()
-        kept = cuda_on_cpu.empty(3)
-        graph = stream.end_capture()
-    kept.host[...] = 1
-    graph.launch()
-    assert np.isnan(kept.host).all()  # what a recording allocates is new at every launch
+    graph = stand_in.gpu_cuda.Graph(lambda: cuda_on_cpu.empty(3))
+    graph.outputs.host[...] = 1
+    assert np.isnan(graph().host).all()
 
 # ---- op by op --------------------------------------------------------------------------------------------------------
 
@@ -133,8 +125,7 @@ def test_op(gpu, same, rng, op, dtype, bound):
     *ours, our_dout = (on_device(gpu, a, dtype == np.float32) for a in (*inputs, dout))
     our_out, our_cache = getattr(gpu, f"{name}_forward")(*ours)
     same(our_out, out, bound)
-    found = getattr(gpu, f"{name}_backward")(our_dout, our_cache)
-    same(found, grads, bound)
+    same(getattr(gpu, f"{name}_backward")(our_dout, our_cache), grads, bound)
 
 @both_dtypes
 @parametrize("chunk", [8, 24])
@@ -143,8 +134,7 @@ def test_block(gpu, same, rng, monkeypatch, layer, chunk, dtype, bound):
     """The mixing layer and the FFN, between the LayerNorms that add up what they give. A warp has one token or, as in
     long batches, three."""
     monkeypatch.setattr(gpu.gpu_cuda, "chunks", lambda T: (-(-T // chunk), chunk))
-    sizes = {"context": 23, "n_layer": 1, "d_model": D, "d_ff": 70, "offsets": ((1, 2, 7, 22),)}
-    config = Config(2, **sizes | layer)
+    config = Config(2, **{"context": 23, "n_layer": 1, "d_model": D, "d_ff": 70, "offsets": ((1, 2, 7, 22),)} | layer)
     shapes = {name.removeprefix("blocks.0."): shape
               for name, shape in grassmann.param_shapes(config).items() if "blocks" in name}
     w, h, dy = drawn(shapes, dtype, rng), *(drawn((*T, config.d_model), dtype, rng) for _ in "hy")
@@ -178,62 +168,6 @@ def test_dropout(gpu, same, rng, dtype, bound):
     same(cache[0].total, x + np.where(kept, (x + 1) / dtype(0.7), 0), bound)
     grad, *_ = gpu.layernorm_backward(ours, cache)
     same(grad.x, np.where(kept, grad.h.get() / dtype(0.7), 0), bound)
-
-# ---- whole models ----------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def model(variant, model_and_batch):
-    """Each of the twelve, some with positions."""
-    return model_and_batch(**variant, positions=variant.get("normalize") != variant.get("taps"))
-
-def test_model(gpu, same, model):
-    """Logits, loss and gradients, of part of a batch too; gradients belong to the caller."""
-    config, params, x, y = model
-    ours = gpu.Flat(params)
-    same(gpu.forward(ours, config, x), grassmann.forward(params, config, x), 1e-12)
-    loss, grads = gpu.loss_and_grads(ours, config, x, gpu.cp.asarray(y))
-    part = gpu.loss_and_grads(ours, config, x, y, rows=(5, 20))
-    assert list(grads) == list(params)
-    same((loss, grads), grassmann.loss_and_grads(params, config, x, y), 1e-12)
-    same(part, grassmann.loss_and_grads(params, config, x, y, rows=(5, 20)), 1e-12)
-    with pytest.raises(ValueError, match="one shape"):
-        gpu.loss_and_grads(ours, config, x, y[:4])
-
-@parametrize("precision, bound", [("float32", 1e-5), ("tf32", 4e-3)])
-def test_precision(gpu, same, set_precision, tiny_config, batch, precision, bound):
-    """Rounded products: the same gradients, within a few units of their last place. (The stand-in rounds to the
-    nearest, 7e-4; a GPU that cuts would be off by 3e-3.)"""
-    set_precision(precision)
-    config, (x, y) = tiny_config(rank=33, d_model=64, d_ff=128), batch(5)
-    params = grassmann.init_params(config)
-    same(gpu.loss_and_grads(gpu.Flat(params), config, x, y), grassmann.loss_and_grads(params, config, x, y), bound)
-
-def test_an_older_gpu_is_refused(stand_in, monkeypatch):
-    monkeypatch.setattr("cuda_on_cpu.cuda.Device", lambda *_: SimpleNamespace(compute_capability="75"))
-    for precision, error in [("tf32", "tf32 needs compute capability 8.0"), ("float16", "not 'float16'")]:
-        with pytest.raises(ValueError, match=error):
-            stand_in.set_precision(precision)
-
-def test_gradients_with_dropout_are_slopes(gpu, rng, model_and_batch, slope):
-    config, params, x, y = model_and_batch(dropout=0.2)
-    result = lambda: gpu.loss_and_grads(gpu.Flat(params), config, x, y, (3, 4))  # noqa: E731
-    _, grads = result()
-    for name in ["E", "blocks.0.mix.taps", "blocks.1.ln2.w", "blocks.1.ffn.b_1"]:
-        direction = rng.standard_normal(params[name].shape)
-        direction /= np.linalg.norm(direction)
-        numeric = slope(lambda: float(result()[0]), params[name], direction)
-        analytic = np.vdot(grads[name].get(), direction)
-        assert math.isclose(analytic, numeric, rel_tol=1e-6, abs_tol=1e-9), name
-
-def test_dropout_does_not_depend_on_who_computes_which_rows(gpu, same, model_and_batch):
-    config, params, x, y = model_and_batch(dropout=0.3)
-    ours, n = gpu.Flat(params), len(x)
-    whole, _ = gpu.loss_and_grads(ours, config, x, y, [1, 2])
-    parts = [gpu.loss_and_grads(ours, config, x[k : k + 1], y[k : k + 1], [1, 2], (k, n))[0] for k in range(n)]
-    same(sum(parts), whole, 1e-12)
-    assert float(parts[0]) != float(gpu.loss_and_grads(ours, config, x[:1], y[:1], [1, 2], (1, n))[0])
-
-# ---- products --------------------------------------------------------------------------------------------------------
 
 @parametrize("precision, bound", [("float64", 1e-15), ("float32", 1e-6), ("tf32", 1e-3)])
 @parametrize("sizes", [(3, 5, 7), (1, 5, 1), (64, 1, 2), (384, 512, 256)])
@@ -271,25 +205,59 @@ def test_a_product_that_is_refused(gpu):
         with pytest.raises((RuntimeError, KeyError), match=error):
             gpu.product(one, other)
 
-# ---- the recorded step -----------------------------------------------------------------------------------------------
+# ---- whole models ----------------------------------------------------------------------------------------------------
 
-def rotary(gpu):
-    """Rotary attention of the experiments, which is plain array code, with CuPy as its np."""
-    forward, backward, shapes = mixers.rotary_attention(True)
-    names = vars(mixers) | {"np": gpu.np, "G": gpu}
-    names["rotate"] = FunctionType(mixers.rotate.__code__, names, None, mixers.rotate.__defaults__)
-    return *(FunctionType(f.__code__, names, None, f.__defaults__, f.__closure__) for f in (forward, backward)), shapes
+@pytest.fixture
+def model(variant, model_and_batch):
+    """Each of the twelve, some with positions."""
+    return model_and_batch(**variant, positions=variant.get("normalize") != variant.get("taps"))
+
+def test_model(gpu, same, model):
+    """Logits, loss and gradients, of part of a batch too; gradients belong to the caller."""
+    params, config, x, y = model
+    ours = gpu.Flat(params)
+    same(gpu.forward(ours, config, x), grassmann.forward(params, config, x), 1e-12)
+    loss, grads = gpu.loss_and_grads(ours, config, x, gpu.cp.asarray(y))
+    part = gpu.loss_and_grads(ours, config, x, y, rows=(5, 20))
+    assert list(grads) == list(params)
+    same((loss, grads), grassmann.loss_and_grads(params, config, x, y), 1e-12)
+    same(part, grassmann.loss_and_grads(params, config, x, y, rows=(5, 20)), 1e-12)
+    with pytest.raises(ValueError, match="one shape"):
+        gpu.loss_and_grads(ours, config, x, y[:4])
+
+def test_an_older_gpu_is_refused(stand_in, monkeypatch):
+    monkeypatch.setattr("cuda_on_cpu.cuda.Device", lambda *_: SimpleNamespace(compute_capability="75"))
+    for precision, error in [("tf32", "tf32 needs compute capability 8.0"), ("float16", "not 'float16'")]:
+        with pytest.raises(ValueError, match=error):
+            stand_in.set_precision(precision)
+
+@parametrize("block", grassmann.BLOCKS)
+def test_gradients_with_dropout_are_slopes(gpu, same, rng, model_and_batch, slope, block):
+    """And the masks do not depend on who computes which rows."""
+    params, config, x, y = model_and_batch(dropout=0.2, block=block)
+
+    def result(part=slice(None), **more):
+        return gpu.loss_and_grads(gpu.Flat(params), config, x[part], y[part], (3, 4), **more)
+
+    whole, grads = result()
+    parts = [result(slice(k, k + 1), rows=(k, len(x)))[0] for k in range(len(x))]
+    same(sum(parts), whole, 1e-12)
+    assert float(parts[0]) != float(result(slice(1), rows=(1, len(x)))[0])
+    for name in ["E", "blocks.0.mix.taps", "blocks.1.ln2.w", "blocks.1.ffn.b_1"]:
+        direction = rng.standard_normal(params[name].shape)
+        direction /= np.linalg.norm(direction)
+        measured = slope(lambda: float(result()[0]), params[name], direction)
+        assert math.isclose(np.vdot(grads[name].get(), direction), measured, rel_tol=1e-6, abs_tol=1e-9), name
+
+# ---- the recorded step -----------------------------------------------------------------------------------------------
 
 @parametrize("dtype, bound", [(np.float64, 1e-9), (np.float32, 1e-3)])
 @parametrize("changes", [
-    {}, {"memory": True}, {"mixer": "attention", "offsets": (), "positions": True}, {"mixer": "rotary attention"},
+    {}, {"memory": True}, {"mixer": "attention", "offsets": (), "positions": True},
     {"taps": False, "normalize": True}, {"block": "paper", "taps": False, "normalize": True, "positions": True},
 ], ids=lambda changes: " ".join(changes))
-def test_training_follows_the_cpu(gpu, same, monkeypatch, tiny_config, trained, recwarn, changes, dtype, bound):
+def test_training_follows_the_cpu(gpu, same, tiny_config, trained, recwarn, changes, dtype, bound):
     """Every model is recorded, in silence; its steps are those of grassmann.py."""
-    if "rotary attention" in changes.values():
-        monkeypatch.setitem(grassmann.MIXERS, "rotary attention", mixers.rotary_attention(True))
-        monkeypatch.setitem(gpu.MIXERS, "rotary attention", rotary(gpu))
     config = tiny_config(**changes)
     params, ours = (m.init_params(config, dtype=dtype) for m in (grassmann, gpu))
     same(ours, params)
@@ -297,12 +265,11 @@ def test_training_follows_the_cpu(gpu, same, monkeypatch, tiny_config, trained, 
     our_losses, our_state = trained(gpu, config, ours, 12)
     assert np.allclose(our_losses, losses, rtol=bound) and len({*losses}) == 12
     same((ours, our_state), (params, state), 10 * bound)
-    assert isinstance(ours.step.recorded["step"], gpu.gpu_cuda.Graph) and not recwarn.list
+    assert isinstance(ours.step.graphs["step"], gpu.gpu_cuda.Graph) and not recwarn.list
 
-@parametrize("changes", [{}, {"block": "paper", "taps": False}], ids=["", "paper"])
-def test_the_graph_does_what_its_kernels_do(gpu, same, tiny_config, trained, monkeypatch, changes):
+def test_the_graph_does_what_its_kernels_do(gpu, same, tiny_config, trained, monkeypatch):
     """With dropout, which draws other numbers than on the CPU. From the third step on no function is called."""
-    config, calls, function = tiny_config(dropout=0.3, **changes), itertools.count(), gpu._differentiate
+    config, calls, function = tiny_config(dropout=0.3), itertools.count(), gpu._differentiate
     params, ours = (gpu.init_params(config, dtype=np.float64) for _ in "ab")
     with monkeypatch.context() as patch:
         patch.setattr(gpu.gpu_cuda.Step, "run", lambda step, name, function: function())
@@ -311,29 +278,18 @@ def test_the_graph_does_what_its_kernels_do(gpu, same, tiny_config, trained, mon
     same((*trained(gpu, config, ours, 8), ours), (losses, state, params), 1e-14)
     assert len({*losses}) == 8
 
-def test_few_calls_a_step(stand_in, tiny_config, trained):
-    """One copy of a few dozen bytes, one graph, one copy of the loss. In it is every kernel of kernels.cu."""
-    config = tiny_config(dropout=0.3)
-    params = stand_in.init_params(config)
-    cuda_on_cpu.RAN.clear()
-    trained(stand_in, config, params, 4)
-    assert KERNELS.keys() == cuda_on_cpu.RAN
-    last = max(k for k, node in enumerate(cuda_on_cpu.started) if node[0] == "graph")
-    (name, nbytes, *_), _, (copy, loss_bytes, *_) = cuda_on_cpu.started[last - 1 : last + 2]
-    assert (name, copy, loss_bytes) == ("from the host", "copy", 8) and nbytes < 100
-
 def test_all_that_a_step_depends_on(gpu, set_precision, tiny_config):
     """Another text, batch size, optimiser or precision is another recording."""
     config, seen = tiny_config(), []
-    ours, text = gpu.init_params(config), [gpu.cp.asarray(np.arange(300, dtype=np.uint8) % k) for k in (7, 11)]
-    a, b = gpu.adamw_init(ours), gpu.adamw_init(ours)
-    for size, state, tokens, precision in [(3, a, text[0], "float32"), (3, a, text[0], "float32"), (4, a, text[0], "float32"),
-                                           (3, b, text[0], "float32"), (3, a, text[1], "float32"), (3, a, text[1], "tf32")]:
+    ours, texts = gpu.init_params(config), [gpu.cp.asarray(np.arange(300, dtype=np.uint8) % k) for k in (7, 11)]
+    states, usual = [gpu.adamw_init(ours) for _ in "ab"], "float32"
+    for size, a, b, precision in [(3, 0, 0, usual), (3, 0, 0, usual), (4, 0, 0, usual), (3, 1, 0, usual),
+                                  (3, 0, 1, usual), (3, 0, 1, "tf32")]:
         set_precision(precision)
         for k in range(3):
-            gpu.train_step(ours, config, Training(batch_size=size), state, k, tokens)
+            gpu.train_step(ours, config, Training(batch_size=size), states[a], k, texts[b])
         seen.append(ours.step)
-        assert isinstance(ours.step.recorded["step"], gpu.gpu_cuda.Graph)
+        assert isinstance(ours.step.graphs["step"], gpu.gpu_cuda.Graph)
     assert seen[0] is seen[1] and len({*map(id, seen)}) == 5
 
 @parametrize("name, change, error", [
@@ -371,7 +327,7 @@ def test_without_a_graph(gpu, same, tiny_config, trained, monkeypatch, when):
         return empty(shape, dtype)
 
     monkeypatch.setattr(gpu.cp, "empty", fails)
-    monkeypatch.setattr(gpu.gpu_cuda.Graph, "__del__", lambda graph: release(graph) or released.append(len(graph.memory)))
+    monkeypatch.setattr(gpu.gpu_cuda.Graph, "__del__", lambda g: release(g) or released.append(len(g.memory)))
     with (pytest.raises(KeyboardInterrupt) if when == "Ctrl-C"
           else pytest.warns(UserWarning, match="without a CUDA graph.*: the reason")):
         trained(gpu, config, ours, 5)
@@ -380,44 +336,32 @@ def test_without_a_graph(gpu, same, tiny_config, trained, monkeypatch, when):
     assert released == [0]
     monkeypatch.setattr(gpu.cp, "empty", empty)
     trained(gpu, config, ours, 3)
-    assert ours.step.recorded["step"]
+    assert ours.step.graphs["step"]
 
 @pytest.mark.gpu
-@pytest.mark.skipif(os.name == "nt", reason="Windows lends a full GPU the computer's memory")
 def test_memory_of_graphs_is_given_back(on_gpu, tiny_config):
-    """Of one that is dropped, and of one that was begun when the GPU was full."""
-    runtime, config = on_gpu.cp.cuda.runtime, tiny_config(d_model=64)
+    config = tiny_config(d_model=64)
     params, tokens, training = on_gpu.init_params(config), on_gpu.cp.zeros(1000, np.uint8), Training(batch_size=512)
     step = functools.partial(on_gpu.train_step, params, config, training, on_gpu.adamw_init(params), 0, tokens)
 
-    def in_use():
+    def free():
         on_gpu.cp.get_default_memory_pool().free_all_blocks()
-        free, total = runtime.memGetInfo()
-        return total - free
+        return on_gpu.cp.cuda.runtime.memGetInfo()[0]
 
     step()
-    before = in_use()
+    before = free()
     step()
-    assert in_use() > before + 2**23
+    assert free() < before - 2**23
     params.step = None
-    assert in_use() < before + 2**22
-    step()
-    in_use()  # (which gives back what is not)
-    full = on_gpu.cp.cuda.Memory(runtime.memGetInfo()[0] - 2**21)
-    with pytest.warns(UserWarning, match="without a CUDA graph"), contextlib.suppress(MemoryError):
-        step()
-    del full
-    step()
-    assert in_use() < before + 2**22
+    assert free() > before - 2**22
 
 # ---- arrays, validation, sampling, checkpoints -----------------------------------------------------------------------
 
-def test_arrays_in_one_buffer(gpu, same, rng):
+def test_arrays_in_one_buffer(gpu, rng):
     """Each begins at a multiple of 256 bytes, matrices first; between them nothing ever changes."""
     shapes = {"b": (5,), "W": (3, 25), "c": (64,), "V": (2, 2)}
     theirs = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     ours, grads = gpu.Flat(theirs), gpu.Flat(theirs)
-    same(ours, theirs)
     assert all((a.data.ptr - ours.buffer.data.ptr) % 256 == 0 for a in ours.values())
     assert (ours.matrices, ours.buffer.size) == (192, 320)
     gpu.clip_grads(grads, 0.1)
@@ -428,7 +372,7 @@ def test_arrays_in_one_buffer(gpu, same, rng):
 def test_validation(gpu, rng, model_and_batch, monkeypatch, at_once, tokens, chunks):
     """Whole windows and the rest, from either side; `each` sees every chunk."""
     monkeypatch.setattr(gpu, "AT_ONCE", at_once)
-    (config, params, *_), text, seen = model_and_batch(), rng.integers(0, 11, 200), []
+    (params, config, *_), text, seen = model_and_batch(), rng.integers(0, 11, 200), []
     loss = grassmann.validation_loss(params, config, text[:tokens])
     for own in (text[:tokens], gpu.cp.asarray(text[:tokens])):
         found = gpu.validation_loss(gpu.Flat(params), config, own, lambda f, items: map(f, seen.append(items) or items))
@@ -443,7 +387,7 @@ def test_clipping(gpu, same, rng):
         same(ours, theirs, 1e-6 if dtype == np.float32 else 1e-14)
 
 def test_streams_and_generated_texts(gpu, same, model, monkeypatch):
-    config, params, x, _ = model
+    params, config, x, _ = model
     how = {"temperature": 0.9, "top_k": 5, "seed": 4}
     ours, state = gpu.Flat(params), gpu.stream_init(params, config)
     for token, logits in zip(x[0], gpu.forward(ours, config, x[:1])[0], strict=True):
@@ -462,12 +406,12 @@ def test_checkpoints_of_either_load_in_the_other(gpu, same, tiny_config, trained
     config, path = tiny_config(), tmp_path / "model.npz"
     params = gpu.init_params(config, 3)
     _, state = trained(gpu, config, params, 2)
-    checkpoint.save_checkpoint(path, params, config, **state)
-    loaded, _, rest = checkpoint.load_checkpoint(path)
-    checkpoint.save_checkpoint(path, loaded, config, **rest)
-    back, found, rest = checkpoint.load_checkpoint(path, gpu.Flat)
+    back, rest = params, state
+    for make in (dict, gpu.Flat):
+        checkpoint.save_checkpoint(path, back, config, **rest)
+        back, found, rest = checkpoint.load_checkpoint(path, make)
+        assert found == config and all(type(flat) is make for flat in (back, *rest.values()))
     same((back, rest), (params, state))
-    assert found == config and all(isinstance(flat, gpu.Flat) for flat in (back, *rest.values()))
     back.buffer[...] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         checkpoint.save_checkpoint(path, back, config)
