@@ -601,7 +601,7 @@ class Config:
         self.dropout = float(self.dropout)
         check(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
         check(self.block in BLOCKS, f"block must be one of {[*BLOCKS]}, not {self.block!r}")
-        check(self.mixer in MIXERS, f"mixer must be one of {[*MIXERS]}, or a file that --mixer names, not {self.mixer!r}")
+        check(self.mixer in MIXERS, f"mixer must be one of {[*MIXERS]}, or a file that --mixer names, unchanged, not {self.mixer!r}")
         if attention:
             check(not self.memory and not self.offsets, "attention has neither memory nor offsets")
             check(self.d_model % self.n_head == 0, f"n_head must divide d_model, {self.d_model}, not be {self.n_head}")

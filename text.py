@@ -66,31 +66,29 @@ def load_text(data: str | Sequence[str] | None) -> str:
     for name in [data] if isinstance(data, str) else data:
         check(name != "", "--data needs the name of a file or a folder")
         path = shakespeare() if name == "shakespeare" else Path(name)
-        if "*" in name and not path.exists():
-            texts += [read_file(Path(found)) for found in sorted(glob.glob(name, recursive=True)) or [name]]
-        else:
-            texts += read_folder(path) if path.is_dir() else [read_file(path)]
+        several = path.is_dir() or ("*" in name and not path.exists())
+        texts += read_folder(name) if several else [read_file(path)]
     return texts[0] if len(texts) == 1 else "".join(t if t.endswith("\n") else t + "\n" for t in texts)
 
-def read_folder(folder: Path) -> list[str]:
-    """All files below that are UTF-8, in order of their names, except hidden files and those of our own
-    runs. Says what was read. Raises UserError if nothing was."""
-    below = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    runs = {path.parent for path in below if path.name in ("best.npz", "last.npz")}
+def read_folder(name: str) -> list[str]:
+    """The UTF-8 files below a folder, or those that fit a pattern, in order of their names, except hidden files
+    and what a run of ours wrote. Says what was read. Raises UserError if nothing was."""
+    pattern = name if "*" in name else os.path.join(glob.escape(name), "**", "*")  # no hidden file fits
     texts, kinds, left_out = [], Counter(), 0
-    for path in below:
-        ours = any(run in runs and path.relative_to(run).parts[0].removesuffix(".tmp") in WRITTEN for run in path.parents)
-        if ours or any(part[0] == "." for part in path.parts):
+    for path in sorted(Path(found) for found in glob.glob(pattern, recursive=True)):
+        ran = any((path.parent / checkpoint).exists() for checkpoint in ("best.npz", "last.npz"))
+        if path.is_dir() or (ran and path.name.removesuffix(".tmp") in WRITTEN):
             continue
         try:
-            texts.append(read_file(folder / path))
+            texts.append(read_file(path))
             kinds[f"*{path.suffix}" if path.suffix else path.name] += len(texts[-1])
         except UserError:
             left_out += 1
-    check(len(texts) > 0, f"there is no UTF-8 text in {folder}")
+    check(len(texts) > 0, f"cannot read {name}: there is no UTF-8 text in it")
     shares = ", ".join(f"{kind} {100 * n / max(1, kinds.total()):.0f}%" for kind, n in kinds.most_common(3))
-    print(visible(f"{folder}: {len(texts)} files are read ({shares}), {left_out} are left out (too large, unreadable, not "
-                  f"UTF-8); one kind alone: --data {shlex.quote(f'{folder}/**/{kinds.most_common(1)[0][0]}')}"))
+    kind = "" if "*" in name else f"; one kind alone: --data {shlex.quote(f'{name}/**/{kinds.most_common(1)[0][0]}')}"
+    print(visible(f"{name}: {len(texts)} files are read ({shares}), {left_out} are left out (too large, unreadable, not "
+                  f"UTF-8){kind}"))
     return texts
 
 def read_file(path: Path) -> str:

@@ -50,7 +50,7 @@ def offsets(text: str) -> tuple[tuple[int, ...], ...]:
 DEFAULTS = {"data": None, "eval_every": 250} | {f.name: f.default for f in fields(Training) + fields(Config)[1:]}
 MAY_CHANGE = "data", "iters", "lr", "min_lr", "warmup_iters", "eval_every"  # what a resumed run may change
 OPTIONS = {  # name: (type, choices or bool, help)
-    "data": (str, "UTF-8 files, folders or 'shakespeare' (default: Python's documentation)"),
+    "data": (str, "UTF-8 files, folders, 'folder/**/*.py' or shakespeare (default: Python's documentation)"),
     "iters": (int, "training steps"),
     "batch_size": (int, "windows of text per step"),
     "lr": (float, "learning rate at its peak"),
@@ -240,10 +240,10 @@ def advice(run: Run, go_on: str) -> str:
     """What helps, by what was seen; measured in experiments/README.md, "What to try next"."""
     rows = [row for row in run.log if row[2] is not None]
     train_loss, loss, earlier = rows[-1][1], rows[-1][2], rows[-1 - len(rows) // 4][2]
-    if loss - train_loss > 0.15:
-        return f"more --dropout than {run.config.dropout}, or more text; it learns this text by heart"
-    falling = len(rows) < 4 or loss < 0.99 * earlier
-    return f"more steps\n{go_on} --iters {2 * run.step}" if falling else "a larger model: --preset best"
+    by_heart, still_short = loss - train_loss > 0.15, len(rows) < 4
+    if still_short or loss < (0.95 if by_heart else 0.99) * earlier:
+        return f"more steps\n{go_on} --iters {2 * run.step}"
+    return f"more --dropout than {run.config.dropout}, or more text" if by_heart else "a larger model: --preset best"
 
 @parallel.together()
 def main() -> None:
@@ -269,15 +269,17 @@ def main() -> None:
         catch_signals()
         train(run)
         how = ["--gpu"] * args.gpu + ["--precision", args.precision] * bool(args.precision)
-        go_on = cli.command("train_char.py", "--resume", "--out", run.out, *how)
+        own = ["--mixer", args.mixer] if "#" in run.config.mixer else []  # a layer of one's own has a hash
+        go_on, best = cli.command("train_char.py", "--resume", "--out", run.out, *how, *own), run.out / "best.npz"
+        write_more = cli.command("sample.py", best, *own)
         if parallel.stops and (run.step < run.training.iters or run.recent):
             say(f"stopped at step {run.step} and saved; go on with: {go_on}\n"
-                f"sample from it with: {cli.command('sample.py', run.out / 'best.npz')}")
+                f"sample from it with: {write_more}")
             sys.exit(128 + parallel.stops[0])
-        best, (step, loss) = run.out / "best.npz", run.best
+        step, loss = run.best
         say(f"best validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}\n"
             f"{run.out / 'log.csv'}, {run.out / 'loss.png'}: the losses; {best}: the model, for\n"
-            f"{cli.command('sample.py', best)}\nwhat to try next: {advice(run, go_on)}\n\nA sample:\n")
+            f"{write_more}\nwhat to try next: {advice(run, go_on)}\n\nA sample:\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end it at once
         if parallel.rank == 0:
             params, config, extra = load_checkpoint(best, getattr(run.model, "Flat", dict))

@@ -83,6 +83,7 @@ def check_layer(mixer: str) -> None:
     tokens = rng.integers(0, 11, 24)
     run = lambda: G.loss_and_grads(params, config, tokens[None, :-1], tokens[None, 1:])  # noqa: E731
     change, (_, grads) = sees_the_future(params, config, tokens), run()
+    G.check(np.isfinite(change), f"{file} returns numbers that are not finite")
     G.check(change < 1e-9, f"{file} sees the future: later tokens change earlier logits, by {change:.2g}")
     own = ({k: v for k, v in group.items() if ".mix." in k} or group for group in (params, grads))
     error, name, derived, measured = gradient_error(lambda: run()[0], *own)
