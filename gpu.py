@@ -44,7 +44,7 @@ def _borrowed(function: Callable) -> Callable:
     return functools.update_wrapper(FunctionType(function.__code__, globals(), None, function.__defaults__), function)
 
 class _Weights(dict):
-    """Parameters, and in `gradients` (`Gradients`) the place of each one's gradient."""
+    """Parameters, with the `Gradients` that their gradients are written into, as `gradients`."""
 
 def _place(w: Scope, name: str) -> Array | None:
     """Where the gradient of w[name] belongs; None: anywhere."""
@@ -381,31 +381,31 @@ def train_step(params: Flat, config: Config, training, optimizer: dict, step: in
     if params.step is None or params.step.key != key:
         params.step = None  # so that its memory is free
         params.step = Step(key, params, len(mine) + 7)
-    recorded = params.step
+    owner = params.step  # of the graphs, the inputs, the gradients
     dropout_key = _key((training.seed, step, 1)) if config.dropout else numpy.zeros(1, numpy.int64)
     rates = _rates(step, training.rate(step), weight_decay=training.weight_decay)
     starts = numpy.random.default_rng((training.seed, step)).integers(0, len(tokens) - L, B)  # as in `get_batch`
-    recorded.send(starts[mine], dropout_key, rates)
-    starts, dropout_key, rates = recorded.inputs[:-7], recorded.inputs[-7:-6], recorded.inputs[-6:].view(numpy.float64)
+    owner.send(starts[mine], dropout_key, rates)  # from here on these names are places on the GPU
+    starts, dropout_key, rates = owner.inputs[:-7], owner.inputs[-7:-6], owner.inputs[-6:].view(numpy.float64)
 
     def differentiate() -> Array:
         x, y = (cp.empty((len(mine), L), numpy.int32) for _ in "xy")
         per_element("windows", x.size, L, tokens.itemsize, starts, tokens.view(numpy.uint8), x, y)
         draw = draw_rows(dropout_key, int(mine[0]), B)
-        return _differentiate(params, recorded.gradients, config, x, y, draw, len(mine) / B)
+        return _differentiate(params, owner.gradients, config, x, y, draw, len(mine) / B)
 
     def update() -> None:
         if training.grad_clip:
-            clip_grads(recorded.gradients, training.grad_clip)
-        _adamw(params, recorded.gradients, optimizer, rates)
+            clip_grads(owner.gradients, training.grad_clip)
+        _adamw(params, owner.gradients, optimizer, rates)
 
     if parallel.size == 1:
-        return recorded.run("step", lambda: (differentiate(), update())[0]).copy()
-    loss = recorded.run("gradients", differentiate)
-    for array in (loss, recorded.gradients.buffer):
+        return owner.run("step", lambda: (differentiate(), update())[0]).copy()
+    loss = owner.run("gradients", differentiate)
+    for array in (loss, owner.gradients.buffer):
         _nccl().all_reduce(array, array)
     parallel.stop_if(parallel.comm.allreduce(len(parallel.caught)))
-    recorded.run("update", update)
+    owner.run("update", update)
     return loss.copy()
 
 @functools.cache

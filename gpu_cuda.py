@@ -179,7 +179,7 @@ class Flat(dict):
             self[name] = self.buffer[place : place + a.size].reshape(a.shape)
             if copy:
                 self[name][...] = cp.asarray(a)
-        self.step: Step | None = None  # the recorded step that trains them, if they are parameters
+        self.step: Step | None = None  # if these are parameters: the recorded step that trains them
 
 class Gradients(Flat):
     """A place for the gradient of each parameter; its table tells a kernel where layers have left theirs."""
@@ -247,12 +247,12 @@ class Graph:
         self.pool.free_all_blocks()
 
 class Step:
-    """A training step that is recorded. It owns its graphs, the place of their inputs, and the gradients. `key` is all
-    that decides, beside the parameters' shapes, what is started where: another key needs another step."""
+    """A recorded training step. It owns its graphs, the place of their inputs, and the gradients, which last until the
+    next step. `key` is all that decides, besides the parameters, what is started where: another key, another Step."""
 
     def __init__(self, key: tuple, params: Flat, inputs: int):
         self.key, self.gradients = key, Gradients(params)
-        self.inputs, self.graphs = cp.zeros(inputs, numpy.int64), {}  # words of 64 bits; function's name -> graph
+        self.inputs, self.graphs = cp.zeros(inputs, numpy.int64), {}  # words of 64 bits; name -> graph, if there is one
 
     def send(self, *words: numpy.ndarray) -> None:
         """Copy the inputs to their place, with one call."""
@@ -270,6 +270,6 @@ class Step:
                 self.graphs[name] = Graph(function)
                 self.gradients.fill_table()
             except (RuntimeError, MemoryError) as error:
-                self.graphs[name] = False
+                self.graphs[name] = False  # do not try again
                 warnings.warn(f"without a CUDA graph, kernel by kernel: {error}", stacklevel=3)
         return (self.graphs[name] or function)()
