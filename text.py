@@ -99,8 +99,8 @@ def read_file(path: Path) -> str:
         return path.read_bytes().decode("utf-8", "surrogatepass").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         code = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); save it as "
-                        f"UTF-8 in an editor, or: iconv -f {code} -t UTF-8 {shlex.quote(str(path))} > new.txt") from None
+        convert = f"iconv -f {code} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(f'{path.stem}-utf8.txt')}"
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8 in an editor, or: {convert}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 

@@ -262,7 +262,7 @@ def main() -> None:
         corpus, n_params = run.corpus, sum(p.size for p in run.params.values())
         say(f"{corpus.name}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate, "
             f"{len(corpus.vocab):,} different ones\n{n_params / 1e6:.2f}M parameters; threads: {args.threads}, "
-            f"processes: {parallel.size}; writing into {run.out}")
+            f"processes: {parallel.size}; writing into {run.out}" + f", from step {run.step} on" * (run.step > 0))
         rate, last_rate = run.training.rate(run.step), run.log[-1][3] if run.log else 1.0
         if run.step > run.training.warmup_iters and rate > 1.1 * last_rate:  # a run with more --iters
             say(f"the learning rate rises from {last_rate:.2g} to {rate:.2g} and falls again")

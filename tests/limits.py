@@ -6,7 +6,6 @@ ROOT = Path(__file__).resolve().parent.parent
 GPU = "gpu.py", "gpu_cuda.py", "kernels.cu"
 
 def lines(*patterns: str) -> int:
-    """The lines of all files that fit a pattern."""
     return sum(len(path.read_bytes().splitlines()) for pattern in patterns for path in ROOT.glob(pattern))
 
 ROWS = [  # what, how much, at most
@@ -18,7 +17,6 @@ ROWS = [  # what, how much, at most
     ("lines of tests", lines("tests/**/*.py", "tests/**/*.h"), 5000),
     ("lines of tests/gpu", lines("tests/gpu/*.py", "tests/gpu/*.h"), 1000),
 ]
-
 if __name__ == "__main__":
     for what, found, most in ROWS:
         print(f"{found:6,} of {most:6,} {what}{'   TOO MANY' * (found > most)}")
