@@ -111,7 +111,7 @@ MILLION = on_bible("1 million", {"n_layer": 5, "d_model": 144, "rank": 32})
 
 def dispute(title: str, seeds: int, text: tuple[str, int] | None = None) -> Question:
     """Offsets, size of the message, block: each as the paper has it, and not."""
-    rows, told = [ATTENTION], "one seed" if seeds == 1 else "three seeds"
+    rows, told = [ATTENTION], "one seed" if seeds == 1 else "three seeds where a loss has brackets, otherwise one"
     for block, where in (("prenorm", ""), ("paper", ", paper's block")):
         for label, offsets, factor in (("one per layer", {}, 31), ("average of six", SIX, 76)):
             unit = UNIT[1] | offsets | {"block": block}

@@ -167,7 +167,7 @@ def test_length(monkeypatch):
 def test_command_line(options, error, tmp_path, monkeypatch, capsys):
     """Tables, or one line that says what is wrong."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # there is no card
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # there is no GPU
     monkeypatch.setattr(sys, "argv", ["bench.py", *options.split()])
     monkeypatch.setattr(bench.cli, "plain_output", print)  # pytest's streams stay as they are
     Path("short.txt").write_text("To be.")
