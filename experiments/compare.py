@@ -8,7 +8,7 @@ the batches, the optimiser, the schedule, the validation. Every model gets its b
 runs as long as the runs that count, unless a question takes the rates of another. Rates are chosen on
 one part of the text, and losses are reported on another. Runs use one thread each.
 
-Writes into --out: compare.md (the tables), figures of questions 1 and 5, timing.json (delete it to measure
+Writes into --out: compare.md (the tables), figures of questions 1, 5 and 7, timing.json (delete it to measure
 again), and runs.jsonl, a line per finished run. After an interruption the same command goes on. Other
 settings or another text are other runs. (If grassmann.py itself has changed, choose another --out.)
 """
@@ -19,7 +19,6 @@ cli.prepare()  # before NumPy
 
 import bisect
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
@@ -31,7 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -49,7 +48,7 @@ from training import Training
 # As in nanoGPT's laptop recipe, a run is short and has no dropout: it does not overfit.
 BASE = {"iters": 2000, "dropout": 0.0,
         "larger": ()}  # matrices that start from N(0, 1/d), as W_red does, instead of N(0, 0.02²); W_out from N(0, 1/(2Nd))
-ON_THE_WAY = 2**16  # tokens to validate on before the end, all that a short text has
+ON_THE_WAY = 2**16  # tokens that a curve is measured on, all that a short text has
 LEARNING_RATES = (2e-3, 4e-3)  # tried first, see best_lr
 mixers.install()  # in every process: Config then takes their names
 
@@ -99,19 +98,21 @@ CONTROLS = Question(
      BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, HYBRID], seeds=3, ngrams=True)
 SUBWORDS = [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, ("the paper's model", PAPER)]
 
-def on_bible(title: str, settings: dict, rates_of: Question | None = None, seeds: int = 1) -> Question:
+def on_bible(title: str, settings: dict, more: tuple = (), **how) -> Question:
     return Question(5, title, "Does the lead last as models grow, and as training does? On the King James Bible, "
-                    f"which is four times as long; {'one seed' if seeds == 1 else 'three seeds'}.",
-                    [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN], settings, text=("bible", 0), rates_of=rates_of,
-                    seeds=seeds)
+                    "which is four times as long.", [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, *more], settings,
+                    text=("bible", 0), **how)
 
 TENTH = {"n_layer": 3, "d_model": 64, "rank": 16}  # 0.1 million
-LONGER = on_bible("0.1 million, 8,000 steps", TENTH | {"iters": 8000}, seeds=3)
+OTHERS = ("no product, rank 32", {"mixer": "sum", "rank": 32}), HYBRID
+LONGER = on_bible("0.1 million, 8,000 steps", TENTH | {"iters": 8000}, OTHERS, seeds=3)
+LONGEST = on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000, "eval_every": 500}, OTHERS,
+                   rates_of=LONGER, seeds=3)
 MILLION = on_bible("1 million", {"n_layer": 5, "d_model": 144, "rank": 32})
 
 def dispute(title: str, seeds: int, text: tuple[str, int] | None = None) -> Question:
     """Offsets, size of the message, block: each as the paper has it, and not."""
-    rows, told = [ATTENTION], "one seed" if seeds == 1 else "three seeds where a loss has brackets, otherwise one"
+    rows = [ATTENTION]
     for block, where in (("prenorm", ""), ("paper", ", paper's block")):
         for label, offsets, factor in (("one per layer", {}, 31), ("average of six", SIX, 76)):
             unit = UNIT[1] | offsets | {"block": block}
@@ -119,7 +120,7 @@ def dispute(title: str, seeds: int, text: tuple[str, int] | None = None) -> Ques
                      (f"{label}, normalised x {factor}{where}", unit | {"mixer": f"rescaled by {factor}"})]
     return Question(10, title, "One offset per layer or the average of six; unit bivectors, or unit bivectors "
                     "multiplied so that at first the message is about as long as without normalising, with one offset; "
-                    f"two blocks. Rates in steps of the square root of 2, from 0.004; {told}.", rows, seeds=seeds,
+                    "two blocks. Rates in steps of the square root of 2, from 0.004.", rows, seeds=seeds,
                     text=text, rates=(2.83e-3, 4e-3, 5.66e-3), spacing=math.sqrt(2))
 
 QUESTIONS = [
@@ -133,18 +134,17 @@ QUESTIONS = [
              "In the paper's block?",
              [BEST_ATTENTION, ("the paper's model", PAPER), UNIT, ("one offset per layer", {"taps": False}),
               ("average of six, normalised", UNIT[1] | SIX), GRASSMANN], seeds=3),
-    Question(4, "A second text", "The same on Python's documentation; rates of the first text.",
-             [ATTENTION, BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, NO_PRODUCT], text=(None, 0), rates_of=CONTROLS,
-             seeds=3),
+    Question(4, "A second text", "The same on Python's documentation; rates of the first text. With dropout, because this "
+             "text is read 3.7 times.", [ATTENTION, BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, NO_PRODUCT],
+             {"dropout": 0.1}, text=(None, 0), rates_of=CONTROLS, seeds=3),
     on_bible("0.1 million", TENTH, seeds=3),
     on_bible("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}), MILLION, LONGER,
-    on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000}, LONGER),
-    on_bible("1 million, 8,000 steps, rates of 2,000", MILLION.settings | {"iters": 8000}, MILLION),
-    Question(6, "Subwords: 1,024 byte pairs", "The paper's regime: what of this holds on pieces of words? One seed.",
+    LONGEST,
+    on_bible("1 million, 8,000 steps, rates of 2,000", MILLION.settings | {"iters": 8000}, rates_of=MILLION),
+    Question(6, "Subwords: 1,024 byte pairs", "The paper's regime: what of this holds on pieces of words?",
              SUBWORDS, text=("shakespeare", 1024)),
-    Question(6, "Subwords: 4,096 byte pairs", "The same on the King James Bible; one seed.",
-             SUBWORDS, text=("bible", 4096)),
-    Question(7, "Context 256", "With as many windows a step as at 64; the rates of that, one seed.",
+    Question(6, "Subwords: 4,096 byte pairs", "The same on the King James Bible.", SUBWORDS, text=("bible", 4096)),
+    Question(7, "Context 256", "With as many windows a step as at 64, at the rates of context 64.",
              [BEST_ATTENTION, GRASSMANN, MEMORY, HYBRID], {"context": 256}, rates_of=CONTROLS),
     Question(8, "A far token", f"How far back can an answer lie? Accuracy against distance, {1 / tasks.ANSWERS:.1%} by "
              "chance. The mean of three seeds, in brackets the lowest; rates from 0.001.",
@@ -224,16 +224,17 @@ def evaluate(trial: Trial, text: Text, params: Params, test: bool, most: int | N
     return grassmann.validation_loss(params, trial.config, (text.test if test else text.val)[:most])
 
 def train(label: str, trial: Trial, text: Text) -> dict:
-    """Train on one thread: a line of runs.jsonl. Its curve is a [step, what `evaluate` says] now and then, on a
-    part of a long text, and at the end, which a loss that is not finite brings early."""
+    """Train on one thread: a line of runs.jsonl. Its curve is a [step, what `evaluate` says] now and then, on the
+    first part of a long text, the last at the end, which a loss that is not finite brings early."""
     new, curve, iters = learner(trial, text), [], trial.training.iters
     for step in range(1, iters + 1):
         last = not math.isfinite(new.step()) or step == iters
         if last or step % trial.spec["eval_every"] == 0:
-            curve.append([step, evaluate(trial, text, new.params, False, None if last else ON_THE_WAY)])
+            curve.append([step, evaluate(trial, text, new.params, False, ON_THE_WAY)])
         if last:
             break
     return {"label": label, "spec": trial.spec, "parameters": count_params(trial), "curve": curve,
+            "validation": evaluate(trial, text, new.params, False),
             "bytes_per_token": text.bytes_per_token, "test": evaluate(trial, text, new.params, True)}
 
 def train_all(todo: list[tuple], jobs: int) -> Iterator[dict]:
@@ -266,8 +267,7 @@ def final(result: dict, test: bool = True) -> float:
     """The smaller the better, on the test part or on what rates are chosen on: the loss at the end, inf if
     it diverged; or -accuracy."""
     step, value = result["curve"][-1]
-    if test:
-        value = result["test"]
+    value = result["test"] if test else result.get("validation", value)
     if isinstance(value, list):
         return -np.nanmean(value)
     return value if step == result["spec"]["iters"] and math.isfinite(value) else math.inf
@@ -383,24 +383,31 @@ def read_times(path: Path) -> dict:
 
 # ---- tables and figures --------------------------------------------------------------------------
 
+def mean_and_deviation(row: Row) -> tuple[float, float]:
+    """Of the test loss, over the seeds; one seed has a deviation of nan."""
+    losses = [*map(final, row.results)]
+    return fmean(losses), stdev(losses) if len(losses) > 1 and max(losses) < math.inf else math.nan
+
 def loss_table(question: Question, rows: list[Row], counted: Row | None = None) -> list[dict[str, str]]:
-    """One line per model, means over its runs; gaps are those to the first that was trained."""
+    """One line per model. Gaps are those to the first model that was trained; one that is below two standard
+    deviations of the difference of two runs is level."""
     unit = "token" if question.text and question.text[1] else "character"
-    first, table = fmean(map(final, rows[0].results)), []
+    (first, of_first), table = mean_and_deviation(rows[0]), []
     first = first if first < math.inf else math.nan  # no gap to that
     for row in [counted, *rows] if counted else rows:
-        losses, result = [*map(final, row.results)], row.results[0]
-        loss, spread = fmean(losses), f" ({min(losses):.3f} to {max(losses):.3f})"
-        trained = row is not counted
+        (loss, deviation), result, trained = mean_and_deviation(row), row.results[0], row is not counted
+        level = abs(loss - first) < 2 * math.hypot(deviation, of_first)
         table.append({
             "model": row.label,
             "learning rate": f"{result['spec']['lr']:g}" if trained else "",
-            f"test loss, nats per {unit}": f"{loss:.3f}{spread if len(losses) > 1 else ''}",
+            "seeds": len(row.results) if trained else "",
+            f"test loss, nats per {unit}": f"{loss:.3f}" + ("" if math.isnan(deviation) else f" ± {deviation:.3f}"),
             "bits per byte": f"{loss / math.log(2) / result.get('bytes_per_token', 1):.3f}",
             "validation": f"{fmean(final(each, test=False) for each in row.results):.3f}",
             "parameters": f"{result['parameters']:,}" if trained else "",
             "ms per step": "" if math.isnan(row.ms) else f"{row.ms:.1f}",
-            f"gap to {rows[0].label}": "" if row is rows[0] else f"{100 * np.expm1(loss - first):+.1f}%",
+            f"gap to {rows[0].label}":
+                "" if row is rows[0] else f"{100 * np.expm1(loss - first):+.1f}%" + level * ", level",
         })
     return table
 
@@ -411,8 +418,9 @@ Unless a question says otherwise: {BASE["iters"]:,} steps of {Training.batch_siz
 short a run does not overfit), models of one size. Nine tenths of a text are trained on. Of the rest the first half \
 (validation) chooses learning rates and the order of the n-gram, and the second half (test) is what is reported. \
 Learning rates: the best of {LEARNING_RATES[0]:g} and {LEARNING_RATES[1]:g} in runs of full length, of one seed; while it is the \
-smallest or the largest tried, half or twice of it is tried, too. A loss with two more in brackets is the mean of \
-several seeds, with the lowest and the highest; inf: diverged. Gap: how much higher the perplexity per token is. \
+smallest or the largest tried, half or twice of it is tried, too. A loss is the mean over the seeds ± their standard \
+deviation; inf: diverged. Gap: how much higher the perplexity per token is; level: less than \
+two standard deviations of the difference of two such runs. \
 Milliseconds: medians on all cores, by turns; what is not in grassmann.py is not written for speed."""
     command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
     parts = ["# Does geometry replace attention?", f"`{command}`", f"{timed_on}.", explanation]
@@ -444,27 +452,24 @@ def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     figure.savefig(path, dpi=110)
 
 def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
-    """Bits against parameters after the fewest steps, and against steps; a colour per model, a line per size."""
+    """Test bits against parameters after the fewest steps; the curves of the longest runs, means over seeds."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for k, rows in enumerate(zip(*(rows for _, rows in answers), strict=True)):
-        points = sorted((row.results[0]["parameters"], row.results[0]["spec"]["iters"],
-                         fmean(map(final, row.results)) / math.log(2)) for row in rows)
-        shortest, look = min(steps for _, steps, _ in points), {"marker": "o", "color": f"C{k}"}
-        sizes = [(size, bits) for size, steps, bits in points if steps == shortest]
-        left.semilogx(*zip(*sizes, strict=True), label=rows[0].label, **look)
-        for size, longer in itertools.groupby(points, key=lambda point: point[0]):
-            _, steps, bits = zip(*longer, strict=True)
-            if len(steps) > 1:
-                right.semilogx(steps, bits, **look)
-                right.annotate(f"  {size / 1e6:.1f} million" if k == 0 else "", (steps[0], bits[0]))
-    left.set(xlabel="parameters", ylabel="test loss, bits per character", title=f"after {shortest:,} steps")
-    right.set(xlabel="steps", title="longer", xticks=sorted({steps for _, steps, _ in points}))
-    left.set_xticks([size for size, _ in sizes], [f"{size / 1e6:.1f} million" for size, _ in sizes])
-    right.xaxis.set_major_formatter("{x:,.0f}")
-    left.legend()
+    short, long = (choose(question.settings.get("iters", BASE["iters"]) for question, _ in answers)
+                   for choose in (min, max))
+    for question, rows in answers:
+        iters = question.settings.get("iters", BASE["iters"])
+        for k, row in enumerate(rows):
+            look, result = {"color": f"C{k}"}, row.results[0]
+            if iters == short:
+                left.semilogx(result["parameters"], fmean(map(final, row.results)) / math.log(2), "o", **look)
+            if iters == long:
+                steps, losses = np.transpose([each["curve"] for each in row.results]).mean(-1)
+                right.semilogx(steps, losses / math.log(2), label=row.label, **look)
+    left.set(xlabel="parameters", ylabel="test loss, bits per character", title=f"after {short:,} steps")
+    right.set(xlabel="steps", ylabel="validation loss, bits per character", title="0.1 million parameters")
+    right.legend()
     for axes in (left, right):
-        axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
@@ -488,7 +493,7 @@ def compare(args) -> None:
             add_times(rows, lab.text(question), times)
     text = report(lab, answers, read_times(times)["machine"])
     (args.out / "compare.md").write_text(text, encoding="utf-8")
-    for number, draw in ((1, plot), (5, plot_sizes)):
+    for number, draw in ((1, plot), (5, plot_sizes), (7, plot)):
         if group := [answer for answer in answers if answer[0].number == number]:
             draw(args.out / f"compare_{number}.png", group)
     print(text)
