@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 
 import grassmann
-from experiments.common import Learner, cell  # noqa: F401 (bench_gpu.py has `cell` from here)
+from experiments.common import Learner
 from grassmann import Array, Config, param_shapes
 from text import Corpus
 from training import Training, in_threads
