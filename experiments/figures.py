@@ -230,7 +230,7 @@ def dispute() -> plt.Figure:
             axes.plot(cells.index(cell) - left, float(gap), marker, color=BLUE, mfc=BLUE if cell == model else "none")
     axes.axhline(color=INK, lw=0.8)
     axes.set_xticks(range(len(cells)), [cell.replace(", ", "\n") for cell in cells])
-    axes.set(xlim=(-0.5, len(cells) - 0.2), ylabel="perplexity above attention's, %")
+    axes.set(xlim=(-0.5, len(cells) + 0.05), ylabel="perplexity above attention's, %")
     return figure
 
 
