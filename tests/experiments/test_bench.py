@@ -72,7 +72,7 @@ def test_sizes_of_the_gpt():
 
 @pytest.mark.parametrize(("taps", "normalize"), [(True, False), (False, True), (True, True), (False, False)])
 def test_the_layer_in_pytorch(taps, normalize, rng):
-    """Outputs and gradients are those of grassmann.py, also of repeated tokens, and so is the size of first weights."""
+    """Outputs and gradients are those of grassmann.py, also of parallel tokens, and so is the size of first weights."""
     torch_layer, torch = need_torch("experiments.torch_layer"), need_torch()
     torch.manual_seed(0)
     offsets, layer = torch_layer.OFFSETS, torch_layer.GrassmannMix(128, (1, 2, 4, 8, 12, 16), 32, taps, normalize)
@@ -82,8 +82,8 @@ def test_the_layer_in_pytorch(taps, normalize, rng):
     for name, p in layer.named_parameters():
         assert p.std().item() == pytest.approx(w[name].std(), rel=0.2)
         p.data = torch.tensor(w[name])
-    h, dout = rng.standard_normal((2, 3, 20, 128), np.float32)
-    h[:, 5:8] = h[:, 4:5]
+    h, dout = rng.standard_normal((2, 2, 20, 128), np.float32)
+    h[:, 5:8], h[:, 8:12] = h[:, 4:5], 0.3 * h[:, 4:5]
     out, cache = grassmann.mix_forward(h, w, config, 3)
     dh, grads = grassmann.mix_backward(dout, cache)
     x = torch.tensor(h, requires_grad=True)
