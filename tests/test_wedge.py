@@ -1,7 +1,4 @@
-"""The geometry: the wedge product and unit areas.
-
-The exercises and the tutorial test what they show of planes. One wedge for all offsets, contraction: test_model.py.
-"""
+"""The geometry: the wedge product and unit areas. (One wedge for all offsets, and contraction: test_model.py.)"""
 
 import itertools
 
