@@ -33,6 +33,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 import grassmann
@@ -398,8 +399,7 @@ def loss_table(question: Question, rows: list[Row], counted: Row | None = None) 
         (loss, deviation), result, trained = mean_and_deviation(row), row.results[0], row is not counted
         level = abs(loss - first) < 2 * math.hypot(deviation, of_first)
         table.append({
-            "model": row.label,
-            "learning rate": f"{result['spec']['lr']:g}" if trained else "",
+            "model": row.label, "learning rate": f"{result['spec']['lr']:g}" if trained else "",
             "seeds": len(row.results) if trained else "",
             f"test loss, nats per {unit}": f"{loss:.3f}" + ("" if math.isnan(deviation) else f" ± {deviation:.3f}"),
             "bits per byte": f"{loss / math.log(2) / result.get('bytes_per_token', 1):.3f}",
@@ -422,8 +422,8 @@ smallest or the largest tried, half or twice of it is tried, too. A loss is the 
 deviation; inf: diverged. Gap: how much higher the perplexity per token is; level: less than \
 two standard deviations of the difference of two such runs. \
 Milliseconds: medians on all cores, by turns; what is not in grassmann.py is not written for speed."""
-    command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
-    parts = ["# Does geometry replace attention?", f"`{command}`", f"{timed_on}.", explanation]
+    command = f"`{shlex.join(['python', '-m', 'experiments.compare', *sys.argv[1:]])}`"
+    parts = ["# Does geometry replace attention?", command, f"{timed_on}.", explanation]
     for question, rows in answers:
         text = lab.text(question)
         counted = lab.counting(question) if question.ngrams else None
@@ -441,36 +441,30 @@ def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
         values, look = [*map(final, row.results)], {"color": f"C{k % 10}"}
         left.plot(values, [k] * len(values), "o", alpha=0.7, **look)
         steps, losses = np.transpose(row.results[0]["curve"])
-        right.plot(steps * row.ms / 1e3, losses, "-" if k < 10 else "--", lw=1, label=row.label, **look)
+        right.plot(steps * row.ms / 1e3, losses, lw=1, label=row.label, **look)
     left.set(yticks=range(len(rows)), yticklabels=[row.label for row in rows], xlabel="test loss, nats; a dot per seed",
              title=f"{question.number}. {question.title}")
     left.invert_yaxis()
     right.set(xlabel="seconds of training", ylabel="validation loss, nats")
     right.legend(fontsize=7, ncols=2)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     """Test bits against parameters after the fewest steps; the curves of the longest runs, means over seeds."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    short, long = (choose(question.settings.get("iters", BASE["iters"]) for question, _ in answers)
-                   for choose in (min, max))
-    for question, rows in answers:
-        iters = question.settings.get("iters", BASE["iters"])
+    iters = [question.settings.get("iters", BASE["iters"]) for question, _ in answers]
+    for longest, (_, rows) in zip(iters, answers, strict=True):
         for k, row in enumerate(rows):
-            look, result = {"color": f"C{k}"}, row.results[0]
-            if iters == short:
-                left.semilogx(result["parameters"], fmean(map(final, row.results)) / math.log(2), "o", **look)
-            if iters == long:
-                steps, losses = np.transpose([each["curve"] for each in row.results]).mean(-1)
-                right.semilogx(steps, losses / math.log(2), label=row.label, **look)
-    left.set(xlabel="parameters", ylabel="test loss, bits per character", title=f"after {short:,} steps")
+            if longest == min(iters):
+                bits = mean_and_deviation(row)[0] / math.log(2)
+                left.semilogx(row.results[0]["parameters"], bits, "o", color=f"C{k}")
+            if longest == max(iters):
+                steps, losses = np.transpose([run["curve"] for run in row.results]).mean(-1)
+                right.semilogx(steps, losses / math.log(2), color=f"C{k}", label=row.label)
+    left.set(xlabel="parameters", ylabel="test loss, bits per character", title=f"after {min(iters):,} steps")
     right.set(xlabel="steps", ylabel="validation loss, bits per character", title="0.1 million parameters")
     right.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 # ---- the program ---------------------------------------------------------------------------------
@@ -493,9 +487,10 @@ def compare(args) -> None:
             add_times(rows, lab.text(question), times)
     text = report(lab, answers, read_times(times)["machine"])
     (args.out / "compare.md").write_text(text, encoding="utf-8")
-    for number, draw in ((1, plot), (5, plot_sizes), (7, plot)):
-        if group := [answer for answer in answers if answer[0].number == number]:
-            draw(args.out / f"compare_{number}.png", group)
+    with rc_context({"axes.grid": True, "grid.alpha": 0.3}):
+        for number, draw in ((1, plot), (5, plot_sizes), (7, plot)):
+            if group := [answer for answer in answers if answer[0].number == number]:
+                draw(args.out / f"compare_{number}.png", group)
     print(text)
     print(f"written to {args.out}: " + ", ".join(sorted(p.name for p in args.out.glob("compare*"))))
 
