@@ -375,7 +375,7 @@ def train_step(params: Flat, config: Config, training, optimizer: dict, step: in
     adds up the gradients between them.
     """
     B, L, mine = training.batch_size, config.context, parallel.rows(training.batch_size)
-    check(len(tokens) > L, f"{len(tokens)} tokens are too few: a window takes {L} and one more")
+    check(len(tokens) > L, f"{len(tokens)} tokens are too few: a context of {L} needs {L + 1}")
     places = [a.data.ptr for a in (tokens, *(flat.buffer for flat in (params, *optimizer.values())))]
     key = config, training, MIXERS[config.mixer], BLOCKS[config.block], gpu_cuda.tf32, places, len(tokens), tokens.dtype
     if params.step is None or params.step.key != key:

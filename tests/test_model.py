@@ -198,7 +198,7 @@ WRONG = {  # of tiny_config
     "2 layers need 2 groups of offsets, 3 given": [{"offsets": ((1,),) * 3}],
     "must be distinct": [{"offsets": ((1, 1), (2,))}, {"offsets": ((), (1,))}],
     "1 to context - 1, here 8": [{"offsets": ((1,), (wrong,))} for wrong in (0, 9)],
-    "n_head must divide": [{"mixer": "attention", "n_head": 3}],
+    "n_head, 3, must divide d_model, 8": [{"mixer": "attention", "n_head": 3}],
     "neither memory nor offsets": [{"mixer": "attention"} | x for x in ({"memory": True}, {"offsets": ((1,),) * 2})],
     "block must be one of": [{"block": "postnorm"}],
     "mixer must be one of": [{"mixer": "lstm"}],
@@ -227,7 +227,7 @@ DOORS = {  # what is said, and of what: params, config
     "10 tokens exceed the context of 9":
         lambda p, c: G.forward(p | TABLE, dataclasses.replace(c, positions=True), np.zeros((1, 10), int)),
     "nothing to read": lambda p, c: G.stream_read(p, c, G.stream_init(p, c), []),
-    "tokens go from 0 to 6$": lambda p, c: G.stream_step(p, c, G.stream_init(p, c), -1),
+    "tokens must be from 0 to 6$": lambda p, c: G.stream_step(p, c, G.stream_init(p, c), -1),
     "from 0 to 6$": lambda p, c: G.stream_step(p, c, G.stream_init(p, c), 7),
     "not from 7 to 7": lambda p, c: G.generate(p, c, [7], 1),
     "temperature must": lambda p, c: G.generate(p, c, [1], 1, temperature=-1),

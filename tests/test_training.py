@@ -57,7 +57,7 @@ def test_a_batch_is_windows_of_the_text_drawn_from_seed_and_step():
     for seed, step in [(5, 3), (6, 2), (2, 5), (4, 3)]:
         assert (x != G.get_batch(np.arange(20) * 3, 3000, 5, seed, step)[0]).any()
     assert (G.get_batch(np.arange(6), 3, 5, 0, 0)[0] == range(5)).all()
-    with pytest.raises(G.UserError, match="5 tokens are too few: a window takes 5 and one more"):
+    with pytest.raises(G.UserError, match="5 tokens are too few: a context of 5 needs 6"):
         G.get_batch(np.arange(5), 3, 5, 0, 0)
 
 def test_dropout_keeps_the_mean(rng):

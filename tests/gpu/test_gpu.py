@@ -399,7 +399,7 @@ def test_streams_and_generated_texts(gpu, same, model, monkeypatch):
             patch.setattr(gpu, "ON_HOST", on_host)
             patch.setattr(*other, None)  # not by the GPU, not by NumPy
             assert list(gpu.generate(ours, config, [1, 2, 3], 20, **how)) == text
-            with pytest.raises(ValueError, match="tokens go from 0"):
+            with pytest.raises(ValueError, match="tokens must be from 0"):
                 next(gpu.generate(ours, config, [config.vocab_size], 1))
 
 def test_checkpoints_of_either_load_in_the_other(gpu, same, tiny_config, trained, tmp_path):
