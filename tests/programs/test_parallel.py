@@ -92,6 +92,6 @@ train_char.main()
 
 def test_an_error_ends_all(launch, tmp_path):
     """Also where only one rank has it. Each rank may print it."""
-    for how, message in (({"program": ("-c", ONE_FAILS)}, "lr must be"), ({}, "too small")):
+    for how, message in (({"program": ("-c", ONE_FAILS)}, "lr must be"), ({}, "raise --batch-size")):
         code, _, errors = all_ended(launch(3, *["--batch-size", 2] * (not how), **how), tmp_path)
         assert code and errors and all(message in line for line in errors)

@@ -123,7 +123,7 @@ def test_more_iterations_later(alone, copied, resume, succeeded):
     *((words, f"--resume cannot change {words.split()[0]}") for words in (
         "--context 7", "--offsets 1;2", "--mixer attention", "--dropout 0.3", "--seed 1", "--batch-size 5")),
     ("--no-taps", "--resume cannot change --taps"), ("--paper", "--resume cannot change --"),
-    ("--out nowhere", "nothing to resume"), (f"--iters {STEPS}", f"is at step {STEPS}; to go on, give --iters")])
+    ("--out nowhere", "nothing to resume"), (f"--iters {STEPS}", f"is at step {STEPS}; to go on, give --iters a number above {STEPS}")])
 def test_what_cannot_be_resumed(alone, resume, refused, words, message):
     """Another model or another training, by the name of the option; a run that is finished or not there."""
     assert message in refused(resume(alone, *MORE, *words.split()))
@@ -138,7 +138,7 @@ def test_the_text_is_known_by_its_contents(call, resume, succeeded, refused, tmp
     moved = text.rename(tmp_path / "moved")
     assert f"cannot read {text}" in (sentence := refused(resume(out, "--iters", 3))) and "moved" in sentence
     text.write_text(TEXT.replace("7", "8", 1))
-    assert f"--resume cannot change the text, and {text} is not what" in refused(resume(out, "--iters", 3))
+    assert f"--resume cannot change the text: {text} is not the text" in refused(resume(out, "--iters", 3))
     text.write_bytes(b"\xff")
     assert "is not UTF-8" in (sentence := refused(resume(out, "--iters", 3))) and "moved" not in sentence
     succeeded(resume(out, "--iters", 3, "--data", moved))

@@ -63,7 +63,7 @@ def test_last_where_there_is_no_best(call, trained, tmp_path):
     (folder / "last.npz").write_bytes((trained[0] / "last.npz").read_bytes())
     process, shown = call("sample.py", folder / "best.npz", "--seed", 0, "--length", 20), f"{tmp_path}/\\x1b[2J"
     assert process.returncode == 0 and len(process.stdout) == 20 + 1
-    assert process.stderr == f"there is no {shown}/best.npz yet, so this is {shown}/last.npz\n"
+    assert process.stderr == f"there is no {shown}/best.npz yet; using {shown}/last.npz\n"
 
 def test_control_characters_are_escaped_on_a_terminal(odd, monkeypatch, capsys):
     """A text may hold what clears a screen; into a file it goes as it is."""
@@ -76,7 +76,7 @@ def test_control_characters_are_escaped_on_a_terminal(odd, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, message", [
     ("--length -1", "-1"), ("--temperature nan", "temperature"), ("--top-k 0", "top_k"), ("--seed -1", "--seed"),
-    ("--prompt -x", "(one that begins with a dash is written --option=-value)"), ("--precision tf32", "--gpu"),
+    ("--prompt -x", "(if it begins with a dash, write --option=-value)"), ("--precision tf32", "--gpu"),
     ("--prompt Ω你", "not in the model's vocabulary: 'Ω' '你'"), ("--prompt 12\udcff", r"'\udcff'"),
     ("--prompt=\x1b", r"'\x1b'"), ("two\nlines", "two lines"), ("", "is not a file")])
 def test_bad_options(call, refused, best, words, message):
