@@ -33,11 +33,11 @@ class Corpus:
     vocab: list[int]  # its code points, in order
     train: Array
     val: Array
-    most_common: int  # token
+    most_common: int  # the most common token
     name: str = ""  # where the text comes from
 
 def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
-    """The text behind --data as tokens. Raises UserError, also if it is too short for the context."""
+    """The text that --data names, as tokens. Raises UserError, also if it is too short for the context."""
     name = data if isinstance(data, str) else " ".join(data or ["the documentation of this Python"])
     return corpus_of(load_text(data), context, name)
 
@@ -51,7 +51,7 @@ def corpus_of(text: str, context: int, name: str = "") -> Corpus:
     return Corpus(text_sha256(text), vocab, tokens[:-n_val], tokens[-n_val:], most_common, name)
 
 def text_sha256(text: str) -> str:
-    """By which a checkpoint knows its text again."""
+    """The hash by which a checkpoint recognises its text."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 def load_text(data: str | Sequence[str] | None) -> str:
@@ -71,9 +71,9 @@ def load_text(data: str | Sequence[str] | None) -> str:
     return texts[0] if len(texts) == 1 else "".join(t if t.endswith("\n") else t + "\n" for t in texts)
 
 def read_folder(name: str) -> list[str]:
-    """The UTF-8 files below a folder, or those that fit a pattern, in order of their names, except hidden files
-    and what a run of ours wrote. Says what was read. Raises UserError if nothing was."""
-    pattern = name if "*" in name else os.path.join(glob.escape(name), "**", "*")  # no hidden file fits
+    """The UTF-8 files below a folder, or the files that match a pattern, in order of their names. Leaves out hidden
+    files and the files of a training run. Prints what it has read. Raises UserError if there is no text."""
+    pattern = name if "*" in name else os.path.join(glob.escape(name), "**", "*")  # glob leaves out hidden files
     texts, kinds, left_out = [], Counter(), 0
     for path in sorted(Path(found) for found in glob.glob(pattern, recursive=True)):
         ran = any((path.parent / checkpoint).exists() for checkpoint in ("best.npz", "last.npz"))
@@ -92,7 +92,7 @@ def read_folder(name: str) -> list[str]:
     return texts
 
 def read_file(path: Path) -> str:
-    """A UTF-8 file, without a byte order mark, its line ends as \\n. Raises UserError."""
+    """The text of a UTF-8 file, without its byte order mark, and with \\n for \\r\\n. Raises UserError."""
     try:
         fine = not path.is_char_device() and path.stat().st_size <= MOST_BYTES  # a device may never end
         check(fine, f"{path} is larger than {MOST_BYTES >> 30} GB, or endless")
@@ -113,7 +113,7 @@ def shakespeare() -> Path:
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
             text = response.read(10**7)
-        check(hashlib.sha256(text).hexdigest() == SHAKESPEARE_SHA256, f"{len(text)} bytes came that are something else")
+        check(hashlib.sha256(text).hexdigest() == SHAKESPEARE_SHA256, f"{len(text)} bytes of something else came")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text)  # an unfinished file has another hash
     except (OSError, http.client.HTTPException, UserError) as error:
@@ -122,11 +122,11 @@ def shakespeare() -> Path:
     return path
 
 def vocabulary(text: str) -> list[int]:
-    """The code points that occur in a text, in order; token k stands for the k-th of them."""
+    """The code points that occur in a text, in order. Token k is the k-th code point."""
     return sorted(map(ord, set(text)))
 
 def encode(text: str, vocab: list[int]) -> Array:
-    """Text -> tokens, integers as small as they can be. Raises UserError, naming what is unknown."""
+    """Text -> tokens, in the smallest integer type. Raises UserError, which names the unknown characters."""
     points, known = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32), np.array(vocab, np.uint32)
     tokens = np.searchsorted(known, points).clip(0, len(known) - 1).astype(np.min_scalar_type(len(known) - 1))
     missing = np.unique(points[known[tokens] != points])
@@ -138,9 +138,9 @@ def decode(tokens: Iterable[int], vocab: list[int]) -> str:
     return "".join(chr(vocab[token]) for token in tokens)
 
 def start_token(vocab: list[int], most_common: int) -> int:
-    """What to begin with where nothing is given: a line end, or the most common character if there is none."""
+    """What a sample without a prompt starts from: a line end, or the most common character if there is no line end."""
     return vocab.index(10) if 10 in vocab else most_common
 
 def visible(text: str) -> str:
-    """For a terminal: control characters escaped, except line ends and tabs."""
+    """The text for a terminal: control characters are escaped, except line ends and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
