@@ -726,7 +726,7 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
     so that all parts add up to the batch's. Raises UserError like `forward`, and if x and y differ in shape.
     """
     x, y = np.asarray(x), np.asarray(y)
-    check(x.shape == y.shape, f"x and y must have one shape, not {x.shape} and {y.shape}")
+    check(x.shape == y.shape, f"x and y must have the same shape, not {x.shape} and {y.shape}")
     check_model(params, config)
     for tokens in (x, y):
         check_tokens(tokens, config)

@@ -220,7 +220,7 @@ DOORS = {  # what is said, and of what: params, config
     "from 0 to 6, not from -1 to 1": lambda p, c: G.forward(p, c, TEXT - 2),
     "from 0 to 6, not from 5 to 7": lambda p, c: G.loss_and_grads(p, c, TEXT, TEXT + 4),
     "from 0 to 6, not from 6 to 8": lambda p, c: G.loss_and_grads(p, c, TEXT + 5, TEXT),
-    "one shape": lambda p, c: G.loss_and_grads(p, c, TEXT, TEXT[:, 1:]),
+    "same shape": lambda p, c: G.loss_and_grads(p, c, TEXT, TEXT[:, 1:]),
     "P is missing": lambda p, c: G.stream_init(p, dataclasses.replace(c, positions=True)),
     "P is .* no such parameter": lambda p, c: G.forward(p | TABLE, c, TEXT),
     "E is": lambda p, c: G.loss_and_grads(p | {"E": TEXT}, c, TEXT, TEXT),
