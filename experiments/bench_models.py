@@ -1,5 +1,5 @@
-"""What the benchmark measures: a model of grassmann.py or gpu.py in training, and the PyTorch models it
-is compared with, as they are usually written, in the same loop; and how much work a step is."""
+"""What the benchmark measures: a model of grassmann.py or gpu.py in training, and PyTorch models, as they are
+usually written, in the same loop. Also the amount of work in a step."""
 
 import math
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ class Setup:
     threads: int
     quick: bool = False
     training: Training = field(default_factory=Training)
-    sizes: dict = field(default_factory=dict)  # of the models, where they are not the defaults
+    sizes: dict = field(default_factory=dict)  # of the models, if they are not the defaults
 
     def config(self, **changes) -> Config:
         """The model that train_char.py trains, or a variant; no dropout, as nanoGPT's recipe."""
@@ -98,7 +98,7 @@ class Theirs:
 # ---- the models in PyTorch -----------------------------------------------------------------------
 
 class Attention(Module):
-    """Causal multi-head attention, as in nanoGPT. `past`: the earlier keys and values (a cache)."""
+    """Causal multi-head attention, as in nanoGPT. `past` is a cache of earlier keys and values."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -147,7 +147,7 @@ class GrassmannMix(Module):
         return total / count.clamp(min=1)
 
 class TappedMix(GrassmannMix):
-    """Our default layer with our algebra: one partner, weighted by the taps, and one wedge."""
+    """Our default layer, computed our way: one partner, a sum weighted by the taps, and one wedge."""
 
     def wedge(self, u: Tensor, v: Tensor) -> Tensor:
         (u_i, v_i), (u_j, v_j) = ([a.index_select(-1, k) for a in (u, v)] for k in (self.i, self.j))
@@ -173,8 +173,8 @@ class Block(Module):
         return h + self.ffn(self.ln2(h))
 
 class Model(Module):
-    """With attention nanoGPT's model: no biases, GELU in its exact form. Else that of grassmann.py,
-    gradients by autograd: with taps and not normalised, or normalised and without taps."""
+    """With attention, this is nanoGPT's model: no biases, exact GELU. Otherwise it is the model of grassmann.py with
+    gradients by autograd, either with taps and not normalised, or normalised and without taps."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -186,7 +186,7 @@ class Model(Module):
         self.P = nn.Embedding(config.context, d) if config.positions else None
         self.blocks = nn.ModuleList(Block(config, mix, not gpt, gelu) for mix in mixers)
         self.ln_f = nn.LayerNorm(d, bias=not gpt)
-        for name, p in self.named_parameters():  # as in nanoGPT: smaller into the residual stream
+        for name, p in self.named_parameters():  # as in nanoGPT: smaller if it writes into the residual path
             if p.dim() > 1:
                 residual = "mix.out" in name or "ffn.2" in name
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer if residual else 1))
@@ -204,12 +204,12 @@ class Model(Module):
 # ---- sizes and work ------------------------------------------------------------------------------
 
 def n_parameters(config: Config) -> int:
-    """Parameters of a model; with attention those of the GPT, which has no biases."""
+    """The number of a model's parameters. With attention, biases do not count, since the GPT has none."""
     return sum(math.prod(shape) for name, shape in param_shapes(config).items()
                if config.mixer != "attention" or not name.split(".")[-1].startswith("b"))
 
 def gpt_of_size(setup: Setup, size: int) -> Config:
-    """The widest GPT of at most `size` parameters; what is missing widens its FFN."""
+    """The widest GPT of at most `size` parameters. Parameters that are left widen its FFN."""
     gpt = setup.gpt_config()
     d = gpt.n_head  # a multiple of the heads
     while n_parameters(setup.gpt_config(d_model=d + gpt.n_head)) <= size:
@@ -218,9 +218,9 @@ def gpt_of_size(setup: Setup, size: int) -> Config:
     return setup.gpt_config(d_model=d, d_ff=4 * d + 8 * round(missing / (16 * d * gpt.n_layer)))
 
 def multiply_adds(config: Config, batch_size: int) -> int:
-    """Multiply-adds in the matrix products of one training step: three times those of the forward
-    pass, as the input and the weights have gradients. Attention has its tables besides, scores and
-    weighted sums, L·d each per token and layer. (No matrix product and not counted: the wedge.)"""
+    """Multiply-adds in the matrix products of one training step: three times the forward pass, since inputs and
+    weights have gradients. Attention also has its tables, scores and weighted sums, L·d each per token and layer.
+    The wedge is no matrix product and is not counted."""
     tokens, attention = batch_size * config.context, config.mixer == "attention"
     tables = 2 * config.n_layer * config.context * config.d_model if attention else 0
     weights = sum(math.prod(shape) for name, shape in param_shapes(config).items() if ".W_" in name)

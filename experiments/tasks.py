@@ -1,8 +1,8 @@
 """Questions 8 and 9 of compare.py: tasks that ask for a token far back, and their tables.
 
-A task gives x, y, group, each (batch, length). For an asking token `group` is the distance to its
-answer, or how many keys there are to remember; for all others it is 0. Those repeat themselves,
-y = x, which is soon learned: what remains of the loss is the question.
+A task returns x, y, group, each (batch, length). For a token that asks, `group` is the distance to its
+answer, or the number of keys to remember. For all other tokens `group` is 0 and y = x. The model soon
+learns to repeat these tokens, so the rest of the loss comes from the questions.
 """
 
 import math
@@ -15,10 +15,10 @@ from grassmann import Array, Config, Params, Rng
 ANSWERS, ASK, VOCAB_SIZE = 8, 16, 17  # tokens: 0 to 7 are answers, 8 to 15 filler, 16 asks
 SLOTS, KEYS_VOCAB_SIZE = 16, 32  # in `keys` 16 + k names slot k, before its key and when it is asked
 DISTANCES = (1, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 200)  # from, to
-NUMBERS = (2, 2), (4, 4), (8, 8), (16, 16)  # of keys at once
+NUMBERS = (2, 2), (4, 4), (8, 8), (16, 16)  # numbers of keys
 
 def recall(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
-    """What was the key? Filler with one key among it; some tokens after it ask for the key."""
+    """What was the key? The text is filler with one key. Some tokens after the key ask for it."""
     x = rng.integers(ANSWERS, ASK, (batch, length))
     place, key = rng.integers(0, length // 4, (batch, 1)), rng.integers(0, ANSWERS, (batch, 1))
     distance = np.arange(length) - place
@@ -30,8 +30,8 @@ def recall(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
 def keys(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
     """What was the key of this slot? 2, 4, 8 or 16 slots get a key each, and are asked for later.
 
-    A key follows the token that names its slot, all of them within the first quarter of the text;
-    half of the tokens after that are names again, which ask.
+    In the first quarter of the text, each key follows the token that names its slot. After it, half of
+    the tokens name a slot again, which asks for its key.
     """
     x, many = rng.integers(ANSWERS, ASK, (batch, length)), np.zeros((batch, length), int)
     y, quarter = x.copy(), length // 4
@@ -52,7 +52,7 @@ GROUPS = {"recall": DISTANCES, "keys": NUMBERS}
 def accuracy(
     params: Params, config: Config, x: Array, y: Array, group: Array, groups: tuple = DISTANCES
 ) -> list[float]:
-    """For each of the groups: how often the likeliest of the eight answers is right."""
+    """For each of the groups, the share of questions for which the likeliest of the eight answers is right."""
     chunks = np.array_split(x, math.ceil(len(x) / 8))
     answers = [grassmann.forward(params, config, c)[..., :ANSWERS].argmax(-1) for c in chunks]
     right = np.concatenate(answers) == y
@@ -60,8 +60,8 @@ def accuracy(
     return [float(right[here].mean()) if here.any() else math.nan for here in asked]
 
 def table(rows: list) -> list[dict[str, str]]:
-    """One line per task and model: how often it is right, by distance or number of keys; the mean of the
-    seeds, and the lowest where that is another."""
+    """One line per task and model: the accuracy by distance or by number of keys. It is the mean of the seeds, with
+    the lowest seed in brackets if it differs."""
     lines = []
     for row in rows:
         task, _, label = row.label.partition(", ")

@@ -28,7 +28,7 @@ def test_the_models_own_layers_and_the_file_to_start_from_pass():
     ('"W_mix": dW_mix,', '"W_mix": dW_mix * np.nan,', r"the gradient of blocks.\d.mix.W_mix is wrong"),
     ("s = s[:, -length:]", "pass", "mine.py reads a text at once, but not in parts: ValueError: operands"),
     ("-max(config.offsets[layer]) :]", "-1:]",
-     r"mine.py: token by token it gives other logits than all at once, by [\d.]+$"),
+     r"mine.py: token by token it returns other logits than all at once, by [\d.]+$"),
     ("z * s,", "z * s + z.mean(1, keepdims=True),", r"mine.py sees the future: .* by \d"),
     ("def shapes", "def shape", "mine.py defines no function shapes; docs/my_layer.py has all three"),
     ("import numpy", "import nonsense", "mine.py, line 8: ModuleNotFoundError: No module named 'nonsense'"),
