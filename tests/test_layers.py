@@ -1,4 +1,4 @@
-"""A layer of one's own: the file to start from is right, and three wrong ones are found, in words."""
+"""A layer of your own: the file to start from is right, and mistakes in it are found and named."""
 
 import hashlib
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_the_models_own_layers_and_the_file_to_start_from_pass():
     ("z * s,", "z * s *,", r"mine.py: SyntaxError: invalid syntax \(mine.py, line \d+\)"),
 ])
 def test_what_is_wrong_is_said(tmp_path, old, new, said):
-    """Of the file with one change."""
+    """Each mistake is one change of the file."""
     source, layer = START.read_text(encoding="utf-8"), tmp_path / "mine.py"
     assert source.count(old) == 1
     layer.write_text(source.replace(old, new), encoding="utf-8")

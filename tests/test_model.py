@@ -17,10 +17,10 @@ def near(a, b, atol=1e-12):
 # ---- the model, written out token by token -------------------------------------------------------
 
 def written_out(params, config, text):
-    """Logits (L, V) of one text, by the paper's equations as plainly as they stand, and what lies between.
+    """Logits (L, V) of one text, directly from the paper's equations, and values inside the layers.
 
-    Per layer: z, p (L, …) and the gate alpha, or with attention the table a (heads, L, L). Without taps
-    p is the mean of a wedge for every offset: the model needs one wedge for all of them.
+    Per layer: z, p (L, …) and the gate alpha, or with attention the table a (heads, L, L). Without taps p is
+    the mean of one wedge per offset. The model computes one wedge for all offsets.
     """
     inside = []
 
@@ -84,8 +84,8 @@ def written_out(params, config, text):
 
 @positions
 def test_the_model_is_its_equations(tiny_model, batch, variant, positions):
-    """Logits, loss, and what the caches show under its name: the numbers that the layer used. Equal
-    tokens make degenerate pairs, and one offset lies beyond the text."""
+    """Logits, loss, and the values that the caches name. Equal tokens make degenerate pairs, and one offset is longer
+    than the text."""
     params, config = tiny_model(**variant, positions=positions, context=12, offsets=((1, 2, 5), (3, 10)))
     texts, y = batch(2)
     found, cache = G.model_forward(params, config, texts)
@@ -119,7 +119,7 @@ def test_streaming_equals_forward_far_beyond_the_context(tiny_model, variant, dt
 
 @pytest.mark.parametrize("context", [8, 9])
 def test_streaming_with_positions_re_reads_half_the_context(tiny_model, variant, context):
-    """At the context's end it goes on from the last context // 2 tokens, at positions 0, 1, …"""
+    """At the end of the context it continues from the last context // 2 tokens, at positions 0, 1, …"""
     model = tiny_model(**variant, positions=True, context=context)
     text, window, state = np.random.default_rng(1).integers(0, 11, 30), [], G.stream_init(*model)
     for token in text:
@@ -144,7 +144,7 @@ def test_greedy_sampling_takes_the_largest_logit(model, how):
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.5, None), (2.0, 4), (3.0, 100)])
 def test_frequencies_are_softmax_of_logits_over_temperature(model, temperature, top_k):
-    """Of the first token after (3, 1), with a thousand seeds: within four standard deviations."""
+    """For the first token after (3, 1), with a thousand seeds, within four standard deviations."""
     n, logits = 1000, G.forward(*model, np.array([[3, 1]]))[0, -1]
     p = np.exp((logits - logits.max()) / temperature)
     p[np.argsort(logits)[: -(top_k or 7)]] = 0
@@ -154,7 +154,7 @@ def test_frequencies_are_softmax_of_logits_over_temperature(model, temperature, 
 
 @positions
 def test_prompts(tiny_model, positions):
-    """None, any iterable, every token, longer than the context; nothing to write; seeds."""
+    """An empty prompt, any iterable, every token, longer than the context; nothing to write; seeds."""
     model = tiny_model(positions=positions)
     write = lambda prompt, n=30, **how: list(G.generate(*model, prompt, n, **how))  # noqa: E731
     assert write([1, 2]) == write(iter([1, 2])) == write(np.array([1, 2])) != write([1, 2], seed=1)
@@ -164,8 +164,8 @@ def test_prompts(tiny_model, positions):
 # ---- sizes and configurations --------------------------------------------------------------------
 
 def test_initial_weights(tiny_config, variant):
-    """Ones, zeros, N(0, 0.02²), N(0, 0.5²) for taps, N(0, 1/d) for W_red, and 1 / sqrt(2N) of it
-    for what writes into the residual stream."""
+    """Ones, zeros, N(0, 0.02²), N(0, 0.5²) for taps, N(0, 1/d) for W_red, and 0.02 / sqrt(2N) for
+    matrices that write into the residual path."""
     config = tiny_config(**variant, vocab_size=50, d_model=64, rank=16, d_ff=256, positions=True)
     params = G.init_params(config, seed=3)
     G.check_model(params, config)
@@ -206,14 +206,14 @@ WRONG = {  # of tiny_config
 
 @pytest.mark.parametrize(("rule", "changes"), [(r, c) for r in WRONG for c in WRONG[r]], ids=str)
 def test_a_wrong_configuration_gets_a_sentence(rule, changes):
-    """A short one: not the whole configuration."""
+    """The sentence does not show the whole configuration."""
     sizes = {"context": 9, "n_layer": 2, "d_model": 8, "offsets": None if "mixer" in changes else ((1,), (1, 3))}
     with pytest.raises(G.UserError, match=rule) as error:
         G.Config(11, **sizes | changes)
     assert "\n" not in str(error.value) and "Config(" not in str(error.value)
 
 TEXT, TABLE = np.array([[1, 2, 3]]), {"P": np.zeros((9, 8))}
-DOORS = {  # what is said, and of what: params, config
+DOORS = {  # the message, and the call that raises it
     r"\(B, L\), not int64 of shape \(3,\)": lambda p, c: G.forward(p, c, TEXT[0]),
     r"\(B, L\), not int64 of shape \(1, 0\)": lambda p, c: G.forward(p, c, TEXT[:, :0]),
     "whole numbers.* not float64": lambda p, c: G.forward(p, c, TEXT / 1),
@@ -242,7 +242,7 @@ def test_what_makes_no_sense_gets_a_sentence(model, rule):
         DOORS[rule](*model)
 
 def test_mistakes_of_the_program_keep_their_traceback():
-    """x (4, 6) has as many numbers as 8 rows of W (3, 5) take. Sizes have another type."""
+    """x (4, 6) has as many numbers as 8 rows for W (3, 5). Sizes of a wrong type are a TypeError."""
     with pytest.raises(ValueError, match=r"x \(4, 6\) has rows of 6, but W \(3, 5\) takes rows of 3") as error:
         G.linear_forward(np.ones((4, 6)), np.ones((3, 5)), np.ones(5))
     assert error.type is ValueError  # not a UserError

@@ -48,7 +48,7 @@ def copy_weights(params: dict, model) -> None:
     model.double().load_state_dict({name: state[name] for name in model.state_dict()})
 
 def test_the_clock_takes_turns(monkeypatch):
-    """And leaves out the first round, the first call of a turn, and what is missing."""
+    """It leaves out the first round, the first call of a turn, and missing runs."""
     now, turns = [0.0], []
 
     def run(name: str, seconds: float) -> None:
@@ -81,8 +81,8 @@ def test_sizes_of_the_gpt():
     Config(7, 24, 3, 16, 5), Config(7, 24, 3, 16, 5, SIX), Config(7, 24, 3, 16, 5, **PAPER),
     Config(7, 24, 3, 16, 5, SIX, **PAPER), Config(7, 24, 3, 16, mixer="attention", positions=True)])
 def test_pytorch_computes_our_models(ordinary_params, config):
-    """The same logits with the same weights, for tokens without a partner and repeated letters too;
-    those of the GPT, once its GELU is not exact, also with its cache."""
+    """The same logits with the same weights, also for tokens without a partner and repeated letters. The
+    GPT's logits agree once its GELU is in the tanh form, also with its cache."""
     torch = need_torch()
     model, params = bench.Model(config), ordinary_params(config)
     for name in params:  # the GPT has no biases
@@ -120,7 +120,7 @@ def test_both_sides_train_alike(ordinary_params, grad_clip, tolerance):
     assert theirs.validate() == pytest.approx(ours.validate(), abs=tolerance)
 
 def test_gpt_writer_reads_its_context(monkeypatch):
-    """A context of 24: its last half, then one by one."""
+    """Of a context of 24, the last half at once, then one by one."""
     torch, read, cycle = need_torch(), [], [(0, 12), *((position, 1) for position in range(12, 24))]
 
     def model(x, past=None, start=0):
@@ -143,7 +143,7 @@ def test_sections_that_compare(section, n_rows, dashes, has_torch, capsys):
     assert capsys.readouterr().out.count("–") == (0 if has_torch else dashes)
 
 def test_race(has_torch):
-    """The loss is that of a training run."""
+    """The loss equals a training run's."""
     ours, *others = bench.race(tiny(), iters=60)
     run = bench.Ours(tiny(iters=60), tiny().config())
     for _ in range(60):
@@ -151,7 +151,7 @@ def test_race(has_torch):
     assert ours["loss"] == run.validate() and len(others) == (2 if has_torch else 0)
 
 def test_length(monkeypatch):
-    """Lengths of 64 and 256 in 1,024 tokens, all of them read, with attention only as far as its tables go."""
+    """Lengths of 64 and 256 in 1,024 tokens, which are all read; attention only up to its longest table."""
     read, stream_read = Counter(), grassmann.stream_read
     monkeypatch.setattr(grassmann, "stream_read", lambda *args: read.update([len(args[-1])]) or stream_read(*args))
     rows = bench.length(tiny(threads=3), tokens=1024, longest_table=128)
@@ -165,7 +165,7 @@ def test_length(monkeypatch):
     ("--gpu", "CuPy"), ("--gpu --only race", "not all are sections"), ("--report", "need --gpu"),
     ("--only race --quick", None)])
 def test_command_line(options, error, tmp_path, monkeypatch, capsys):
-    """Tables, or one line that says what is wrong."""
+    """Prints tables, or one line that says what is wrong."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # there is no GPU
     monkeypatch.setattr(sys, "argv", ["bench.py", *options.split()])

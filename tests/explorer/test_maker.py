@@ -22,7 +22,7 @@ def make(folder, *args, stdout=subprocess.PIPE, **how):
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, cwd=folder, env=env, encoding="utf-8", **how)
 
 def save(path, text=LINES, mixer="grassmann", **extra):
-    """A checkpoint of a small model, as of a run on LINES, and beside it its text as it is now."""
+    """A checkpoint of a small model, as after a run on LINES, and next to it the text as it is now."""
     config = G.Config(len(vocabulary(LINES)), n_layer=1, d_model=8, rank=4, context=8, n_head=2, mixer=mixer)
     (data := path.with_name("text.txt")).write_text(text, encoding="utf-8")
     run = {"vocab": vocabulary(LINES), "most_common": 0, "best": [10, 1.5], "settings": {"data": [str(data)]}}

@@ -25,7 +25,7 @@ def sampled(call, succeeded, best):
 @pytest.fixture
 def odd(tmp_path):
     def odd(characters, scale=1, **more):
-        """A checkpoint that knows only these."""
+        """A checkpoint of a model that knows only these."""
         config = Config(len(vocabulary(characters)), context=8, n_layer=1, d_model=8, rank=3)
         params = {name: scale * value for name, value in init_params(config).items()}
         save_checkpoint(tmp_path / "odd", params, config, **{"vocab": vocabulary(characters), "most_common": 0} | more)
@@ -48,7 +48,7 @@ def test_it_prints_the_prompt_and_what_generate_draws(call, sampled, best):
     assert sampled("--length", 60, *re.fullmatch("(--seed) (.+) writes this.*\n", one.stderr).groups()) == one.stdout
 
 def test_characters_appear_as_they_are_drawn(start, best):
-    """Else they would come by the thousand, when the buffer is full. Then the reader leaves, as `head` does."""
+    """They do not wait until a buffer of thousands is full. At the end the reader leaves, as `head` does."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with start("sample.py", best, "--length", 10**9, "--seed", 0, "--prompt", "7", env=env) as process:
         first, second = (os.read(process.stdout.fileno(), 10**6) for _ in range(2))
@@ -58,7 +58,7 @@ def test_characters_appear_as_they_are_drawn(start, best):
     assert process.returncode == 0 and first.startswith(b"7") and len(first + second) < 1000
 
 def test_last_where_there_is_no_best(call, trained, tmp_path):
-    """Of a run that was stopped before its first validation; in a folder whose name clears a screen."""
+    """After a run that was stopped before its first validation, in a folder whose name clears a screen."""
     (folder := tmp_path / "\x1b[2J").mkdir()
     (folder / "last.npz").write_bytes((trained[0] / "last.npz").read_bytes())
     process, shown = call("sample.py", folder / "best.npz", "--seed", 0, "--length", 20), f"{tmp_path}/\\x1b[2J"
@@ -66,7 +66,7 @@ def test_last_where_there_is_no_best(call, trained, tmp_path):
     assert process.stderr == f"there is no {shown}/best.npz yet; using {shown}/last.npz\n"
 
 def test_control_characters_are_escaped_on_a_terminal(odd, monkeypatch, capsys):
-    """A text may hold what clears a screen; into a file it goes as it is."""
+    """A text may hold characters that clear a screen. A file gets them unchanged."""
     trained = load_checkpoint(odd("\x1b[2J\x07\x9b\n\r\u202e"))
     for terminal in (False, True):
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
@@ -84,7 +84,7 @@ def test_bad_options(call, refused, best, words, message):
     assert message in refused(process) and process.stdout == ""
 
 @pytest.mark.parametrize("changes, message", [
-    ({"scale": np.float32(1e37)}, "not finite"),  # of finite weights that overflow: a run that has diverged
+    ({"scale": np.float32(1e37)}, "not finite"),  # finite weights that overflow: a run that has diverged
     *(({"most_common": start}, "not written by train_char") for start in (5, -1, "a", None, [])),
     ({"vocab": None}, "was not written by train_char.py")])
 def test_checkpoints_that_cannot_be_sampled_from(call, refused, odd, changes, message):

@@ -14,7 +14,7 @@ from text import decode, encode, load_text, vocabulary
 ODD = "\r\n\0\t e\u0301\u0308\ufeff\u2028\u200d\x85🙂👩\U0001f3fd\ud800\udbff\udfff\ufffe\U0010ffff"
 
 def test_every_text_survives_the_round_trip():
-    """With vocabularies of all sizes; where pieces of a long text meet."""
+    """With vocabularies of all sizes, and in a long text."""
     for string in [ODD, "a" * (2**20 - 1) + ODD, *("".join(map(chr, range(n))) for n in (255, 256, 257, 65537))]:
         vocab, other = vocabulary(string), "\U000e0001"
         assert vocab == sorted({ord(c) for c in string})
@@ -59,7 +59,7 @@ def test_training_and_sampling_on_an_odd_text(program, plain, tmp_path):
     assert (sampling.stdout, sampling.stderr) == (b"\\U0001f469\\u200d\n", b"")
 
 def test_tiny_shakespeare(call, refused, tmp_path, monkeypatch, capsys):
-    """It is downloaded once, and again if it is damaged. A bad download ends in one sentence, and leaves nothing."""
+    """It is downloaded once, and again if it is damaged. A bad download is one sentence, and leaves no file."""
     def answer(url, timeout):
         if isinstance(answers[0], BaseException):
             raise answers.pop(0)
