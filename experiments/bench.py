@@ -44,8 +44,7 @@ def step(setup: Setup) -> list[dict]:
     one = setup.config(taps=False, normalize=True, positions=True)  # 1, 2, 4, 8 back, one a layer
     six = replace(one, offsets=((1, 2, 4, 8, 12, 16),) * one.n_layer)
     back_1, back_16 = (replace(default, offsets=[range(1, m + 1)] * one.n_layer) for m in (1, 16))
-    gpts = {"GPT, equal width": setup.gpt_config(),
-            "GPT, equal parameters": gpt_of_size(setup, n_parameters(default))}
+    gpts = {"GPT, equal width": setup.gpt_config(), "GPT, equal parameters": gpt_of_size(setup, n_parameters(default))}
     for what, config, others in (
         ("default", default, gpts | {"the same": default}),
         ("one offset per layer", one, {"as usually written": one}),
@@ -162,8 +161,7 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: the text of train_char.py)")
-    add("--threads", type=int, default=len(parallel.available_cores()),
-        help="CPU threads (default: all cores)")
+    add("--threads", type=int, default=len(parallel.available_cores()), help="CPU threads (default: all cores)")
     add("--quick", action="store_true", help="fewer turns, and no race")
     add("--gpu", action="store_true", help="measure gpu.py on a CUDA GPU instead")
     add("--report", action="store_true", help="with --gpu: write experiments/results/gpu-NAME.md")

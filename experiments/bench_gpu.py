@@ -28,7 +28,8 @@ import numpy as np
 
 import grassmann
 import parallel
-from experiments.bench_models import Ours, Setup, Theirs, cell, multiply_adds, n_parameters, torch
+from experiments.bench_models import Ours, Setup, Theirs, multiply_adds, n_parameters, torch
+from experiments.common import markdown
 from grassmann import Config, UserError, check
 from text import read_corpus
 from training import Training, train_step
@@ -219,10 +220,9 @@ def main(only: list[str] | None, data: str | None, folder: Path | None, rehearse
         if name == "rates":
             check(len(rows) > 0, notes[-1] if notes else "the GPU does not answer")
             gpu, measured = rows[0], {key: rate for key, rate in rows[0].items() if key in RATES}
-        columns, function = [*rows[0]] if rows else [], SECTIONS[name][0]
+        function = SECTIONS[name][0]
         text = ["", f"## {name}", "", getattr(function, "func", function).__doc__.strip(), ""]
-        text += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"] if columns else []
-        text += [f"| {' | '.join(map(cell, row.values()))} |" for row in rows] + ["", *notes]
+        text += [markdown(rows)] * (len(rows) > 0) + ["", *notes]
         print(*text, sep="\n", flush=True)
         page += text
         if folder:

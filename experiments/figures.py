@@ -1,4 +1,4 @@
-"""Draw the figures of README.md and tutorial.md, figures/*.svg: python -m experiments.figures
+"""Draw the figures of README.md, tutorial.md and docs/, figures/*.svg: python -m experiments.figures
 
 Their colours are readable on a white and on a black page, and the background is left clear.
 """
@@ -8,6 +8,7 @@ import cli
 cli.prepare()  # before NumPy
 
 import contextlib
+import csv
 import math
 import re
 from itertools import product
@@ -184,10 +185,8 @@ def receptive_field() -> plt.Figure:
         seen = {t - delta for t in seen for delta in back}
     colours = [ORANGE if t in seen else INK for t in tokens]
     axes.scatter(tokens, [0] * len(tokens), color=colours, s=22, zorder=3)
-    axes.set_xlabel("token, counted back from the one whose successor is predicted")
-    axes.set_xticks(tokens[::-4])
-    names = ["input", *(f"layer {i + 1}" for i in range(config.n_layer))]
-    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="token, counted back from the one whose successor is predicted", xticks=tokens[::-4])
+    axes.set_yticks(range(config.n_layer + 1), ["input", *(f"layer {i + 1}" for i in range(config.n_layer))])
     return figure
 
 def finite_differences() -> plt.Figure:
@@ -213,10 +212,31 @@ def finite_differences() -> plt.Figure:
     axes.legend(frameon=False)
     return figure
 
+def dispute() -> plt.Figure:
+    """By how many percent perplexities are above attention's: those of others, and beside them those of compare.md."""
+    results, (figure, axes) = FOLDER.parent / "experiments" / "results", plt.subplots(figsize=(9.4, 4.6))
+    rows = csv.DictReader((results / "published.csv").read_text(encoding="utf-8").splitlines())
+    published = [row for row in rows if row["cell"]]
+    cells = [*dict.fromkeys(row["cell"] for row in published)]
+    for row in published:
+        place = cells.index(row["cell"]), 100 * (float(row["Grassmann"]) / float(row["attention"]) - 1)
+        axes.plot(*place, "D", color=ORANGE, ms=5)
+        axes.annotate(row["label"], place, xytext=(7, -3), textcoords="offset points", size=7.5)
+    page = (results / "compare.md").read_text(encoding="utf-8")
+    for left, marker, text in ((0.24, "o", ""), (0.12, "s", " in subwords: 4,096 byte pairs")):
+        table = page.partition(f"\n## 10. The dispute{text}\n")[2].partition("\n## ")[0].partition("gap to attention")[2]
+        for model, gap in re.findall(r"^\| (.*?) \|.*\| (\S+)% \|$", table, re.MULTILINE):
+            cell = re.sub(r" x \d+", "", model)  # of a rescaled model too, whose mark is empty
+            axes.plot(cells.index(cell) - left, float(gap), marker, color=BLUE, mfc=BLUE if cell == model else "none")
+    axes.axhline(color=INK, lw=0.8)
+    axes.set_xticks(range(len(cells)), [cell.replace(", ", "\n") for cell in cells])
+    axes.set(xlim=(-0.5, len(cells) + 0.05), ylabel="perplexity above attention's, %")
+    return figure
+
 
 if __name__ == "__main__":
     cli.Parser(__doc__).parse_args()
-    for draw in (layer, wedge, backward, receptive_field, finite_differences, planes, thread):
+    for draw in (layer, wedge, backward, receptive_field, finite_differences, planes, thread, dispute):
         with plt.rc_context(STYLE):
             file = FOLDER / f"{draw.__name__}.svg"
             draw().savefig(file, metadata={"Date": None})

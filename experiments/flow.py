@@ -4,12 +4,11 @@
   python -m experiments.flow out/best.npz --text "To be, or not to be, that is the question."
   python -m experiments.flow --file my.txt         a text in a file
 
-In each layer a token and its partner span a plane, a point of the Grassmannian Gr(2, r). A text is a
-path of such points. The program reads up to 16,384 characters. First it prints for each layer whether
-there is a flow. Then it prints tables in Markdown: the steps and the gate by kind of character; the
-steps at different scales, against steps in random order; and how much of a plane the character explains.
-The explorer (python -m explorer) shows a text character by character. The first token has no partner
-and spans no plane. With positions, windows overlap by half a context.
+In each layer a token and its partner span a plane, a point of the Grassmannian Gr(2, r). A text is a path of such
+points. The program reads up to 16,384 characters. First it prints for each layer whether there is a flow, then
+tables: steps and gate by kind of character; steps at different scales, against steps in random order; and how much of a
+plane the character explains. The explorer (python -m explorer) shows a text character by character. The first token has
+no partner and spans no plane. With positions, windows overlap by half a context.
 """
 
 import cli
@@ -45,14 +44,9 @@ def plane(u: Array, v: Array, parallel: float = 1e-5) -> Array:
     least = parallel * np.linalg.norm(u, axis=-1) * np.linalg.norm(v, axis=-1)
     return np.where((area > least)[..., None, None], basis, np.nan)
 
-def is_plane(planes: Array) -> Array:
-    """False for nan: (..., r, 2) -> (...)."""
-    return np.isfinite(planes).all((-2, -1))
-
 def principal_angles(A: Array, B: Array) -> Array:
-    """Two angles from 0 to π/2, ascending: (..., r, 2), (..., r, 2) -> (..., 2). Their cosines are the
-    singular values of AᵀB. Their sines, exact for small angles, are the singular values of B - A AᵀB,
-    the part of B outside A (Björck and Golub 1973)."""
+    """Two angles, 0 to π/2, ascending: (..., r, 2), (..., r, 2) -> (..., 2). Their cosines are the singular values of
+    AᵀB. Their sines, exact for small angles, are those of B - A AᵀB, the part of B outside A (Björck, Golub 1973)."""
     inside = np.swapaxes(A, -1, -2) @ B  # (..., 2, 2)
     cosines, sines = (np.linalg.svd(np.nan_to_num(M), compute_uv=False)  # LAPACK refuses nan
                       for M in (inside, B - A @ inside))
@@ -84,7 +78,7 @@ class Flow:
 
     def __post_init__(self) -> None:
         self.planes = plane(self.z, self.s)  # (N, T, r, 2)
-        if 2 * is_plane(self.planes).sum(1).min() <= len(self.text):
+        if 2 * np.isfinite(self.planes[..., 0, 0]).sum(1).min() <= len(self.text):
             raise UserError("half of this text or more spans no plane; give a more varied one")
         self.step = np.full(self.gate.shape, np.nan)  # (N, T)  distance from the plane before
         self.step[:, 1:] = distance(self.planes[:, :-1], self.planes[:, 1:])
@@ -94,9 +88,8 @@ def read_flow(params: Params, config: Config, text: str, vocab: list[int]) -> Fl
     if unknown := sorted(set(text) - set(map(chr, vocab))):
         raise UserError(f"the model never saw {ascii(unknown[:10])[1:-1]}, which this text has")
     tokens = encode(text, vocab)
-    size, before = 1024, sum(map(max, config.offsets))  # how far back the last layer sees
-    if config.memory:  # a memory sees everything
-        size = len(tokens)
+    before = sum(map(max, config.offsets))  # how far back the last layer sees
+    size = len(tokens) if config.memory else 1024  # a memory sees everything
     if config.positions:
         size, before = config.context - config.context // 2, config.context // 2
     pieces = []
@@ -147,15 +140,13 @@ def coastline(flow: Flow, layer: int) -> Array:
 
 def explained(planes: Array, labels: Array) -> float:
     """The share of the variance of the planes' projectors, planes (T, r, 2), that labels (T) explain."""
-    planes, labels = planes[is_plane(planes)], labels[is_plane(planes)]
+    planes, labels = (x[np.isfinite(planes[:, 0, 0])] for x in (planes, labels))  # nan: no plane
     groups = [planes, *(planes[labels == label] for label in np.unique(labels))]
     sides = [np.concatenate(group, axis=1) for group in groups]  # (r, 2T)
     total, *within = (np.square(A @ A.T).sum() / (A.shape[1] / 2) for A in sides)  # |Σ A Aᵀ|² / T
     return (sum(within) - total) / (2 * len(planes) - total)  # a single projector has |A Aᵀ|² = 2
 
 # ---- the program ---------------------------------------------------------------------------------
-
-LEGEND = "ruler k: every k-th plane. block k, word, line: the plane nearest to the sum of its bivectors."
 
 def text_of_run(checkpoint: Path, extra: dict) -> str:
     """The text held out from the training. Raises UserError if it is not found."""
@@ -188,13 +179,6 @@ def step_shares(table: Array) -> dict[str, float]:
     """The mean step at each scale, as a share of the mean step in random order."""
     return {row["scale"] + (f" {row['size']:.0f}" if row["scale"] in ("ruler", "block") else ""):
             row["step"] / row["noise"] for row in table}
-
-def print_scales(measured: dict[str, list[Array]]) -> None:
-    """Print the step shares of several flows side by side, nan if a flow has too few words or lines."""
-    flows = [[step_shares(table) for table in tables] for tables in measured.values()]
-    print_table(f"step, as a share of that in random order: {' / '.join(measured)}", (
-        (name, beside(*([shares.get(name, np.nan) for shares in flow] for flow in flows)))
-        for name in flows[0][0]))
 
 def main() -> None:
     cli.plain_output()
@@ -230,12 +214,14 @@ def measure(checkpoint: Path, text: str | None) -> None:
     gates, all_steps = by_kind(text, flow.gate), [np.nanmean(f.step, 1) for f in (flow, untrained)]
     for i, tables in enumerate(zip(measured["trained"], measured["trained, shuffled text"], strict=True)):
         print(f"Layer {i + 1}: {verdict(*tables)}.")
-    print(f"\n{len(text)} characters. Steps: 0 to {np.pi / np.sqrt(2):.2f}, random planes "
-          f"{random_step:.2f}. {LEGEND}")
+    print(f"\n{len(text)} characters. Steps: 0 to {np.pi / np.sqrt(2):.2f}, random planes {random_step:.2f}. "
+          "ruler k: every k-th plane. block k, word, line: the plane nearest to the sum of its bivectors.")
     print_table("mean step to: trained / untrained", [("all", beside(*all_steps)), *(
         (kind, beside(*(means[kind] for means in steps))) for kind in steps[0])])
     print_table("mean gate α at", ((kind, beside(gates[kind])) for kind in gates))
-    print_scales(measured)
+    shares = [[step_shares(table) for table in tables] for tables in measured.values()]  # nan: too few words or lines
+    print_table(f"step, as a share of that in random order: {' / '.join(measured)}", (
+        (name, beside(*([layer.get(name, np.nan) for layer in flow] for flow in shares))) for name in shares[0][0]))
     letters = [[explained(planes, np.array([*f.text])) for planes in f.planes] for f in (flow, other)]
     print_table("text / shuffled text", [("share of variance explained by the character", beside(*letters, digits=3))])
 

@@ -125,8 +125,7 @@ def gated(mixer: tuple) -> tuple:
 def with_features(features: tuple, gate: bool = True) -> tuple:
     """The Grassmann layer with other features: reduce, look back, features, gate. Without a gate, mix = g.
 
-    `features` is a triple: forward(z, s, w) -> (g, cache), backward(dg, cache) -> (dz, ds, grads),
-    shapes(d, r).
+    `features` is a triple: forward(z, s, w) -> (g, cache), backward(dg, cache) -> (dz, ds, grads), shapes(d, r).
     """
     features_forward, features_backward, features_shapes = features
 

@@ -39,9 +39,8 @@ def rng() -> np.random.Generator:
 
 VARIANTS = {
     f"{block}-{name}": {"block": block, **options} for block in ("prenorm", "paper") for name, options in {
-        "taps": {}, "taps-normalized": {"normalize": True}, "average": {"taps": False},
-        "average-normalized": {"taps": False, "normalize": True}, "attention": {"mixer": "attention"},
-        "memory": {"memory": True}}.items()}
+        "taps": {}, "taps-normalized": {"normalize": True}, "average": {"taps": False}, "memory": {"memory": True},
+        "average-normalized": {"taps": False, "normalize": True}, "attention": {"mixer": "attention"}}.items()}
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
 def variant(request) -> dict:

@@ -32,8 +32,7 @@ def test_the_models_own_layers_and_the_file_to_start_from_pass():
     ("z * s,", "z * s + z.mean(1, keepdims=True),", r"mine.py sees the future: .* by \d"),
     ("def shapes", "def shape", "mine.py defines no function shapes; docs/my_layer.py has all three"),
     ("import numpy", "import nonsense", "mine.py, line 8: ModuleNotFoundError: No module named 'nonsense'"),
-    ("z * s,", "z * s *,", r"mine.py: SyntaxError: invalid syntax \(mine.py, line \d+\)"),
-])
+    ("z * s,", "z * s *,", r"mine.py: SyntaxError: invalid syntax \(mine.py, line \d+\)")])
 def test_what_is_wrong_is_said(tmp_path, old, new, said):
     """Each mistake is one change of the file."""
     source, layer = START.read_text(encoding="utf-8"), tmp_path / "mine.py"

@@ -59,8 +59,7 @@ def test_layernorm_gelu_and_cross_entropy(rng, draw, size):
 
 @pytest.mark.parametrize("change", [
     {}, {"E": 0}, {"E": 1e4}, {"W_gate": 1e4}, {"W_red": 1e-15, "b_red": 1e-15}, {"W_red": 1e6}, {"W_qkv": 1e6},
-    {"W_1": 1e6},
-], ids=str)
+    {"W_1": 1e6}], ids=str)
 def test_models_are_finite_and_right(tiny_model, variant, change):
     """With equal letters, and with some weights far too large, far too small or zero."""
     params, config = tiny_model(np.float32, **variant)

@@ -10,21 +10,18 @@ import numpy as np
 import pytest
 
 import grassmann
-from experiments import bench, common
-from experiments import bench_models as models
+from experiments import bench, bench_models, common
 from grassmann import Config
 from text import Corpus
 from training import Training
 
 PAPER = {"taps": False, "normalize": True, "positions": True}
-SIX = ((1, 2, 4, 8, 12, 16),) * 3
 SIZES = {"n_layer": 2, "d_model": 16, "rank": 4, "context": 24}
-IN_TORCH = {"w": "weight", "b": "bias", "E": "E.weight", "P": "P.weight", "W_1": "0.weight", "b_1": "0.bias",
-            "W_2": "2.weight", "b_2": "2.bias", "b_red": "red.bias", "b_gate": "gate.bias"}
-IN_TORCH |= {f"W_{name}": f"{name}.weight" for name in ("red", "plu", "gate", "qkv", "out")}
+LINEAR = {"W_1": "0.weight", "W_2": "2.weight", "W_qkv": "qkv.weight", "W_out": "out.weight"}
+IN_TORCH = LINEAR | {"w": "weight", "b": "bias", "E": "E.weight", "P": "P.weight", "b_1": "0.bias", "b_2": "2.bias"}
 
-def need_torch():
-    return pytest.importorskip("torch", reason="no PyTorch: experiments/requirements.txt has it")
+def need_torch(module="torch"):
+    return pytest.importorskip(module, reason="no PyTorch: experiments/requirements.txt has it")
 
 @pytest.fixture(params=["with PyTorch", "without"])
 def has_torch(request, monkeypatch):
@@ -38,14 +35,11 @@ def tiny(threads: int = 1, quick: bool = False, **training) -> bench.Setup:
     corpus = Corpus("", [*range(7)], tokens[:900], tokens[900:], 0)
     return bench.Setup(corpus, threads, quick, Training(**{"batch_size": 3} | training), SIZES)
 
-def copy_weights(params: dict, model) -> None:
-    """grassmann.py's into a PyTorch model, whose Linears keep their matrices transposed."""
-    torch, state = need_torch(), {}
-    for name, value in params.items():
-        *path, last = name.split(".")
-        value = value.T if last.startswith("W_") else value
-        state[".".join([*path, IN_TORCH.get(last, last)])] = torch.from_numpy(value.copy())
-    model.double().load_state_dict({name: state[name] for name in model.state_dict()})
+def in_torch(params: dict) -> dict:
+    """grassmann.py's weights under PyTorch's names. PyTorch's Linears keep their matrices transposed."""
+    torch = need_torch()
+    return {".".join([*path, IN_TORCH.get(last, last)]): torch.tensor(value.T if last in LINEAR else value)
+            for *path, last, value in ((*name.split("."), value) for name, value in params.items())}
 
 def test_the_clock_takes_turns(monkeypatch):
     """It leaves out the first round, the first call of a turn, and missing runs."""
@@ -64,70 +58,77 @@ def test_multiply_adds_by_hand():
     """2 layers, d = 8, r = 3, so n = 3; d_ff = 32, V = 5, batch 2, context 4: T = 8 tokens."""
     config = Config(5, 4, 2, 8, 3, ((1,), (1, 2)), d_ff=32)
     # per token and layer: W_red 8·3, W_plu 3·8, W_gate 16·8, W_1 8·32, W_2 32·8; the head 8·5
-    assert models.multiply_adds(config, 2) == 3 * 8 * (2 * (24 + 24 + 128 + 256 + 256) + 40)
+    assert bench_models.multiply_adds(config, 2) == 3 * 8 * (2 * (24 + 24 + 128 + 256 + 256) + 40)
     config = Config(5, 4, 2, 8, mixer="attention", n_head=2)
     # W_qkv 8·24, W_out 8·8; scores and weighted sums 4·8 each
-    assert models.multiply_adds(config, 2) == 3 * 8 * (2 * (192 + 64 + 256 + 256 + 2 * 32) + 40)
+    assert bench_models.multiply_adds(config, 2) == 3 * 8 * (2 * (192 + 64 + 256 + 256 + 2 * 32) + 40)
 
 def test_sizes_of_the_gpt():
     """nanoGPT's laptop recipe has 0.80M with 65 letters; the wider one is as large as our model."""
     setup = bench.Setup(Corpus("", [*range(65)], None, None, 0), 1)
     ours = sum(p.size for p in grassmann.init_params(setup.config()).values())
-    assert bench.n_parameters(setup.gpt_config()) == 804_096
-    assert bench.n_parameters(setup.config()) == ours
+    assert bench.n_parameters(setup.gpt_config()) == 804_096 and bench.n_parameters(setup.config()) == ours
     assert bench.n_parameters(bench.gpt_of_size(setup, ours)) == pytest.approx(ours, rel=0.01)
 
-@pytest.mark.parametrize("config", [
-    Config(7, 24, 3, 16, 5), Config(7, 24, 3, 16, 5, SIX), Config(7, 24, 3, 16, 5, **PAPER),
-    Config(7, 24, 3, 16, 5, SIX, **PAPER), Config(7, 24, 3, 16, mixer="attention", positions=True)])
-def test_pytorch_computes_our_models(ordinary_params, config):
-    """The same logits with the same weights, also for tokens without a partner and repeated letters. The
-    GPT's logits agree once its GELU is in the tanh form, also with its cache."""
-    torch = need_torch()
-    model, params = bench.Model(config), ordinary_params(config)
-    for name in params:  # the GPT has no biases
-        params[name] *= config.mixer != "attention" or ".b" not in name
+@pytest.mark.parametrize(("taps", "normalize"), [(True, False), (False, True), (True, True), (False, False)])
+def test_the_layer_in_pytorch(taps, normalize, rng):
+    """Outputs and gradients are those of grassmann.py, also of parallel tokens, and so is the size of first weights."""
+    torch_layer, torch = need_torch("experiments.torch_layer"), need_torch()
+    torch.manual_seed(0)
+    offsets, layer = torch_layer.OFFSETS, torch_layer.GrassmannMix(128, (1, 2, 4, 8, 12, 16), 32, taps, normalize)
+    config = Config(7, taps=taps, normalize=normalize, offsets=offsets)
+    w = grassmann.Scope(grassmann.init_params(config), "blocks.3.mix.")
+    assert offsets == Config(7).offsets and not [*layer.children()]  # nanoGPT draws every nn.Linear's weights anew
+    for name, p in layer.named_parameters():
+        assert p.std().item() == pytest.approx(w[name].std(), rel=0.2)
+        p.data = torch.tensor(w[name])
+    h, dout = rng.standard_normal((2, 2, 20, 128), np.float32)
+    h[:, 5:8], h[:, 8:12] = h[:, 4:5], 0.3 * h[:, 4:5]
+    out, cache = grassmann.mix_forward(h, w, config, 3)
+    dh, grads = grassmann.mix_backward(dout, cache)
+    x = torch.tensor(h, requires_grad=True)
+    layer(x).backward(torch.tensor(dout))
+    found = {name: p.grad for name, p in layer.named_parameters()} | {"h": x.grad, "": layer(x), "3": layer(x[:, :3])}
+    for name, expected in (grads | {"h": dh, "": out, "3": out[:, :3]}).items():
+        np.testing.assert_allclose(found[name].detach(), expected, rtol=1e-5, atol=1e-5)
+
+def test_the_gpt_in_pytorch(ordinary_params):
+    """The same logits with the same weights once its GELU is not exact, also with its cache. It has no biases."""
+    torch, config = need_torch(), Config(7, 24, 3, 16, mixer="attention", positions=True)
+    params = {name: p * (".b" not in name) for name, p in ordinary_params(config).items()}
+    model, tokens, past = bench.Model(config), np.random.default_rng(1).integers(0, 7, (4, 24)), [{}, {}, {}]
     assert bench.n_parameters(config) == sum(p.numel() for p in model.parameters())
-    copy_weights(params, model)
+    model.double().load_state_dict(in_torch(params), strict=False)
     for block in model.blocks:
         block.ffn[1].approximate = "tanh"
-    tokens = np.random.default_rng(1).integers(0, 7, (4, 24))
-    expected, tokens = grassmann.forward(params, config, tokens), torch.from_numpy(tokens)
+    expected, tokens = grassmann.forward(params, config, tokens), torch.tensor(tokens)
     with torch.inference_mode():
-        np.testing.assert_allclose(model(tokens), expected, rtol=0, atol=1e-10)
-        if config.mixer == "attention":
-            past = [{} for _ in range(config.n_layer)]
-            steps = [model(tokens[:, a:b], past, a) for a, b in [(0, 12), (12, 13), (13, 14)]]
-            np.testing.assert_allclose(torch.cat(steps, 1), expected[:, :14], rtol=0, atol=1e-10)
+        parts = [model(tokens), *(model(tokens[:, a:b], past, a) for a, b in [(0, 12), (12, 13), (13, 14)])]
+    np.testing.assert_allclose(torch.cat(parts, 1), np.hstack([expected, expected[:, :14]]), rtol=0, atol=1e-10)
 
-@pytest.mark.parametrize(("grad_clip", "tolerance"), [(1e9, 1e-10), (1.0, 1e-6)])
-def test_both_sides_train_alike(ordinary_params, grad_clip, tolerance):
-    """Ten steps in float64 from the same weights lead to the same weights. (Clipping differs by
-    design: PyTorch divides by norm + 1e-6, we divide by the norm.)"""
-    need_torch()
+@pytest.mark.parametrize("offsets", [None, [[1, 2, 4, 8, 12, 16]] * 2])
+@pytest.mark.parametrize(("changes", "grad_clip", "error"), [({}, 1e9, 1e-10), (PAPER, 1e9, 1e-10), (PAPER, 1.0, 1e-6)])
+def test_both_sides_train_alike(ordinary_params, offsets, changes, grad_clip, error):
+    """Ten steps in float64 from the same weights lead to the same weights. (PyTorch clips by norm + 1e-6.)"""
     setup = tiny(grad_clip=grad_clip, warmup_iters=3, iters=10, lr=1e-2)
-    config = setup.config(**PAPER)
+    config = setup.config(offsets=offsets, **changes)
+    need_torch()
     ours, theirs = bench.Ours(setup, config), bench.Theirs(setup, config)
     ours.params = ordinary_params(config)
     ours.optimizer = grassmann.adamw_init(ours.params)
-    copy_weights(ours.params, theirs.model)
+    theirs.model.double().load_state_dict(in_torch(ours.params))
     for _ in range(10):
         ours.step()
         theirs.step()
-    for name, own in (("E.weight", "E"), ("blocks.1.ffn.0.bias", "blocks.1.ffn.b_1")):
-        weights = theirs.model.get_parameter(name).detach().numpy()
-        np.testing.assert_allclose(weights, ours.params[own], rtol=0, atol=tolerance)
-    assert theirs.validate() == pytest.approx(ours.validate(), abs=tolerance)
+    for name, expected in in_torch(ours.params).items():
+        np.testing.assert_allclose(theirs.model.state_dict()[name], expected, rtol=0, atol=error)
+    assert theirs.validate() == pytest.approx(ours.validate(), abs=error)
 
 def test_gpt_writer_reads_its_context(monkeypatch):
     """Of a context of 24, the last half at once, then one by one."""
     torch, read, cycle = need_torch(), [], [(0, 12), *((position, 1) for position in range(12, 24))]
-
-    def model(x, past=None, start=0):
-        read.append((start, x.shape[1]))
-        return torch.zeros(*x.shape, 7)
-
-    monkeypatch.setattr(bench, "Model", lambda config: model)
+    monkeypatch.setattr(bench, "Model", lambda config: lambda x, past=None, start=0: (
+        read.append((start, x.shape[1])) or torch.zeros(*x.shape, 7)))
     write = bench.gpt_writer(tiny(), np.zeros(100, np.uint8))
     for _ in range(27):
         write()
@@ -136,11 +137,9 @@ def test_gpt_writer_reads_its_context(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("section", "n_rows", "dashes"), [  # dashes where PyTorch is missing
     (bench.step, 6, 10), (bench.generation, 1, 2)])
-def test_sections_that_compare(section, n_rows, dashes, has_torch, capsys):
+def test_sections_that_compare(section, n_rows, dashes, has_torch):
     rows = section(tiny(threads=2, quick=True))
-    print(common.markdown(rows))
-    assert len(rows) == n_rows
-    assert capsys.readouterr().out.count("–") == (0 if has_torch else dashes)
+    assert len(rows) == n_rows and common.markdown(rows).count("–") == (0 if has_torch else dashes)
 
 def test_race(has_torch):
     """The loss equals a training run's."""

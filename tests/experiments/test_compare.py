@@ -340,6 +340,18 @@ def test_the_percentages_of_the_readme_are_those_of_the_results(page, sentence, 
     losses = [float(loss(name, "1. ", "2. ", "3. ")) for name in (model, other)]
     assert f"{100 * abs(math.exp(losses[0] - losses[1]) - 1):.0f}" == re.search(sentence, page)[1]
 
+@pytest.mark.parametrize("page", ["docs/dispute.md"], indirect=True)
+def test_the_page_on_the_dispute_is_that_of_the_results(page):
+    """Our losses, or question marks for those to come; and the gaps of others, from the lines of published.csv."""
+    for k, question in enumerate(q for q in QUESTIONS if q.number == 10):
+        done = {row[0]: [row[2], row[-1]] for each in SECTIONS if each.startswith(f"10. {question.title}\n")
+                for row in table(each)[1:] if "gap to attention" in each}
+        assert {model: cells[2 * k : 2 * k + 2] for model, *cells in table(page)[1:]} == {
+            model: done.get(model, ["?", "?"]) for model, _ in question.models}
+    lines = [line.split(",") for line in (RESULTS / "published.csv").read_text(encoding="utf-8").splitlines()[1:]]
+    gaps = {(a, g): f"{100 * (float(g) / float(a) - 1):+.1f}%" if drawn else "" for drawn, *_, a, g in lines}
+    assert all(gap == gaps[a, g] for *_, a, g, gap in table(page, "who .*")[1:])
+
 def test_what_the_tutorial_compares_is_that_of_the_results(page):
     """Losses by size, accuracies by distance or number, and the features: all rows of question 2."""
     (_, *models), *rows = table(page, "King James Bible")

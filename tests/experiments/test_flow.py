@@ -62,8 +62,8 @@ def test_a_plane_is_an_orthonormal_basis_of_what_it_spans_or_nan(rng):
     assert np.isnan(F.distance(np.stack([A, *none]), A)).tolist() == [False, True, True, True, True]
     assert np.isnan(F.nearest_plane(np.zeros(21))).all()
 
-@pytest.mark.parametrize("angles", [(0, 1e-9), (1e-12, 1e-4), (0.3, 1.2), (0, np.pi / 2),
-                                    (np.pi / 2 - 1e-9, np.pi / 2)])
+@pytest.mark.parametrize("angles", [
+    (0, 1e-9), (1e-12, 1e-4), (0.3, 1.2), (0, np.pi / 2), (np.pi / 2 - 1e-9, np.pi / 2)])
 def test_small_angles_and_right_ones_are_exact(rng, angles):
     """Whatever the bases of the two planes, and in either order."""
     Q, one, other = rotation(rng), rotation(rng, 2), rotation(rng, 2)
@@ -89,8 +89,7 @@ def test_the_nearest_plane_of_a_plane_is_itself_and_no_other_is_nearer(rng, r):
 def test_the_coastline_of_a_line_and_of_noise(rng):
     line = F.coastline(flow_through(geodesic(rng, np.linspace(0, 1, 1025))), 0)
     rulers = line[line["scale"] == "ruler"]
-    assert rulers["size"].tolist() == [1, 2, 4, 8, 16]
-    assert np.allclose(rulers["step"], rulers["size"] / 1024)
+    assert rulers["size"].tolist() == [1, 2, 4, 8, 16] and np.allclose(rulers["step"], rulers["size"] / 1024)
     assert np.allclose(rulers["noise"], 1 / 3, atol=0.02)  # mean distance of two points of a line
     noise = F.coastline(flow_through(planes(rng, 4096, r=16)), 0)
     assert (abs(noise["step"] / noise["noise"] - 1) < 0.05).all()
@@ -119,8 +118,7 @@ def test_kinds_of_characters():
 
 @pytest.mark.parametrize("variant, windows", [
     ({}, [(0, 0, 2500)]), ({"taps": False, "offsets": ((1, 2), (1, 3))}, [(0, 0, 2500)]),
-    ({"block": "paper", "taps": False, "normalize": True, "positions": True},
-     [(0, 0, 8), (4, 8, 12), (16, 20, 24)]),
+    ({"block": "paper", "taps": False, "normalize": True, "positions": True}, [(0, 0, 8), (4, 8, 12), (16, 20, 24)]),
     ({"memory": True}, [(0, 0, 2500)])], ids=["prenorm", "average", "paper", "memory"])
 def test_the_flow_is_what_the_layers_compute(variant, windows):
     """A long text is read in pieces as if in one piece. With positions, a token sees at least half a context."""
@@ -129,8 +127,7 @@ def test_the_flow_is_what_the_layers_compute(variant, windows):
     for start, first, end in windows:
         _, cache = G.model_forward(params, config, encode(TEXT[start:end], VOCAB)[None])
         for i, block in enumerate(cache["blocks"]):
-            z, s, p, alpha = (block["mix"][name][0, first - start :]
-                              for name in ("z", "s", "p", "alpha"))
+            z, s, p, alpha = (block["mix"][name][0, first - start :] for name in ("z", "s", "p", "alpha"))
             for ours, theirs in ((flow.z, z), (flow.s, s), (flow.gate, alpha.mean(1))):
                 assert np.allclose(ours[i, first:end], theirs, atol=1e-5)
             apart = F.distance(flow.planes[i, first:end], F.nearest_plane(p.astype(float)))
@@ -152,12 +149,10 @@ def printed_row(printed, name):
     return [[float(x) for x in cell.split(" / ")] for cell in row.split("|")[2:-1]]
 
 def test_a_flow_has_shorter_steps_than_random_order_and_than_shuffled_text():
-    def table(share):
-        return np.rec.fromrecords([("ruler", 1, share, 1)], names="scale,size,step,noise")
-
     for share, shuffled, kind in ((1.0, 1.0, "no flow"), (0.97, 0.97, "no flow"), (0.95, 0.98, "hardly a flow"),
                                   (0.5, 0.98, "a flow"), (1.1, 1.3, "no flow")):
-        assert F.verdict(table(share), table(shuffled)).startswith(f"{kind}, since a step")
+        tables = (np.rec.fromrecords([("ruler", 1, x, 1)], names="scale,size,step,noise") for x in (share, shuffled))
+        assert F.verdict(*tables).startswith(f"{kind}, since a step")
 
 def test_from_a_checkpoint_to_tables_of_the_text_held_out(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
@@ -175,9 +170,8 @@ def test_from_a_checkpoint_to_tables_of_the_text_held_out(tmp_path):
     gates = printed_row(printed.split("| mean gate α at |")[1], "space")
     assert np.allclose(gates, flow.gate[:, spaces].mean(1, keepdims=True), **near)
     for i, sentence in enumerate(verdicts):
-        share = F.explained(flow.planes[i], np.array([*flow.text]))
         row = printed_row(printed, "share of variance explained by the character")
-        assert row[i][0] == pytest.approx(share, abs=6e-4)
+        assert row[i][0] == pytest.approx(F.explained(flow.planes[i], np.array([*flow.text])), abs=6e-4)
         table = F.coastline(flow, i)
         shares = table["step"] / table["noise"]
         for name, scale in {"ruler 4": "ruler", "block 4": "block", "word": "word"}.items():
@@ -199,10 +193,8 @@ def test_what_has_no_flow_is_refused_in_one_sentence(tmp_path):
     assert re.fullmatch(r".*flow.*: .*none\.npz does not exist.*\n", process.stderr)
     for variant, text, reason in (
         ({"rank": 2}, some, "has no flow"), ({"mixer": "attention", "offsets": None}, some, "has no flow"),
-        ({}, "short", "of at least 20 characters"),
-        ({}, some + "€#", r"the model never saw '#', '\\u20ac', which this text has"),
-        ({"taps": False, "offsets": ((1,), (1,))}, "1" * 50, "half of this text or more spans"),
-    ):
+        ({}, "short", "of at least 20 characters"), ({}, some + "€#", r"never saw '#', '\\u20ac', which this text has"),
+        ({"taps": False, "offsets": ((1,), (1,))}, "1" * 50, "half of this text or more spans")):
         with pytest.raises(G.UserError, match=reason):
             F.measure(save(path, **variant), text)
 
