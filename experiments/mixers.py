@@ -6,12 +6,12 @@ Only "rotary attention" can write one token at a time. The other mixers read who
 
     attention     with rotary positions; and with learned taps on its input (a short convolution)
     convolution   gated, at full width: (a ⊙ (b + taps(b))) W
-    gate          our gate around attention or around the convolution
-    features      of z and its partner s instead of the wedge and W_plu: the sum z·x_k + s·y_k, all
+    gate          our gate around either of the two
+    features      of z and its partner s in place of the wedge and W_plu: the sum z·x_k + s·y_k, all
                   products z_i s_j, the one-sided product (z·x_k)(s·y_k), and learned planes,
-                  (z ∧ s)·(x_k ∧ y_k); also the wedge without a gate
+                  (z ∧ s)·(x_k ∧ y_k); without a gate
     rescaled      the Grassmann layer with its bivectors multiplied by a constant
-    hybrid        attention in one layer, the Grassmann layer in all other layers
+    hybrid        attention in one layer, the Grassmann layer in the others
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ Shapes = dict[str, tuple[int, ...]]
 # ---- attention, with the additions that are usual today --------------------------------------------
 
 def rotate(x: Array, sign: int = 1, start: int = 0) -> Array:
-    """Rotary positions: each pair of coordinates of x (B, heads, L, d_h) is rotated by t times its frequency.
+    """Rotary positions: pairs of coordinates of x (B, heads, L, d_h) turned by t times their frequency.
 
-    So the score of two tokens depends only on their distance. The backward rotates by the opposite
-    angle, sign=-1. `start` is the position of the first token.
+    A rotary position is a rotor: the rotation of R^{d_h} that moves token t. Its backward is the
+    rotation by the opposite angle, sign=-1. The score of two tokens then depends on their distance.
+    `start` is the position of the first.
     """
     half = x.shape[-1] // 2
     angles = np.arange(start, start + x.shape[2])[:, None] * 10000.0 ** (-np.arange(half) / half)  # (L, d_h / 2)

@@ -15,7 +15,7 @@ from grassmann import Array, Config, Params, Rng
 ANSWERS, ASK, VOCAB_SIZE = 8, 16, 17  # tokens: 0 to 7 are answers, 8 to 15 filler, 16 asks
 SLOTS, KEYS_VOCAB_SIZE = 16, 32  # in `keys` 16 + k names slot k, before its key and when it is asked
 DISTANCES = (1, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 200)  # from, to
-NUMBERS = (2, 2), (4, 4), (8, 8), (16, 16)  # numbers of keys
+NUMBERS = (2, 2), (4, 4), (8, 8), (16, 16)  # of keys at once
 
 def recall(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
     """What was the key? The text is filler with one key. Some tokens after the key ask for it."""
@@ -52,7 +52,7 @@ GROUPS = {"recall": DISTANCES, "keys": NUMBERS}
 def accuracy(
     params: Params, config: Config, x: Array, y: Array, group: Array, groups: tuple = DISTANCES
 ) -> list[float]:
-    """For each of the groups, the share of questions for which the likeliest of the eight answers is right."""
+    """For each of the groups: how often the likeliest of the eight answers is right."""
     chunks = np.array_split(x, math.ceil(len(x) / 8))
     answers = [grassmann.forward(params, config, c)[..., :ANSWERS].argmax(-1) for c in chunks]
     right = np.concatenate(answers) == y
@@ -60,8 +60,8 @@ def accuracy(
     return [float(right[here].mean()) if here.any() else math.nan for here in asked]
 
 def table(rows: list) -> list[dict[str, str]]:
-    """One line per task and model: the accuracy by distance or by number of keys. It is the mean of the seeds, with
-    the lowest seed in brackets if it differs."""
+    """One line per task and model: how often it is right, by distance or number of keys; the mean of the
+    seeds, and the lowest where that is another."""
     lines = []
     for row in rows:
         task, _, label = row.label.partition(", ")

@@ -37,7 +37,7 @@ def test_the_comparison_of_numbers():
     assert same("3e-11 of 1e+00", "9e-12 of 2e+00") and not same("3e-11", "3e-9")
 
 def test_every_block_prints_what_the_page_shows(document):
-    """Blocks run in order, in one namespace."""
+    """Run in order, in one namespace."""
     names = {}
     for code, shown in BLOCK.findall(document):
         printed = io.StringIO()

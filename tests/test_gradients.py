@@ -5,7 +5,7 @@ import pytest
 
 import grassmann as G
 
-TOKENS = np.array([[3, 0, 3, 1], [4, 3, 3, 0]])  # from a vocabulary of 6: some repeated, two missing
+TOKENS = np.array([[3, 0, 3, 1], [4, 3, 3, 0]])  # of 6: some repeated, two missing
 MEMORY = {"W_ab": (8, 8), "b_ab": (8,), "W_mem": (4, 8)}
 
 # Forward, and the shapes of its inputs. A dict has shapes of parameters. The first word names the op.

@@ -164,8 +164,8 @@ def test_prompts(tiny_model, positions):
 # ---- sizes and configurations --------------------------------------------------------------------
 
 def test_initial_weights(tiny_config, variant):
-    """Ones, zeros, N(0, 0.02²), N(0, 0.5²) for taps, N(0, 1/d) for W_red, and 0.02 / sqrt(2N) for
-    matrices that write into the residual path."""
+    """Ones, zeros, N(0, 0.02²), N(0, 0.5²) for taps, N(0, 1/d) for W_red, and 1 / sqrt(2N) of it
+    for what writes into the residual stream."""
     config = tiny_config(**variant, vocab_size=50, d_model=64, rank=16, d_ff=256, positions=True)
     params = G.init_params(config, seed=3)
     G.check_model(params, config)

@@ -1,7 +1,4 @@
-"""The geometry: the wedge product and unit areas.
-
-The exercises and the tutorial test more properties of planes. test_model.py tests one wedge for all offsets.
-"""
+"""The geometry: the wedge product and unit areas. (One wedge for all offsets, and contraction: test_model.py.)"""
 
 import itertools
 
