@@ -125,7 +125,7 @@ def test_more_iterations_later(alone, copied, resume, succeeded):
     ("--no-taps", "--resume cannot change --taps"), ("--paper", "--resume cannot change --"),
     ("--out nowhere", "nothing to resume"), (f"--iters {STEPS}", f"is at step {STEPS}; to go on, give --iters a number above {STEPS}")])
 def test_what_cannot_be_resumed(alone, resume, refused, words, message):
-    """Another model or another training, by the name of the option; a run that is finished or not there."""
+    """Options that change the model or the training are refused by name; so is a run that is finished or missing."""
     assert message in refused(resume(alone, *MORE, *words.split()))
 
 def test_the_text_is_known_by_its_contents(call, resume, succeeded, refused, tmp_path, monkeypatch):
