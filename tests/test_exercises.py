@@ -17,8 +17,7 @@ def test_2_the_factor_is_the_determinant(rng):
     assert np.allclose(G.plucker(u + v, u - v), -2 * G.plucker(u, v))
 
 def test_3_the_length_in_three_dimensions(rng):
-    # Σ_{i<j} (u_i v_j - u_j v_i)² = Σ_{i≠j} u_i² v_j² - 2 Σ_{i<j} u_i v_j u_j v_i; add and
-    # subtract Σ_i u_i² v_i².
+    # Σ_{i<j} (u_i v_j - u_j v_i)² = Σ_{i≠j} u_i² v_j² - 2 Σ_{i<j} u_i v_j u_j v_i; add and subtract Σ_i u_i² v_i².
     u, v = rng.standard_normal((2, 3))
     assert np.isclose((G.plucker(u, v) ** 2).sum(), (u @ u) * (v @ v) - (u @ v) ** 2)
 
