@@ -36,9 +36,8 @@ def load_trained(model: ModuleType, path: Path) -> tuple[Params, Config, dict]:
           f"{found} was not written by train_char.py")
     return params, config, extra
 
-def write_sample(
-    model: ModuleType, params: Params, config: Config, extra: dict, prompt: str, length: int, **how
-) -> None:
+def write_sample(model: ModuleType, params: Params, config: Config, extra: dict, prompt: str, length: int,
+                 **how) -> None:
     """Print the prompt and `length` characters after it, each as it is drawn.
 
     `extra` comes from the checkpoint. `how` may have temperature, top_k and seed. On a terminal, control
@@ -73,8 +72,8 @@ def main() -> None:
 
             load_layer(args.mixer)
         params, config, extra = load_trained(model, args.checkpoint)
-        prompt = os.fsencode(args.prompt).decode("utf-8", "surrogateescape")  # in any locale
-        prompt = (sys.stdin.read() if prompt == "-" else prompt).replace("\r\n", "\n")
+        given = sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
+        prompt = given.decode("utf-8", "surrogateescape").replace("\r\n", "\n")  # in any locale
         how = {"temperature": args.temperature, "top_k": args.top_k}
         model.generate(params, config, encode(prompt, extra["vocab"]).tolist(), args.length, **how)
         if args.seed is None:  # after the checks, so that an error comes without a seed

@@ -10,10 +10,12 @@ import hashlib
 import http.client
 import os
 import shlex
+import unicodedata
 import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from grassmann import Array, UserError, check
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-MOST_BYTES = 1 << 30  # of one file
+MOST_BYTES, MOST_FILES = 1 << 30, 100_000  # of one file, and of all text in a folder; in a folder
 WRITTEN = "best.npz", "last.npz", "log.csv", "loss.png", "explorer.html"  # by the programs, into a run's folder
 
 @dataclass(frozen=True)
@@ -74,21 +76,23 @@ def read_folder(name: str) -> list[str]:
     """The UTF-8 files below a folder, or the files that match a pattern, in order of their names. Leaves out hidden
     files and the files of a training run. Prints what it has read. Raises UserError if there is no text."""
     pattern = name if "*" in name else os.path.join(glob.escape(name), "**", "*")  # glob leaves out hidden files
-    texts, kinds, left_out = [], Counter(), 0
-    for path in sorted(Path(found) for found in glob.glob(pattern, recursive=True)):
+    found, texts, kinds, left_out = [*islice(glob.iglob(pattern, recursive=True), MOST_FILES + 1)], [], Counter(), []
+    check(len(found) <= MOST_FILES, f"{name} has more than {MOST_FILES:,} files; give a smaller folder")
+    for path in sorted(map(Path, found)):
         ran = any((path.parent / checkpoint).exists() for checkpoint in ("best.npz", "last.npz"))
-        if path.is_dir() or (ran and path.name.removesuffix(".tmp") in WRITTEN):
+        if not os.path.isfile(path) or (ran and path.name.removesuffix(".tmp") in WRITTEN):
             continue
         try:
+            check(kinds.total() < MOST_BYTES, f"{path} comes after {MOST_BYTES >> 30} GB of text")
             texts.append(read_file(path))
             kinds[f"*{path.suffix}" if path.suffix else path.name] += len(texts[-1])
-        except UserError:
-            left_out += 1
-    check(len(texts) > 0, f"cannot read {name}: there is no UTF-8 text in it")
+        except UserError as error:
+            left_out.append(str(error))
+    check(len(texts) > 0, "; ".join([f"there is no UTF-8 text in {name}", *left_out[:1]]))
     shares = ", ".join(f"{kind} {100 * n / max(1, kinds.total()):.0f}%" for kind, n in kinds.most_common(3))
+    first = f"; left out: {len(left_out)}, the first: {left_out[0].partition('; ')[0]}" if left_out else ""
     kind = "" if "*" in name else f"; one kind alone: --data {shlex.quote(f'{name}/**/{kinds.most_common(1)[0][0]}')}"
-    print(visible(f"{name}: {len(texts)} files are read ({shares}), {left_out} are left out (too large, unreadable, not "
-                  f"UTF-8){kind}"))
+    print(visible(f"{name}: files read: {len(texts)} ({shares}){first}{kind * (len(kinds) > 1)}"))
     return texts
 
 def read_file(path: Path) -> str:
@@ -128,9 +132,13 @@ def vocabulary(text: str) -> list[int]:
 def encode(text: str, vocab: list[int]) -> Array:
     """Text -> tokens, in the smallest integer type. Raises UserError, which names the unknown characters."""
     points, known = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32), np.array(vocab, np.uint32)
-    tokens = np.searchsorted(known, points).clip(0, len(known) - 1).astype(np.min_scalar_type(len(known) - 1))
-    missing = np.unique(points[known[tokens] != points])
-    check(len(missing) == 0, f"not in the model's vocabulary: {' '.join(repr(chr(c)) for c in missing[:10])}")
+    table = np.searchsorted(known, np.arange(known[-1] + 1)).astype(np.min_scalar_type(len(known) - 1))
+    tokens = table[np.minimum(points, known[-1])]  # faster than a search for each character of the text
+    unknown = [chr(c) for c in np.unique(points[known[tokens] != points])]
+    composed = unknown and {*unicodedata.normalize("NFC", text)} <= {*map(chr, vocab)}
+    broken = any("\udc80" <= c <= "\udcff" for c in unknown)  # so Python reads a byte that is not UTF-8
+    hint = "; with composed accents (NFC) it is known" if composed else "; this is not UTF-8" if broken else ""
+    check(not unknown, f"not in the model's vocabulary: {' '.join(map(repr, unknown[:10]))}{hint}")
     return tokens
 
 def decode(tokens: Iterable[int], vocab: list[int]) -> str:

@@ -63,7 +63,7 @@ def program(start, ended) -> Callable:
 
 @pytest.fixture
 def call(monkeypatch, text) -> Callable:
-    def call(name: str, *args, stdin: str = "") -> Process:
+    def call(name: str, *args, stdin: bytes = b"") -> Process:
         """main() of a program, here, without plot, lock and signals. train_char.py gets a tiny model and a text."""
         if name == "train_char.py" and "--resume" not in args:
             args = (*MODEL, "--threads", 1, "--data", text, *args)
@@ -71,7 +71,7 @@ def call(monkeypatch, text) -> Callable:
         out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [str(ROOT / name), *map(str, args)])
-            for stream in (("stdin", io.StringIO(stdin)), ("stdout", out), ("stderr", errors)):
+            for stream in (("stdin", io.TextIOWrapper(io.BytesIO(stdin))), ("stdout", out), ("stderr", errors)):
                 patch.setattr(sys, *stream)
             patch.setattr(train_char, "lock", lambda out: None)
             patch.setattr(train_char, "catch_signals", lambda: None)

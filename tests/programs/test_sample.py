@@ -42,7 +42,7 @@ def test_it_prints_the_prompt_and_what_generate_draws(call, sampled, best):
     options = ["--prompt", "12 times", "--temperature", 1.2, "--top-k", 5, "--seed", 3]
     assert sampled("--length", 70, *options) == drawn("12 times", 70, 1.2, top_k=5, seed=3)
     assert sampled("--length", 50) == sampled("--length", 50, "--prompt=") == drawn("", 50, seed=0)
-    assert sampled("--length", 50, "--prompt", "-", stdin="3 is\r\n4") == drawn("3 is\n4", 50, seed=0)
+    assert sampled("--length", 50, "--prompt", "-", stdin=b"3 is\r\n4") == drawn("3 is\n4", 50, seed=0)
     one, other = (call("sample.py", best, "--length", 60) for _ in range(2))
     assert one.stdout != other.stdout  # a new seed, which can be given again
     assert sampled("--length", 60, *re.fullmatch("(--seed) (.+) writes this.*\n", one.stderr).groups()) == one.stdout
@@ -77,10 +77,10 @@ def test_control_characters_are_escaped_on_a_terminal(odd, monkeypatch, capsys):
 @pytest.mark.parametrize("words, message", [
     ("--length -1", "-1"), ("--temperature nan", "temperature"), ("--top-k 0", "top_k"), ("--seed -1", "--seed"),
     ("--prompt -x", "(if it begins with a dash, write --option=-value)"), ("--precision tf32", "--gpu"),
-    ("--prompt Ω你", "not in the model's vocabulary: 'Ω' '你'"), ("--prompt 12\udcff", r"'\udcff'"),
-    ("--prompt=\x1b", r"'\x1b'"), ("two\nlines", "two lines"), ("", "is not a file")])
+    ("--prompt Ω你", "not in the model's vocabulary: 'Ω' '你'"), ("--prompt 12\udcff", r"'\udcff'; this is not UTF-8"),
+    ("--prompt -", "not UTF-8"), ("--prompt=\x1b", r"'\x1b'"), ("two\nlines", "two lines"), ("", "is not a file")])
 def test_bad_options(call, refused, best, words, message):
-    process = call("sample.py", *[best] * words.startswith("-"), *words.split(" "))
+    process = call("sample.py", *[best] * words.startswith("-"), *words.split(" "), stdin=b"\xfe")
     assert message in refused(process) and process.stdout == ""
 
 @pytest.mark.parametrize("changes, message", [
