@@ -130,16 +130,18 @@ def make_run(args: argparse.Namespace) -> Run:
     settings = DEFAULTS | old | asked  # later values win: defaults, saved run, preset, --paper, typed options
     if args.paper:
         asked |= paper(settings["n_layer"], settings["d_model"], settings["context"]) | typed
-    for name in NO_USE.get(settings["mixer"], ()):
+    for name in (unused := [name for name in NO_USE.get(settings["mixer"], ()) if name in asked]):
         check(name not in typed, f"{flag(name)} is of no use with --mixer {settings['mixer']}")
         asked[name] = old.get(name, DEFAULTS[name])  # not the preset's value
+    if unused:
+        say(f"--mixer {settings['mixer']} has no use for {', '.join(map(flag, unused))}: left out")
     settings |= asked
     for name in (asked.keys() & old.keys()) - set(MAY_CHANGE):
         check(asked[name] == old[name], f"--resume cannot change {flag(name)}: it was {old[name]}, not {asked[name]}")
     training = Training(**{f.name: settings[f.name] for f in fields(Training)})
     step, iters = saved["step"], training.iters
     check(step < iters or (step == iters and saved["recent"]),  # it was stopped in its last validation
-          f"{last} is at step {step}; to go on, give --iters a number above {step}, not {iters}")
+          f"nothing to do: {last} is at step {step}; to go on, give more steps, such as --iters {2 * step}")
     for name, value in ("--eval-every", settings["eval_every"]), ("--threads", args.threads):
         check(value >= 1, f"{name} must be at least 1, not {value}")
     for name in (old.get("data") or ()) if "data" not in typed else ():
@@ -151,7 +153,8 @@ def make_run(args: argparse.Namespace) -> Run:
         check_memory(config, training.batch_size, args.threads)
     if args.resume:
         check((corpus.sha256, config) == (saved["text_sha256"], saved["config"]),
-              f"--resume cannot change the text: {corpus.name} is not the text that {last} was trained on")
+              f"--resume cannot change the text: {corpus.name} is not the text that {last} was trained on; it has "
+              "changed, or it has CRLF line ends, which version 2.0 kept and this version reads as LF")
     else:
         params = model.init_params(config, training.seed)
         saved = {"params": params, **model.adamw_init(params)}
@@ -273,8 +276,7 @@ def main() -> None:
         go_on, best = cli.command("train_char.py", "--resume", "--out", run.out, *how, *own), run.out / "best.npz"
         write_more = cli.command("sample.py", best, *own)
         if parallel.stops and (run.step < run.training.iters or run.recent):
-            say(f"stopped at step {run.step} and saved; go on with: {go_on}\n"
-                f"sample from it with: {write_more}")
+            say(f"stopped at step {run.step} and saved; go on with: {go_on}\nsample from it with: {write_more}")
             sys.exit(128 + parallel.stops[0])
         step, loss = run.best
         say(f"best validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}\n"
@@ -282,8 +284,7 @@ def main() -> None:
             f"{write_more}\nwhat to try next: {advice(run, go_on)}\n\nA sample:\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end it at once
         if parallel.rank == 0:
-            params, config, extra = load_checkpoint(best, getattr(run.model, "Flat", dict))
-            write_sample(run.model, params, config, extra, "", 600, temperature=0.8)
+            write_sample(run.model, *load_checkpoint(best, getattr(run.model, "Flat", dict)), "", 600, temperature=0.8)
 
 if __name__ == "__main__":
     main()

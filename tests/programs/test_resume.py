@@ -123,10 +123,10 @@ def test_more_iterations_later(alone, copied, resume, succeeded):
     *((words, f"--resume cannot change {words.split()[0]}") for words in (
         "--context 7", "--offsets 1;2", "--mixer attention", "--dropout 0.3", "--seed 1", "--batch-size 5")),
     ("--no-taps", "--resume cannot change --taps"), ("--paper", "--resume cannot change --"),
-    ("--out nowhere", "nothing to resume"), (f"--iters {STEPS}", f"is at step {STEPS}; to go on, give --iters a number above {STEPS}")])
+    ("--out nowhere", "nothing to resume"), (f"--iters {STEPS}", f"step {STEPS}; to go on, .* {2 * STEPS}$")])
 def test_what_cannot_be_resumed(alone, resume, refused, words, message):
     """Options that change the model or the training are refused by name; so is a run that is finished or missing."""
-    assert message in refused(resume(alone, *MORE, *words.split()))
+    assert re.search(message, refused(resume(alone, *MORE, *words.split())))
 
 def test_the_text_is_known_by_its_contents(call, resume, succeeded, refused, tmp_path, monkeypatch):
     """This works from another working folder, too. Only a missing text makes the program ask for its new place."""
@@ -138,7 +138,7 @@ def test_the_text_is_known_by_its_contents(call, resume, succeeded, refused, tmp
     moved = text.rename(tmp_path / "moved")
     assert f"cannot read {text}" in (sentence := refused(resume(out, "--iters", 3))) and "moved" in sentence
     text.write_text(TEXT.replace("7", "8", 1))
-    assert f"--resume cannot change the text: {text} is not the text" in refused(resume(out, "--iters", 3))
+    assert re.search(f"change the text: {text} is not the text .* CRLF", refused(resume(out, "--iters", 3)))
     text.write_bytes(b"\xff")
     assert "is not UTF-8" in (sentence := refused(resume(out, "--iters", 3))) and "moved" not in sentence
     succeeded(resume(out, "--iters", 3, "--data", moved))

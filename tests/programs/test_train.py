@@ -102,17 +102,17 @@ def test_an_option_beats_a_preset_and_the_model_of_the_paper(text):
     settings = made("--data", text, "--preset", "tiny", "--rank", 4).settings
     assert settings == train_char.DEFAULTS | train_char.PRESETS["tiny"] | {"rank": 4, "data": [str(text)]}
     assert made("--data", text, *MODEL, "--paper", "--n-layer", 6, "--no-positions").config == Config(
-        17, 8, 6, 8, d_ff=32, rank=3, offsets=((1,), (2,), (4,), (1,), (1,), (1,)), block="paper", taps=False,
-        normalize=True, positions=False)
+        17, 8, 6, 8, 3, ((1,), (2,), (4,), (1,), (1,), (1,)), 32, block="paper", taps=False, normalize=True)
 
-def test_options_that_would_be_ignored(call, refused, text, tmp_path):
-    """They are refused, except those that a preset or --paper brings."""
+def test_options_that_would_be_ignored(call, refused, text, tmp_path, capsys):
+    """They are refused. Those that a preset or --paper brings are named and left out."""
     for words in ("--memory", "--no-memory", "--rank 3", "--taps", "--offsets 1", "--normalize"):
         process = call("train_char.py", "--mixer", "attention", *words.split(), "--out", tmp_path / "out")
         assert "is of no use with --mixer attention" in refused(process)
     assert "--n-head is of no use" in refused(call("train_char.py", "--n-head", 2, "--out", tmp_path / "out"))
     config = made("--data", text, "--preset", "best", "--paper", "--mixer", "attention", "--n-head", 2).config
     assert (config.n_layer, config.block, config.n_head, config.offsets) == (6, "paper", 2, ())
+    assert capsys.readouterr().out == "--mixer attention has no use for --offsets, --taps, --normalize: left out\n"
 
 @pytest.mark.skipif(os.name != "posix", reason="the commands to copy are those of a shell")
 def test_commands_run_as_they_are_printed(program, text, succeeded, plain, tmp_path):
@@ -155,7 +155,7 @@ def test_a_run_goes_on_when_nobody_reads(text, plain, tmp_path, how):
     (HOSTILE, lambda path: None, r"\x1b[2J\u202e: No such file"),
     ("UTF-16", lambda path: path.write_text(TEXT, "utf-16"), "iconv -f UTF-16 -t UTF-8"),
     ("in 'quotes'", lambda path: path.write_text("é" * 99, "latin-1"), "iconv -f WINDOWS-1252 -t UTF-8 '"),
-    ("folder", lambda path: path.mkdir(), "no UTF-8 text in"),
+    ("folder", lambda path: (path.mkdir(), (path / "a").write_text("é", "latin-1")), "/a is not UTF-8 text; save it"),
     ("endless", lambda path: path.symlink_to("/dev/zero"), "GB, or endless")])
 def test_bad_texts(call, refused, tmp_path, monkeypatch, name, make, message):
     monkeypatch.setattr(texts, "MOST_BYTES", 10_000)
