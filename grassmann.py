@@ -599,15 +599,14 @@ class Config:
             setattr(self, name, size)
         self.dropout = float(self.dropout)
         check(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
-        check(self.block in BLOCKS, f"block must be one of {[*BLOCKS]}, not {self.block!r}")
-        check(self.mixer in MIXERS, f"mixer must be one of {[*MIXERS]}, not {self.mixer!r}; for a "
+        check(self.block in [*BLOCKS], f"block must be one of {[*BLOCKS]}, not {self.block!r}")
+        check(self.mixer in [*MIXERS], f"mixer must be one of {[*MIXERS]}, not {self.mixer!r}; for a "
               "layer of your own give --mixer and its file, unchanged")
         if attention:
             check(not self.memory and not self.offsets, "attention has neither memory nor offsets")
             check(self.d_model % self.n_head == 0, f"n_head, {self.n_head}, must divide d_model, {self.d_model}")
         else:
-            check(len(self.offsets) == self.n_layer,
-                  f"{self.n_layer} layers need {self.n_layer} groups of offsets, {len(self.offsets)} given")
+            check(len(self.offsets) == self.n_layer, f"offsets need {self.n_layer} groups, not {len(self.offsets)}")
         for layer in self.offsets:
             check(len(set(layer)) == len(layer) > 0, f"a layer's offsets must be distinct, not {layer}")
             check(0 < min(layer) <= max(layer) < self.context,
@@ -741,8 +740,7 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
 
 def adamw_init(params: Params) -> dict[str, Params]:
     """The optimiser's state: running means of the gradient and of its square, zero at first."""
-    return {key: {name: np.zeros_like(value) for name, value in params.items()}
-            for key in ("adam_m", "adam_v")}
+    return {key: {name: np.zeros_like(value) for name, value in params.items()} for key in ("adam_m", "adam_v")}
 
 def adamw_step(
     params: Params, grads: Params, state: dict[str, Params], step: int, lr: float,
@@ -786,7 +784,7 @@ def validation_loss(params: Params, config: Config, tokens: Array, each: Callabl
 
     `each` is map, or a map that uses threads or shows progress. Raises UserError if there are fewer than 2 tokens.
     """
-    check(len(tokens) > 1, f"{len(tokens)} tokens are too few: a validation needs at least 2")
+    check(len(tokens) > 1, f"a validation needs at least 2 tokens, not {len(tokens)}")
     targets, context = len(tokens) - 1, config.context
     whole = targets // context * context
     x, y = tokens[:whole].reshape(-1, context), tokens[1 : whole + 1].reshape(-1, context)

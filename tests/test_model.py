@@ -195,13 +195,13 @@ WRONG = {  # of tiny_config
     "rank must be at least 2, not 1": [{"rank": 1}],
     "n_layer must be at least 1, not 0": [{"n_layer": 0}],
     "dropout must be at least 0 and below 1": [{"dropout": rate} for rate in (1, -0.1, math.nan)],
-    "2 layers need 2 groups of offsets, 3 given": [{"offsets": ((1,),) * 3}],
+    "offsets need 2 groups, not 3": [{"offsets": ((1,),) * 3}],
     "must be distinct": [{"offsets": ((1, 1), (2,))}, {"offsets": ((), (1,))}],
     "1 to context - 1, here 8": [{"offsets": ((1,), (wrong,))} for wrong in (0, 9)],
     "n_head, 3, must divide d_model, 8": [{"mixer": "attention", "n_head": 3}],
     "neither memory nor offsets": [{"mixer": "attention"} | x for x in ({"memory": True}, {"offsets": ((1,),) * 2})],
-    "block must be one of": [{"block": "postnorm"}],
-    "mixer must be one of": [{"mixer": "lstm"}],
+    "block must be one of": [{"block": "postnorm"}, {"block": ["paper"]}],
+    "mixer must be one of": [{"mixer": "lstm"}, {"mixer": {}}],
 }
 
 @pytest.mark.parametrize(("rule", "changes"), [(r, c) for r in WRONG for c in WRONG[r]], ids=str)

@@ -78,7 +78,7 @@ def test_validation_takes_every_target_once(tiny_model, length):
         total += y.size * G.loss_and_grads(*model, x, y)[0]
     found = G.validation_loss(*model, text, lambda f, items: training.in_threads(f, items, 2))
     assert found == pytest.approx(total / (length - 1), rel=1e-12)
-    with pytest.raises(G.UserError, match="1 tokens are too few"):
+    with pytest.raises(G.UserError, match="at least 2 tokens, not 1"):
         G.validation_loss(*model, text[:1])
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
