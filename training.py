@@ -46,20 +46,16 @@ class Training:
         min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
         return min_lr + 0.5 * (self.lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
 
-def train_step(
-    model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
-    step: int, tokens: Array, threads: int = 1,
-) -> float:
+def train_step(model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
+               step: int, tokens: Array, threads: int = 1) -> float:
     """One step, in place, on the batch that (seed, step) draws from tokens. Returns the loss."""
     if hasattr(model, "train_step"):  # gpu.py records the whole step as one graph
         return model.train_step(params, config, training, optimizer, step, tokens)
     x, y = model.get_batch(tokens, training.batch_size, config.context, training.seed, step)
     return step_on_batch(model, params, config, training, optimizer, step, x, y, threads)
 
-def step_on_batch(
-    model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
-    step: int, x: Array, y: Array, threads: int = 1,
-) -> float:
+def step_on_batch(model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
+                  step: int, x: Array, y: Array, threads: int = 1) -> float:
     """One step on the batch x, y (B, L), in place: gradients, clipping, AdamW. Returns the loss."""
     t = training
     loss, grads = loss_and_grads(model, params, config, x, y, (t.seed, step), threads)
@@ -68,10 +64,8 @@ def step_on_batch(
     model.adamw_step(params, grads, optimizer, step, t.rate(step), weight_decay=t.weight_decay)
     return loss
 
-def loss_and_grads(
-    model: ModuleType, params: Params, config: Config, x: Array, y: Array,
-    seed: Sequence[int] | None, threads: int,
-) -> tuple[float, Params]:
+def loss_and_grads(model: ModuleType, params: Params, config: Config, x: Array, y: Array,
+                   seed: Sequence[int] | None, threads: int) -> tuple[float, Params]:
     """The model's `loss_and_grads` on several threads. With threads=0, for a GPU, it takes all rows at once.
 
     The rows are split into shards, and the shards' gradients are added in a fixed order. So with the same number

@@ -176,8 +176,7 @@ def broken(where: str, old: str, new: str) -> tuple[str, str, str]:
         one, other = one.value, other.value
     code = ast.unparse(one)
     scopes = [node for node in ast.walk(tree) if getattr(node, "name", None) == name] or [tree]
-    places = [(parent, field, k) for parent in ast.walk(scopes[0])
-              for field, value in ast.iter_fields(parent)
+    places = [(parent, field, k) for parent in ast.walk(scopes[0]) for field, value in ast.iter_fields(parent)
               for k, node in enumerate(value if isinstance(value, list) else [value])
               if type(node) is type(one) and ast.unparse(node) == code]
     if len(scopes) != 1 or len(places) != 1:
