@@ -1,4 +1,4 @@
-"""What the programs share. A program begins with `import cli` and `cli.prepare()`; the import changes nothing."""
+"""What the programs share. A program begins with `import cli` and `cli.prepare()`. The import alone changes nothing."""
 
 import argparse
 import ctypes
@@ -14,13 +14,13 @@ from pathlib import Path
 from types import ModuleType
 
 VERSION = "3.0"
-BEST = Path("out/best.npz")  # what the programs read unless told otherwise
+BEST = Path("out/best.npz")  # the checkpoint that programs read by default
 
 def prepare() -> None:
     """Settings of the process, before NumPy is imported. They do not change results.
 
-    One BLAS thread: small matrices are not worth sharing between cores; training.py splits the batch.
-    With glibc, keep freed memory: to get it back from the system takes a third of a step.
+    BLAS gets one thread, because small matrices are not worth splitting. training.py splits the batch instead.
+    glibc keeps freed memory, because getting it back from the system takes a third of a step.
     """
     for library in ("OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):
         os.environ.setdefault(f"{library}_THREADS", "1")
@@ -29,7 +29,7 @@ def prepare() -> None:
         mallopt(option, size)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, exit code 2."""
+    """An argument parser. An error prints one line and ends with exit code 2."""
 
     def __init__(self, description: str | None):
         plain = argparse.RawDescriptionHelpFormatter
@@ -38,19 +38,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         if "expected one argument" in message:
-            message += " (one that begins with a dash is written --option=-value)"
+            message += " (if it begins with a dash, write --option=-value)"
         shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(message.split()))
         self.exit(2, f"{self.prog}: {shown}\n")
 
 def add_gpu_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", action="store_true", help="run on a CUDA GPU, with CuPy (requirements-gpu.txt)")
-    parser.add_argument("--precision", choices=["float32", "tf32"], help="of products on the GPU (default: float32)")
+    parser.add_argument("--precision", choices=["float32", "tf32"], help="of the GPU's products (default: float32)")
 
 def backend(gpu: bool, precision: str | None = None) -> ModuleType:
-    """The module that computes: grassmann (NumPy) or gpu (CuPy), same names. Raises UserError."""
+    """The module that computes: grassmann (NumPy) or gpu (CuPy), with the same names. Raises UserError."""
     import grassmann
 
-    grassmann.check(gpu or precision is None, "--precision is a choice for GPUs, it needs --gpu")
+    grassmann.check(gpu or precision is None, "--precision is an option for GPUs: add --gpu")
     if not gpu:
         return grassmann
     try:
@@ -61,31 +61,31 @@ def backend(gpu: bool, precision: str | None = None) -> ModuleType:
     return cuda
 
 def command(script: str, *args: object) -> str:
-    """A command line to copy: with the interpreter that runs, and the script as it was found."""
+    """A command line to copy, with the running interpreter and the path of the running script."""
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     words = [python, str(Path(sys.argv[0]).with_name(script)), *map(str, args)]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 def plain_output() -> None:
-    """Escape what the terminal cannot show, and let no NumPy warning in between: programs look at their numbers."""
+    """Escape what the terminal cannot show, and hide NumPy's warnings: the programs check their numbers themselves."""
     warnings.filterwarnings("ignore", category=RuntimeWarning)
     for name in ("stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115  (closed, as by >&-)
         getattr(sys, name).reconfigure(errors="backslashreplace")
 
 def leave_quietly() -> None:
-    """Whoever read our output has had enough (`| head`): write the rest nowhere."""
+    """Nobody reads our output any more (`| head`), so discard the rest of it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 @contextmanager
 def short_errors(parser: Parser, where: object, memory: str = "not enough memory", stopped: str = "") -> Iterator[None]:
-    """In its block, what a user can mend ends the program with one line and exit code 2, Ctrl-C with 130 and
-    `stopped`; other errors keep their traceback. `where`: what an OSError that names no file is about."""
+    """Within the block, an error that the user can correct ends the program with one line and exit code 2, Ctrl-C with
+    `stopped` and 130. Other errors keep their traceback. `where` replaces the file that an OSError does not name."""
     from grassmann import UserError
 
     try:
         yield
-        sys.stdout.flush()  # a full disk is noticed here
+        sys.stdout.flush()  # a full disk raises here
     except UserError as error:
         parser.error(str(error))
     except BrokenPipeError:

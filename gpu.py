@@ -1,23 +1,23 @@
 """The model on a CUDA GPU, with CuPy: the GPU version of grassmann.py.
 
-The functions of the model, from the blocks up, have the names and arguments that they have there, and the order is the
-same throughout. What is plain array code there is the same code here: `_borrowed` gives a function of grassmann.py this
-module's names, so that its `np` is CuPy and its ops are the ones below. Those are CUDA kernels (kernels.cu) where array
-code would pass over memory a dozen times, and cuBLAS's matrix products (gpu_cuda.py). Two things are fused into later
-kernels. What joins the residual path, the gate too, is a sum that the next LayerNorm adds up (`_Sum`). A gradient that
-is a sum over tokens may come in parts, one for each block of threads (`Parts`).
+Names and order are as in grassmann.py; from the blocks up, arguments are too. Plain array code is not written again:
+`_borrowed` takes a function of grassmann.py and gives it this module's names, so that its `np` is CuPy and its ops are
+the ops below. These ops are CUDA kernels (kernels.cu), where array code would pass over memory a dozen times, and
+cuBLAS's matrix products (gpu_cuda.py). Two things are fused into later kernels. The next LayerNorm computes the gate
+and adds up what joins the residual path (`_Sum`). A gradient that is a sum over tokens may come in parts, one for each
+block of threads (`Parts`).
 
-`train_step` is recorded as a CUDA graph, because starting a small kernel takes the host longer than running it takes
-the GPU. All else starts kernel by kernel. Batches and first weights are those of grassmann.py; dropout masks are drawn
-by the kernels, and differ. Losses stay on the GPU until they are read. Checkpoints of either module load in the other.
-Tokens may lie on either side. They are not checked, since that would wait for the GPU. Use one thread only.
+`train_step` is recorded as a CUDA graph, because the host takes longer to start a small kernel than the GPU to run it.
+Everything else starts kernel by kernel. Batches and initial weights equal grassmann.py's. Dropout masks differ, because
+kernels draw them. Losses stay on the GPU until they are read. Each module loads the other's checkpoints. Tokens may be
+on the CPU or on the GPU. They are not checked, since this would wait for the GPU. Use one thread only.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import operator  # noqa: F401  (for what is borrowed)
+import operator  # noqa: F401  (for borrowed functions)
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType, SimpleNamespace
@@ -33,9 +33,9 @@ from grassmann import Config, Rng, Scope, attention_shapes, check, check_model, 
 Array, Flat, set_precision = gpu_cuda.Array, gpu_cuda.Flat, gpu_cuda.set_precision
 UserError, default_offsets, param_shapes = grassmann.UserError, grassmann.default_offsets, grassmann.param_shapes
 Params = dict[str, Array]
-AT_ONCE = 4096  # tokens in a validation
-ON_HOST = 5_000_000  # parameters, up to which NumPy writes a character sooner than kernels start
-np = SimpleNamespace(**vars(cp) | {"random": numpy.random, "matmul": product})  # what borrowed functions find as np
+AT_ONCE = 4096  # tokens in one forward pass of a validation
+ON_HOST = 5_000_000  # parameters; with fewer, NumPy writes a character before the GPU's kernels have started
+np = SimpleNamespace(**vars(cp) | {"random": numpy.random, "matmul": product})  # the np of borrowed functions
 np.array = lambda a: _constant(a) if isinstance(a, tuple) else cp.array(a)  # (offsets: copied once)
 _constant = functools.cache(cp.array)
 
@@ -44,7 +44,7 @@ def _borrowed(function: Callable) -> Callable:
     return functools.update_wrapper(FunctionType(function.__code__, globals(), None, function.__defaults__), function)
 
 class _Weights(dict):
-    """Parameters, with the `Gradients` that their gradients are written into, as `gradients`."""
+    """Parameters. Their attribute `gradients` is the `Gradients` that the backward writes into."""
 
 def _place(w: Scope, name: str) -> Array | None:
     """Where the gradient of w[name] belongs; None: anywhere."""
@@ -55,13 +55,13 @@ def _place(w: Scope, name: str) -> Array | None:
 linear_forward, linear_backward = _borrowed(grassmann.linear_forward), _borrowed(grassmann.linear_backward)
 
 def dot(a: Array, b: Array) -> Array:
-    """Inner product over the last axis, kept: (..., r), (..., r) -> (..., 1)."""
+    """Dot product over the last axis, which stays as 1: (..., r), (..., r) -> (..., 1)."""
     return (a * b).sum(-1, keepdims=True)
 
 @dataclass
 class _Sum:
-    """h + D(x + b), D dropout, which the next LayerNorm adds up, into `total`; or h + D(gate). x (..., d) is a product
-    without its bias b (d). With `hg` = [h' | g] (..., 2d), x + b are the logits of a gate between h' and g."""
+    """h + D(x + b), D dropout. The next LayerNorm computes this `total`. x (..., d) is a product without its bias b.
+    With `hg` = [h' | g] (..., 2d) it is h + D(gate), where x + b are the logits of a gate between h' and g."""
     x: Array
     b: Array | None = None
     hg: Array | None = None
@@ -100,10 +100,10 @@ def layernorm_forward(x: Array | _Sum, w: Array, b: Array, eps: float = 1e-5, ro
     return y, (s, w, mean, inv_std)
 
 def layernorm_backward(dy: Array, cache: tuple, dmore: Array | _SumGrad | None = None) -> tuple:
-    """dx, or for a `_Sum` the gradients of its terms, dw, db. `dmore` is added to dx: x also went on elsewhere."""
+    """dx (for a `_Sum`, the gradients of its terms), dw, db. `dmore`, from another use of x, is added to dx."""
     s, w, mean, inv_std = cache
     x, d, T, dy = s.total, len(w), len(mean), dy.reshape(-1, len(w))
-    row = rows_apart(dy)  # half of [dh | dg] is read where it lies
+    row = rows_apart(dy)  # so that one half of [dh | dg] is not copied
     parts, dsum = parts_of(T, 3, d, dtype=x.dtype), cp.empty(x.shape, x.dtype)
     dhg = None if s.hg is None else cp.empty(s.hg.shape, x.dtype)
     dx = None if s.mask[0] is None and dhg is None else cp.empty(x.shape, x.dtype)
@@ -128,8 +128,8 @@ def gelu_backward(dy: Array, cache: tuple) -> Array | tuple[Array, Parts]:
     return dx if b is None else (dx, Parts(db))
 
 def draw_rows(seed: int | Sequence[int] | Array, first: int = 0, n: int | None = None) -> Callable:
-    """draw(shape): which numbers dropout takes, for rows `first`, first + 1, … of a batch of n. They are hashes of
-    a key, which is a function of the seed (or is given, as an array), and of successive places."""
+    """Returns draw(shape): a key and a first place, for rows `first`, first + 1, … of a batch of n. Kernels draw each
+    random number as a hash of the key and its place. The key comes from the seed, or is given as an array."""
     begin, key = 0, seed if isinstance(seed, Array) else cp.asarray(_key(seed))
 
     def draw(shape: tuple[int, ...]) -> tuple[Array, numpy.int64]:
@@ -144,14 +144,14 @@ def _key(seed: int | Sequence[int]) -> numpy.ndarray:
     return numpy.random.SeedSequence(seed).generate_state(1, numpy.uint64).view(numpy.int64)
 
 def dropout_forward(x: Array | _Sum, rate: float, draw: Callable | None) -> tuple:
-    """Zero a fraction `rate` of x, divide the rest by 1 - rate: the mean stays. draw None: x."""
+    """Set a fraction `rate` of x to 0 and divide the rest by 1 - rate: the mean stays. draw=None: no dropout."""
     if draw is None or rate == 0:
         return x, None
     mask = *draw(x.x.shape if isinstance(x, _Sum) else x.shape), float(rate)
     return replace(x, mask=mask) if isinstance(x, _Sum) else dropout_backward(x, mask), mask
 
 def dropout_backward(dy: Array | _SumGrad, mask: tuple | None) -> Array | _SumGrad:
-    """y = mask ⊙ x, so dx = mask ⊙ dy. (In the gradients of a `_Sum` it is done.)"""
+    """y = mask ⊙ x, so dx = mask ⊙ dy. (The gradients of a `_Sum` have the mask already.)"""
     if mask is None or isinstance(dy, _SumGrad):
         return dy
     dx = cp.empty(dy.shape, dy.dtype)
@@ -160,24 +160,24 @@ def dropout_backward(dy: Array | _SumGrad, mask: tuple | None) -> Array | _SumGr
 
 embedding_forward = _borrowed(grassmann.embedding_forward)
 def embedding_backward(dx: Array, cache: tuple) -> Array:
-    """dE_k = Σ dx_t over the tokens t that are k: dE = Oᵀ dx, row t of O (T, V) is 1 at k alone."""
+    """dE_k = Σ dx_t over all t where token k stands. So dE = Oᵀ dx, where O (T, V) has one-hot rows."""
     tokens, (V, _) = cache
     one_hot = cp.empty((tokens.size, V), dx.dtype)
     per_element("one_hot", one_hot.size, V, tokens.astype(numpy.int32, copy=False), one_hot)
     return over_tokens(one_hot, dx)
 
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
-    """Mean over tokens of -log softmax(logits)[target] in nats; logits (..., V), targets (...); caches its gradient."""
+    """Mean over tokens of -log softmax(logits)[target] in nats; logits (..., V), targets (...). Caches the gradient."""
     V, targets = logits.shape[-1], cp.asarray(targets).astype(numpy.int32, copy=False)
     losses, dlogits = (cp.empty(shape, logits.dtype) for shape in (targets.size, (targets.size, V)))
     per_token("cross_entropy", targets.size, V, logits, targets, losses, dlogits)
     return losses.mean(), (dlogits,)
 
 def cross_entropy_backward(dloss: float, cache: tuple) -> Array:
-    """∂(log Σ exp(x) - x_target)/∂x = softmax(x) - onehot(target), over T for the mean; (T, V)."""
+    """∂(log Σ exp(x) - x_target)/∂x = softmax(x) - onehot(target); the mean divides it by T; (T, V)."""
     return cache[0] if dloss == 1 else dloss * cache[0]
 
-# ---- the mixing layer, and attention to compare with -----------------------------------------------------------------
+# ---- the mixing layer, and attention for comparison ------------------------------------------------------------------
 
 unit_area_forward, unit_area_backward = _borrowed(grassmann.unit_area_forward), _borrowed(grassmann.unit_area_backward)
 partner_forward, partner_backward = _borrowed(grassmann.partner_forward), _borrowed(grassmann.partner_backward)
@@ -186,7 +186,7 @@ memory_forward, memory_backward = _borrowed(grassmann.memory_forward), _borrowed
 
 @functools.cache
 def _indices(offsets: tuple[int, ...], r: int) -> tuple[Array, Array, Array]:
-    """The offsets (m) and the index pairs i < j below r (n), (n), on the device."""
+    """The offsets (m) and the index pairs i < j below r (n), (n), on the GPU."""
     return tuple(cp.asarray(a, numpy.int32) for a in (offsets, *grassmann.pairs(r)))
 
 def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[_Sum, dict]:
@@ -198,8 +198,8 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
         g = p W_plu + b_plu        project back                 (B, L, d)   + memory(h, z), if any
         mix = gate(h, g)           blend, in the next LayerNorm (B, L, d)
 
-    One kernel does the biases, p, and with taps s. `past` and the cache are as in grassmann.py, but instead of alpha
-    the cache has `logits`: the gate is sigmoid(logits + b_gate).
+    One kernel computes the biases, p and, with taps, s. `past` and the cache are as in grassmann.py, except that the
+    cache has `logits` instead of alpha: the gate is sigmoid(logits + b_gate).
     """
     offsets, b_red, r, d = config.offsets[layer], w["b_red"], config.rank, len(w["b_plu"])
     hg = cp.concatenate([h, h], -1) if h.shape[-1] == d else h
@@ -229,7 +229,7 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
 def mix_backward(dmix: _SumGrad, cache: dict) -> tuple[Array, Params]:
     """The steps of `mix_forward` in reverse. h is used three times, so three gradients add up.
 
-    dmix.hg = [dh | dg] holds what comes directly; the rest is added there.
+    dmix.hg = [dh | dg] already has the direct gradients. All other gradients are added to it.
     """
     hg, w, offsets, z, p = (cache[name] for name in ("hg", "w", "offsets", "z", "p"))
     (B, L, r), n, d, dhg = z.shape, p.shape[-1], hg.shape[-1] // 2, dmix.hg
@@ -280,7 +280,7 @@ def ffn_backward(dout: _SumGrad, cache: tuple) -> tuple[Array, Params]:
     return product(dinner, w["W_1"].T), grads
 
 def prenorm_block_forward(h: Array, w: Scope, config: Config, layer: int, past=None, draw=None) -> tuple[_Sum, dict]:
-    """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))); LN1 writes where the mixing layer reads."""
+    """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))). LN1 writes into the array that the mixing layer reads."""
     mixer_forward, *_ = MIXERS[config.mixer]
     normed, c_ln1 = layernorm_forward(h, w["ln1.w"], w["ln1.b"], room=mixer_forward is mix_forward)
     mix, c_mix = mixer_forward(normed, w.scope("mix."), config, layer, past)
@@ -292,7 +292,7 @@ def prenorm_block_forward(h: Array, w: Scope, config: Config, layer: int, past=N
     return h + ffn, {"ln1": c_ln1, "mix": c_mix, "mask_mix": mask_mix, "ln2": c_ln2, "ffn": c_ffn}
 
 def prenorm_block_backward(dout: _SumGrad, cache: dict, config: Config) -> tuple:
-    """A sum h + f(h) passes its gradient on unchanged, and once more through f."""
+    """h + f(h) passes its gradient to h twice: unchanged, and through f."""
     _, mixer_backward, _ = MIXERS[config.mixer]
     grads = {}
     dnormed, ffn = ffn_backward(dout, cache["ffn"])
@@ -308,11 +308,11 @@ BLOCKS = {"prenorm": (prenorm_block_forward, prenorm_block_backward),
           "paper": (paper_block_forward, paper_block_backward)}
 
 def init_params(config: Config, seed: int = 0, dtype: type = numpy.float32) -> Params:
-    """The numbers that grassmann.py draws."""
+    """The same numbers as in grassmann.py."""
     return Flat(grassmann.init_params(config, seed, dtype))
 
 def check_tokens(tokens: Array, config: Config) -> None:
-    """Does nothing: to look at tokens is to wait for the GPU."""
+    """Does nothing, since reading tokens would wait for the GPU."""
 
 # ---- parameters, the model and its loss ------------------------------------------------------------------------------
 
@@ -322,7 +322,7 @@ forward = _borrowed(grassmann.forward)
 
 @gpu_cuda.recordable_products()
 def _differentiate(params: Params, gradients: Gradients, config: Config, x: Array, y: Array, draw, share) -> Array:
-    """share times the loss; the gradients of that are written into `gradients`."""
+    """Returns share times the loss, and writes its gradients into `gradients`."""
     weights = _Weights(params)
     weights.gradients = gradients
     logits, cache = model_forward(weights, config, x, draw=draw)
@@ -331,8 +331,8 @@ def _differentiate(params: Params, gradients: Gradients, config: Config, x: Arra
     return loss if share == 1 else share * loss
 
 def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None, rows=None) -> tuple[Array, Params]:
-    """grassmann.py's, kernel by kernel. The gradients are new arrays. float(loss) waits for the GPU."""
-    check(x.shape == y.shape, f"x and y must have one shape, not {x.shape} and {y.shape}")
+    """As in grassmann.py, kernel by kernel. The gradients are new arrays. float(loss) waits for the GPU."""
+    check(x.shape == y.shape, f"x and y must have the same shape, not {x.shape} and {y.shape}")
     check_model(params, config)
     x, y = (cp.asarray(a).astype(numpy.int32, copy=False) for a in (x, y))
     (first, n), gradients = rows or (0, len(x)), Gradients(params)
@@ -359,7 +359,7 @@ def _adamw(params: Params, grads: Params, state: dict[str, Params], rates: Array
     per_element("adamw", params.buffer.size, numpy.int64(params.matrices), *buffers, rates)
 
 def clip_grads(grads: Params, max_norm: float) -> Array:
-    """Scale all gradients together, in place, to a norm of at most max_norm; returns the norm."""
+    """Scale all gradients by one factor, in place, to a joint norm of at most max_norm. Returns the norm before."""
     g, parts, norm = grads.buffer, cp.empty(256, numpy.float64), cp.empty((), numpy.float64)
     gpu_cuda.launch("sum_of_squares", 256, numpy.int64(g.size), g, parts)
     gpu_cuda.launch("clip", 256, numpy.int64(g.size), float(max_norm), g, parts, norm)
@@ -375,17 +375,17 @@ def train_step(params: Flat, config: Config, training, optimizer: dict, step: in
     adds up the gradients between them.
     """
     B, L, mine = training.batch_size, config.context, parallel.rows(training.batch_size)
-    check(len(tokens) > L, f"{len(tokens)} tokens are too few: a window takes {L} and one more")
+    check(len(tokens) > L, f"{len(tokens)} tokens are too few: a context of {L} needs {L + 1}")
     places = [a.data.ptr for a in (tokens, *(flat.buffer for flat in (params, *optimizer.values())))]
     key = config, training, MIXERS[config.mixer], BLOCKS[config.block], gpu_cuda.tf32, places, len(tokens), tokens.dtype
     if params.step is None or params.step.key != key:
-        params.step = None  # so that its memory is free
+        params.step = None  # first free the old memory
         params.step = Step(key, params, len(mine) + 7)
     owner = params.step  # of the graphs, the inputs, the gradients
     dropout_key = _key((training.seed, step, 1)) if config.dropout else numpy.zeros(1, numpy.int64)
     rates = _rates(step, training.rate(step), weight_decay=training.weight_decay)
     starts = numpy.random.default_rng((training.seed, step)).integers(0, len(tokens) - L, B)  # as in `get_batch`
-    owner.send(starts[mine], dropout_key, rates)  # from here on these names are places on the GPU
+    owner.send(starts[mine], dropout_key, rates)  # from here on, these names are arrays on the GPU
     starts, dropout_key, rates = owner.inputs[:-7], owner.inputs[-7:-6], owner.inputs[-6:].view(numpy.float64)
 
     def differentiate() -> Array:
@@ -422,11 +422,11 @@ stream_init, stream_read, stream_step = map(
     _borrowed, (grassmann.stream_init, grassmann.stream_read, grassmann.stream_step))
 
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
-    """grassmann.py's, of logits that are fetched. Raises UserError if they are not finite."""
+    """As in grassmann.py, with logits copied from the GPU. Raises UserError if they are not finite."""
     return grassmann.sample(logits.get(), temperature, top_k, rng)
 
 def generate(params: Params, config: Config, prompt, n: int, temperature=1.0, top_k=None, seed=0) -> Iterator[int]:
-    """grassmann.py's. NumPy computes it unless the model is large: starting dozens of kernels takes longer."""
+    """As in grassmann.py. NumPy computes it unless the model is large: starting dozens of kernels takes longer."""
     how = config, prompt, n, temperature, top_k, seed
     if params.buffer.size > ON_HOST:
         return _borrowed(grassmann.generate)(params, *how)

@@ -1,5 +1,5 @@
-"""How gpu.py reaches CUDA: kernels, cuBLAS's matrix products, arrays that lie in one buffer, and a training step that
-is recorded as a CUDA graph. (This file is not called cuda.py because CuPy imports a package of that name.)"""
+"""How gpu.py reaches CUDA: kernels, cuBLAS's matrix products, arrays in one buffer, and a training step recorded as a
+CUDA graph. (This file is not called cuda.py, because CuPy imports a package of that name.)"""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ try:
     import cupy as cp
 
     cp.cuda.Device(parallel.local_rank).use()
-    cp.ones((2, 2)) @ cp.ones((2, 2))  # needs it all: the driver, a GPU, the compiler, cuBLAS
-except Exception as error:  # each of these has its own
+    cp.ones((2, 2)) @ cp.ones((2, 2))  # works only if driver, GPU, compiler and cuBLAS work
+except Exception as error:  # each of them raises its own type
     raise ImportError(
         "this needs a CUDA GPU for each process, and CuPy. If CuPy is missing: pip install -r requirements-gpu.txt for "
-        "a driver of 580 or newer (nvidia-smi tells) and a GTX 16, RTX 20 or newer, else -r requirements-gpu12.txt "
+        "driver 580 or newer (see nvidia-smi) and GTX 16, RTX 20 or newer GPUs, else -r requirements-gpu12.txt "
         f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     ) from None
 
 Array = cp.ndarray
-WORKSPACE = 2**25  # bytes of memory that cuBLAS may use: what it takes by itself on an H100
+WORKSPACE = 2**25  # bytes of memory that cuBLAS may use: its default on an H100
 ALIGNED = 64  # numbers: every array of a `Flat` begins at a multiple of 256 bytes
 tf32 = False  # `set_precision`
 
@@ -40,14 +40,14 @@ tf32 = False  # `set_precision`
 def _kernels(real: numpy.dtype) -> Callable:
     """kernels.cu, compiled at its first use for real = float32 or float64: name -> kernel."""
     code = Path(__file__).with_name("kernels.cu").read_text(encoding="utf-8")
-    code = code.encode("ascii", "backslashreplace").decode()  # for a file in the locale's encoding
+    code = code.encode("ascii", "backslashreplace").decode()  # CuPy writes it to a file in the locale's encoding
     in_c = {"float32": "float", "float64": "double"}[real.name]
     return functools.cache(cp.RawModule(code=code, options=(f"-Dreal={in_c}",)).get_function)
 
 def launch(name: str, blocks: int, *args) -> None:
     """Start a kernel of kernels.cu; its `real` is the dtype of the first array of floats.
 
-    Arrays are made contiguous, but [a] is passed where it lies. None is a null pointer, numbers get the kernel's types.
+    Arrays are made contiguous, unless given as [a]. None becomes a null pointer. Numbers get the kernel's types.
     """
     real = next((a.dtype for a in args if isinstance(a, Array) and a.dtype.kind == "f"), numpy.dtype(numpy.float32))
     typed = {int: numpy.int32, float: real.type, type(None): lambda a: numpy.intp(0), list: lambda a: a[0],
@@ -59,63 +59,63 @@ def per_element(name: str, n: int, *args) -> None:
     launch(name, -(-n // 256), numpy.int64(n), *args)
 
 def chunks(T: int) -> tuple[int, int]:
-    """How many blocks share T tokens, and how many tokens each has: 8 or a multiple; 512 blocks fill a GPU."""
+    """The number of blocks for T tokens, at most 512, which fill a GPU, and a block's tokens, a multiple of 8."""
     chunk = 8 * -(-T // 4096)
     return -(-T // chunk), chunk
 
 def per_token(name: str, T: int, *args) -> None:
-    """One warp for each of T tokens; a block for each chunk of them."""
+    """One warp for each of T tokens, one block for each chunk of tokens."""
     blocks, chunk = chunks(T)
     launch(name, blocks, T, chunk, *args)
 
 @dataclass
 class Parts:
-    """A sum over tokens that is not complete: array (blocks, ...) has the sum of each block."""
+    """An unfinished sum over tokens: array (blocks, ...) has the sum of each block."""
     array: Array
 
 def parts_of(T: int, *shape: int, dtype: numpy.dtype) -> Array:
-    """Room for what the blocks of `per_token` sum up: (blocks, *shape)."""
+    """A new array for the sums of the blocks of `per_token`: (blocks, *shape)."""
     return cp.empty((chunks(T)[0], *shape), dtype)
 
 # ---- matrix products -------------------------------------------------------------------------------------------------
 
 def set_precision(precision: str) -> None:
     """How float32 matrices are multiplied from now on: "float32", as they are, or "tf32", rounded to 10 bits after the
-    point on tensor cores. Sums and weights are float32 always. Raises ValueError on another word or an older GPU."""
+    point on tensor cores. Sums and weights are always float32. Raises ValueError on another word or an older GPU."""
     global tf32
     if precision not in ("float32", "tf32"):
         raise ValueError(f"precision must be float32 or tf32, not {precision!r}")
     if precision == "tf32" and int(cp.cuda.Device().compute_capability) < 80:
-        raise ValueError("tf32 needs compute capability 8.0, this GPU has an older one")
+        raise ValueError("tf32 needs compute capability 8.0 or newer: use float32 on this GPU")
     tf32 = precision == "tf32"
 
 @functools.cache
 def _cublas() -> tuple[ctypes.CDLL, Array]:
-    """The library of matrix products, which CuPy has loaded, and its workspace."""
+    """The cuBLAS library, which CuPy has loaded, and its workspace."""
     version = cp.cuda.cublas.getVersion(cp.cuda.get_cublas_handle()) // 10000
     name = f"cublas64_{version}.dll" if os.name == "nt" else f"libcublas.so.{version}"
     return ctypes.CDLL(name), cp.empty(WORKSPACE, numpy.uint8)
 
 def rows_apart(x: Array) -> int | None:
-    """How far apart the rows of a matrix (or of each in a stack) lie, if each row is contiguous."""
+    """The distance between rows of a matrix, or of each matrix in a stack; None if a row is not contiguous."""
     if x.flags.c_contiguous:
         return x.shape[-1]
     row, column = (stride // x.itemsize for stride in x.strides[-2:])
     return row if (column == 1 or x.shape[-1] == 1) and row >= x.shape[-1] else None
 
 def _operand(x: Array) -> tuple[int, Array, int]:
-    """Does xᵀ lie in memory; x (copied if neither rows nor columns are contiguous); how far apart these lie."""
+    """Whether memory holds xᵀ; x, copied if neither rows nor columns are contiguous; the distance between these."""
     for transposed, m in enumerate((x, x.swapaxes(-1, -2))):
         if apart := rows_apart(m):
             return transposed, x, apart
     return 0, cp.ascontiguousarray(x), x.shape[-1]
 
 def product(a: Array, b: Array, out: Array | None = None, add: bool = False) -> Array:
-    """a b for a (..., in), b (in, out); or for stacks of as many matrices, (..., rows, in) and (..., in, out).
+    """a b for a (..., in), b (in, out), or for two stacks of matrices, (..., rows, in) and (..., in, out).
 
-    Both have one dtype, float32 or float64. `out` may be some of the columns of an array; with `add` the product is
-    added to it. CuPy's own product refuses to be recorded in a CUDA graph. cuBLAS takes columns for rows, so it is
-    asked for (a b)ᵀ = bᵀ aᵀ. Raises RuntimeError if it refuses, ValueError if the stacks differ.
+    Both have the same dtype, float32 or float64. `out` may be some columns of an array. With `add` the product is
+    added to `out`. CuPy's own product cannot be recorded in a CUDA graph. cuBLAS stores matrices by columns, so it
+    computes (a b)ᵀ = bᵀ aᵀ. Raises RuntimeError if cuBLAS refuses, ValueError if the stacks differ.
     """
     library, workspace = _cublas()
     runtime, cublas, pointer = cp.cuda.runtime, cp.cuda.cublas, ctypes.c_void_p
@@ -127,7 +127,7 @@ def product(a: Array, b: Array, out: Array | None = None, add: bool = False) -> 
         compute = cublas.CUBLAS_COMPUTE_32F_FAST_TF32
     stack = b.ndim > 2
     if stack and a.shape[:-2] != b.shape[:-2]:
-        raise ValueError(f"stacks of as many matrices are needed, not {a.shape} and {b.shape}")
+        raise ValueError(f"both stacks must have the same number of matrices, not {a.shape} and {b.shape}")
     result = cp.empty((*a.shape[:-1], b.shape[-1]), a.dtype) if out is None else out
     a, b, out = (m.reshape(-1, *m.shape[-2:]) if stack else m.reshape(-1, m.shape[-1]) for m in (a, b, result))
     (a_transposed, a, a_row), (b_transposed, b, b_row) = _operand(a), _operand(b)
@@ -151,7 +151,7 @@ def product(a: Array, b: Array, out: Array | None = None, add: bool = False) -> 
     return result
 
 def over_tokens(a: Array, b: Array, out: Array | None = None) -> Array:
-    """aᵀ b = Σ_t a_t b_tᵀ for a (..., i), b (..., j), as gradients of matrices are; (i, j)."""
+    """aᵀ b = Σ_t a_t b_tᵀ for a (..., i), b (..., j): the gradient of a matrix (i, j)."""
     return product(a.reshape(-1, a.shape[-1]).T, b.reshape(-1, b.shape[-1]), out)
 
 @contextlib.contextmanager
@@ -161,18 +161,18 @@ def recordable_products() -> Iterator[None]:
     try:
         yield
     finally:
-        del Array.__matmul__  # what CuPy's class has inherited is found again
+        del Array.__matmul__  # the method that CuPy's class inherits is found again
 
 # ---- arrays in one buffer --------------------------------------------------------------------------------------------
 
 class Flat(dict):
-    """A dict of arrays that are views of one `buffer`: matrices, then vectors. Copied from either side, or zeros."""
+    """A dict of arrays that are views of one `buffer`: matrices, then vectors. Copies of `arrays`, or zeros."""
     def __init__(self, arrays: dict, copy: bool = True):
-        self.places, end = {}, 0  # the name -> where its array begins
+        self.places, end = {}, 0  # name -> where its array begins in the buffer
         for name in sorted(arrays, key=lambda name: arrays[name].ndim == 1):
             self.places[name], end = end, end + -(-arrays[name].size // ALIGNED) * ALIGNED
         vectors = [self.places[name] for name, a in arrays.items() if a.ndim == 1]
-        self.matrices = min(vectors, default=end)  # so many numbers, which decay, come first
+        self.matrices = min(vectors, default=end)  # numbers of matrices, which come first, and decay
         self.buffer = cp.zeros(end, arrays[next(iter(arrays))].dtype)
         for name, a in arrays.items():
             place = self.places[name]
@@ -182,13 +182,13 @@ class Flat(dict):
         self.step: Step | None = None  # if these are parameters: the recorded step that trains them
 
 class Gradients(Flat):
-    """A place for the gradient of each parameter; its table tells a kernel where layers have left theirs."""
+    """The gradients of all parameters. `table` tells a kernel where each layer has left its gradients."""
     def __init__(self, params: Flat):
         super().__init__(params, copy=False)
         self.table = cp.empty((len(params), 5), numpy.int64)
 
     def gather(self, grads: dict) -> None:
-        """Bring here what layers return, and add up `Parts`. Raises ValueError on another shape or dtype."""
+        """Copy all gradients into the buffer, and add up `Parts`. Raises ValueError on another shape or dtype."""
         self.rows, threads = [], 0
         for name, home in self.items():
             g = grads[name].array if isinstance(grads[name], Parts) else grads[name][None]
@@ -209,29 +209,29 @@ class Gradients(Flat):
 # ---- CUDA graphs -----------------------------------------------------------------------------------------------------
 
 class Graph:
-    """What function() starts on the GPU, recorded, so that the host starts all of it with one call.
+    """Everything that function() starts on the GPU, recorded, so that the host can start it with one call.
 
-    Recording computes nothing yet, and takes a function that has run before: its kernels are compiled. All arrays keep
-    their places, in a pool of its own, so the next call overwrites the outputs. Raises RuntimeError, MemoryError.
+    Recording computes nothing. The function has run before, so its kernels are compiled. All its arrays keep their
+    places in the graph's own pool of memory. So the next call overwrites the outputs. Raises RuntimeError, MemoryError.
     """
 
     def __init__(self, function: Callable):
         self.memory = memory = []
 
         def malloc(size: int) -> cp.cuda.MemoryPointer:
-            memory.append(cp.cuda.Memory(size))  # kept, or a full GPU would take back what the graph writes to
+            memory.append(cp.cuda.Memory(size))  # kept; a full GPU would reuse memory that the graph writes to
             return cp.cuda.MemoryPointer(memory[-1], 0)
 
         self.pool = cp.cuda.MemoryPool(malloc)
-        gc.collect()  # a graph that is freed while this one is recorded would spoil it
-        cp.get_default_memory_pool().free_all_blocks()  # what the function needed when it ran
+        gc.collect()  # freeing another graph during the recording would spoil it
+        cp.get_default_memory_pool().free_all_blocks()  # the memory of the function's first run
         self.stream = stream = cp.cuda.Stream(non_blocking=True)
         with stream, cp.cuda.using_allocator(self.pool.malloc):
             try:
                 stream.begin_capture()
                 self.outputs = function()
             except BaseException:
-                with contextlib.suppress(Exception):  # which says that it failed, not why
+                with contextlib.suppress(Exception):  # its error says that recording failed, not why
                     stream.end_capture()
                 raise
             self.graph = stream.end_capture()
@@ -241,14 +241,14 @@ class Graph:
         return self.outputs
 
     def __del__(self) -> None:
-        """Its memory goes back to the GPU, which a dropped pool alone would not do."""
+        """Give the memory back to the GPU. Dropping the pool alone would not do this."""
         self.graph = self.outputs = None
         self.memory.clear()
         self.pool.free_all_blocks()
 
 class Step:
-    """A recorded training step. It owns its graphs, the place of their inputs, and the gradients, which last until the
-    next step. `key` is all that decides, besides the parameters, what is started where: another key, another Step."""
+    """A recorded training step. It owns the graphs, their inputs, and the gradients, which last until the next step.
+    `key` is everything except the parameters that the recording depends on. Another key needs another Step."""
 
     def __init__(self, key: tuple, params: Flat, inputs: int):
         self.key, self.gradients = key, Gradients(params)
@@ -271,5 +271,5 @@ class Step:
                 self.gradients.fill_table()
             except (RuntimeError, MemoryError) as error:
                 self.graphs[name] = False  # do not try again
-                warnings.warn(f"without a CUDA graph, kernel by kernel: {error}", stacklevel=3)
+                warnings.warn(f"training runs without a CUDA graph, kernel by kernel: {error}", stacklevel=3)
         return (self.graphs[name] or function)()

@@ -1,18 +1,18 @@
 """Grassmann-flow language models in NumPy: clean, minimal, every gradient derived by hand.
 
 A Transformer mixes tokens by attention, an L x L table of weights. "Attention Is Not What You Need" (Zhang
-Chong, arXiv 2512.19428) mixes them by geometry. Each hidden state is reduced to r numbers. This token and
-an earlier one span a plane in R^r. The plane's Plücker coordinates (the wedge product of the two vectors)
+Chong, arXiv 2512.19428) mixes tokens by geometry. Each hidden state is reduced to r numbers. A token and
+an earlier token span a plane in R^r. The plane's Plücker coordinates (the wedge product of the two vectors)
 are projected back to the model's width and blended into the hidden state by a learned gate. This file is
-that layer and a language model around it, to be read from top to bottom. Sizes have letters:
+that layer and a language model around it. Read it from top to bottom. Sizes have letters:
 
     B batch   L length   V vocabulary   d model width   r rank   n = r(r-1)/2 Plücker coordinates
     m offsets in a layer   N layers   T = B·L tokens
 
 Vectors are rows: y = x @ W + b with W of shape (in, out). dx is the gradient of the loss with respect to x.
-A differentiable op is a pair, side by side: name_forward(...) -> (out, cache) and name_backward(dout, cache)
--> gradients, in the order of the forward's arguments. Layers take their parameters as `w`, a part of one
-flat dict (`Scope`), and return gradients as a dict. The dtype of the parameters decides the precision.
+A differentiable op is two functions, side by side: name_forward(...) -> (out, cache) and name_backward(dout,
+cache) -> gradients, in the order of the forward's arguments. A layer reads its parameters from `w`, a part of
+one flat dict (`Scope`), and returns a dict of gradients. The dtype of the parameters decides the precision.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ import numpy as np
 Array = np.ndarray
 Params = dict[str, Array]
 Rng = np.random.Generator
-AT_ONCE = 512  # tokens that are read at once: few, so that they stay in the processor's caches
+AT_ONCE = 512  # tokens in one forward pass of a validation or a stream: few enough for the processor's caches
 
 # ---- what all parts use --------------------------------------------------------------------------
 
 class UserError(ValueError):
-    """What the caller can mend: the programs print its sentence alone; other errors keep their traceback."""
+    """An error that the user can correct. The programs print only its message; other errors keep their traceback."""
 
 def check(fine: bool, rule: str) -> None:
-    """Raises UserError, saying the rule, unless it is fine."""
+    """Raises UserError with the message `rule`, unless `fine`."""
     if not fine:
         raise UserError(rule)
 
@@ -53,14 +53,14 @@ class Scope:
         return Scope(self.params, self.prefix + prefix)
 
 def prefixed(prefix: str, named: dict) -> dict:
-    """The way back: every name with `prefix` in front."""
+    """The inverse of `Scope`: every name gets `prefix` in front."""
     return {prefix + name: value for name, value in named.items()}
 
 # ---- small ops -----------------------------------------------------------------------------------
 
 def linear_forward(x: Array, W: Array, b: Array) -> tuple[Array, tuple]:
     """y = x W + b for x (..., in), W (in, out), b (out); y is (..., out)."""
-    if x.shape[-1] != len(W):  # reshape would cut the rows anew, in silence
+    if x.shape[-1] != len(W):  # otherwise reshape would silently cut x into other rows
         raise ValueError(f"x {x.shape} has rows of {x.shape[-1]}, but W {W.shape} takes rows of {len(W)}")
     y = x.reshape(-1, len(W)) @ W  # (T, in) @ (in, out) -> (T, out)
     y += b
@@ -70,29 +70,29 @@ def linear_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     """From y_tk = Σ_i x_ti W_ik + b_k:  dx = dy Wᵀ,  dW = xᵀ dy,  db = Σ_t dy_t."""
     x, W = cache
     dy, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, len(W))  # (T, out), (T, in)
-    dx = np.matmul(dy, W.T, out=np.empty_like(rows))  # laid out like x: faster for p
+    dx = np.matmul(dy, W.T, out=np.empty_like(rows))  # in x's memory layout: faster for p, which is transposed
     return dx.reshape(x.shape), rows.T @ dy, dy.sum(0)
 
 def mean(x: Array) -> Array:
-    """Mean over the last axis, kept: (..., d) -> (..., 1)."""
+    """Mean over the last axis, which stays as 1: (..., d) -> (..., 1)."""
     return x.sum(-1, keepdims=True) / x.shape[-1]
 
 def dot(a: Array, b: Array) -> Array:
-    """Inner product over the last axis, kept: (..., r), (..., r) -> (..., 1)."""
+    """Dot product over the last axis, which stays as 1: (..., r), (..., r) -> (..., 1)."""
     return np.einsum("...i,...i->...", a, b)[..., None]
 
 def layernorm_forward(x: Array, w: Array, b: Array, eps: float = 1e-5) -> tuple[Array, tuple]:
     """x̂ = (x - mean) / sqrt(var + eps) over the last axis, y = w ⊙ x̂ + b; x (..., d), w b (d)."""
     x = x - mean(x)
-    var = mean(np.square(x, dtype=np.float64))  # float64: no square of a float32 overflows
+    var = mean(np.square(x, dtype=np.float64))  # in float64 the square of a float32 cannot overflow
     inv_std = (1 / np.sqrt(var + eps)).astype(x.dtype)  # (..., 1)
     x_hat = x * inv_std
     return x_hat * w + b, (x_hat, inv_std, w)
 
 def layernorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
-    """With σ = sqrt(var + eps), means over the last axis and dx̂ = w ⊙ dy:
+    """Let σ = sqrt(var + eps) and dx̂ = w ⊙ dy. Means are over the last axis, sums over all other axes.
 
-        ∂x̂_j/∂x_i = (δ_ij - 1/d - x̂_i x̂_j / d) / σ      (directly, through the mean, through σ)
+        ∂x̂_j/∂x_i = (δ_ij - 1/d - x̂_i x̂_j / d) / σ      (x_i acts directly, through the mean, through σ)
         dx = (dx̂ - mean(dx̂) - x̂ mean(dx̂ ⊙ x̂)) / σ,   dw = Σ dy ⊙ x̂,   db = Σ dy.
     """
     x_hat, inv_std, w = cache
@@ -106,7 +106,7 @@ GELU_CA = GELU_C * 0.044715
 
 def gelu_forward(x: Array) -> tuple[Array, tuple]:
     """GELU(x) = x/2 (1 + tanh q(x)),  q(x) = c (x + a x³),  c = sqrt(2/π), a = 0.044715."""
-    z = x.clip(-10, 10)  # beyond ±10 tanh is ±1 to the last bit, and x³ cannot overflow
+    z = x.clip(-10, 10)  # beyond ±10 tanh is exactly ±1 anyway; now x³ cannot overflow
     tanh = np.tanh(z * (GELU_C + GELU_CA * (z * z)))
     return 0.5 * x * (1 + tanh), (z, tanh)
 
@@ -117,12 +117,12 @@ def gelu_backward(dy: Array, cache: tuple) -> Array:
     return dy * (slope + 0.5 * (1 + tanh))
 
 def draw_rows(seed: int | Sequence[int], first: int = 0, n: int | None = None) -> Callable:
-    """draw(shape): uniform numbers in [0, 1), float32, for rows `first`, first + 1, … of a batch of n.
+    """Returns draw(shape): uniform float32 numbers in [0, 1) for rows `first`, first + 1, … of a batch of n.
 
-    A row gets the same numbers whoever computes which rows: those that one generator draws for the
-    whole batch. What belongs to other rows is skipped. A step of the generator makes two numbers.
+    A row gets the same numbers however the batch is split. One generator draws for the whole batch and
+    skips the numbers of other rows. Each step of the generator makes two float32 numbers.
     """
-    bits, begin, done = np.random.PCG64(seed), 0, 0  # begin: of the next array; done: steps so far
+    bits, begin, done = np.random.PCG64(seed), 0, 0  # begin: where the next array starts; done: steps so far
 
     def draw(shape: tuple[int, ...]) -> Array:
         nonlocal begin, done
@@ -136,7 +136,7 @@ def draw_rows(seed: int | Sequence[int], first: int = 0, n: int | None = None) -
     return draw
 
 def dropout_forward(x: Array, rate: float, draw: Callable | None) -> tuple[Array, Array | None]:
-    """Zero a fraction `rate` of x, divide the rest by 1 - rate: the mean stays. draw None: x."""
+    """Set a fraction `rate` of x to 0 and divide the rest by 1 - rate: the mean stays. draw=None: no dropout."""
     if draw is None or rate == 0:
         return x, None
     mask = (draw(x.shape) >= rate).astype(x.dtype) / (1 - rate)
@@ -147,11 +147,11 @@ def dropout_backward(dy: Array, mask: Array | None) -> Array:
     return dy if mask is None else dy * mask
 
 def embedding_forward(tokens: Array, E: Array) -> tuple[Array, tuple]:
-    """Row tokens[...] of E (V, d): (...) integers -> (..., d)."""
+    """Each token's row of E (V, d): tokens (...), integers -> (..., d)."""
     return E[tokens], (tokens, E.shape)
 
 def embedding_backward(dx: Array, cache: tuple) -> Array:
-    """dE_k = Σ dx_t over the tokens t that are k: sort the tokens, sum each run of equal ones."""
+    """dE_k = Σ dx_t over all t where token k stands. So sort the tokens, then sum each run of equal tokens."""
     tokens, shape = cache
     order = np.argsort(tokens, axis=None, kind="stable")  # (T)
     ids, starts = np.unique(tokens.ravel()[order], return_index=True)
@@ -162,14 +162,14 @@ def embedding_backward(dx: Array, cache: tuple) -> Array:
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     """Mean over tokens of -log softmax(logits)[target] in nats; logits (..., V), targets (...)."""
     logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)  # (T, V), (T)
-    shifted = logits - logits.max(-1, keepdims=True)  # softmax stays the same, exp cannot overflow
+    shifted = logits - logits.max(-1, keepdims=True)  # the softmax is the same, and exp cannot overflow
     exp = np.exp(shifted)
     total = exp.sum(-1, keepdims=True)  # (T, 1)
     losses = np.log(total[:, 0]) - shifted[np.arange(len(targets)), targets]  # (T)
     return losses.mean(), (exp / total, targets)
 
 def cross_entropy_backward(dloss: float, cache: tuple) -> Array:
-    """∂(log Σ exp(x) - x_target)/∂x = softmax(x) - onehot(target), over T for the mean; (T, V)."""
+    """∂(log Σ exp(x) - x_target)/∂x = softmax(x) - onehot(target); the mean divides it by T; (T, V)."""
     probs, targets = cache
     dlogits = probs.copy()
     dlogits[np.arange(len(targets)), targets] -= 1
@@ -187,11 +187,10 @@ def plucker_forward(u: Array, v: Array) -> tuple[Array, tuple]:
 
         p_ij = u_i v_j - u_j v_i   for i < j,        u, v (..., r) -> p (..., n).
 
-    |p| is the area of the parallelogram with sides u and v; u ∧ v = -(v ∧ u), so u ∧ u = 0; and
-    (au + bv) ∧ (cu + dv) = (ad - bc) u ∧ v: another basis of the same plane only rescales p.
+    |p| is the area of the parallelogram with sides u and v. Since v ∧ u = -(u ∧ v), u ∧ u is 0. Another
+    basis of the same plane only rescales p: (au + bv) ∧ (cu + dv) = (ad - bc) u ∧ v.
 
-    The arrays are laid out coordinate by coordinate, (r, T) and (n, T), so that each product runs
-    over contiguous memory; callers see the transpose.
+    In memory the arrays are (r, T) and (n, T): each product runs over contiguous numbers. Callers see the transpose.
     """
     r, shape = u.shape[-1], u.shape[:-1]
     i, j = pairs(r)
@@ -200,9 +199,9 @@ def plucker_forward(u: Array, v: Array) -> tuple[Array, tuple]:
     return p.T.reshape(*shape, len(p)), (u, v, shape)  # (..., n)
 
 def plucker_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
-    """u_i meets v_j in p_ij, with a plus, where i < j, and in p_ji, with a minus, where i > j; v_i and
-    u_j with the signs reversed: du_i = Σ_j A_ij v_j, dv_i = -Σ_j A_ij u_j, A antisymmetric with dp
-    above its diagonal.
+    """du_i = Σ_j A_ij v_j, dv_i = -Σ_j A_ij u_j, where A is antisymmetric and has dp above its diagonal:
+
+    u_i has the factor v_j in p_ij, if i < j, and -v_j in p_ji, if i > j. For v_i the signs are reversed.
     """
     u, v, shape = cache
     i, j = pairs(len(u))
@@ -218,11 +217,11 @@ def plucker(u: Array, v: Array) -> Array:
 def unit_area_forward(u: Array, v: Array, parallel: float = 1e-5) -> tuple[Array, tuple]:
     """q = v / |u ∧ v|, so that u ∧ q is the unit bivector of the plane; u, v, q (..., r).
 
-    The area is base times height, |u ∧ v| = |u| |v⊥| with v⊥ = v - (u·v / u·u) u: O(r) work, and
-    the n coordinates are not needed. (|u|²|v|² - (u·v)² costs as little, but for nearly parallel
-    vectors float32 loses it to cancellation.) Where sin θ = |v⊥| / |v| is at most `parallel`, or a
-    vector is zero, there is no plane: q = 0. (The paper divides by max(|p|, ε), which makes
-    rounding noise as long as a plane; equal letters without positions are such pairs.)
+    The area is base times height, |u ∧ v| = |u| |v⊥| with v⊥ = v - (u·v / u·u) u. This takes O(r) work and
+    no coordinates. (|u|²|v|² - (u·v)² is as cheap, but in float32 it cancels if u and v are nearly parallel.)
+    If sin θ = |v⊥| / |v| is at most `parallel`, or a vector is zero, there is no plane, and q = 0. Equal
+    letters without positions are such pairs. The paper divides by max(|p|, ε) instead, which makes their
+    rounding noise as long as a plane.
     """
     tiny = np.finfo(u.dtype).tiny
     uu, vv, uv = dot(u, u), dot(v, v), dot(u, v)  # (..., 1)
@@ -232,13 +231,13 @@ def unit_area_forward(u: Array, v: Array, parallel: float = 1e-5) -> tuple[Array
     height = dot(v_perp, v_perp)  # |v⊥|² = |v|² sin²θ, and |u⊥|² = |u|² sin²θ
     plane = nonzero & (height > np.maximum(parallel**2 * vv, tiny))
     inv_height = plane / np.where(plane, height, 1)
-    inv_area = np.sqrt(inv_height) / np.sqrt(uu)  # roots first: 1 / (|u|² |v⊥|²) could overflow
+    inv_area = np.sqrt(inv_height) / np.sqrt(uu)  # two roots, since 1 / (|u|² |v⊥|²) could overflow
     q = inv_area * v
     return q, (q, inv_area, u_perp * (vv * inv_height / uu), v_perp * inv_height)
 
 def unit_area_backward(dq: Array, cache: tuple) -> tuple[Array, Array]:
-    """The area ρ = |u||v⊥| grows fastest when v moves along its height: ∂ρ/∂v = |u| v⊥/|v⊥|, and
-    the same with u and v exchanged, ∂ρ/∂u = |v| u⊥/|u⊥|. With q = v/ρ,
+    """The area ρ = |u||v⊥| grows fastest if v moves along v⊥: ∂ρ/∂v = |u| v⊥/|v⊥|. By symmetry
+    ∂ρ/∂u = |v| u⊥/|u⊥|. With q = v/ρ:
 
         dρ = -dq·v / ρ² = -dq·q / ρ
         dv = dq/ρ + dρ |u| v⊥/|v⊥| = dq/ρ - (dq·q) v⊥/|v⊥|²     (|u|/ρ = 1/|v⊥|)
@@ -251,19 +250,19 @@ def unit_area_backward(dq: Array, cache: tuple) -> tuple[Array, Array]:
 # ---- the mixing layer ----------------------------------------------------------------------------
 
 def partner_forward(z: Array, taps: Array | None, offsets: tuple[int, ...], normalize: bool) -> tuple[Array, tuple]:
-    """A vector s_t whose wedge with z_t is the layer's bivector; z, s (B, L, r), taps (m, r).
+    """The partner s_t, whose wedge with z_t is the layer's bivector; z, s (B, L, r), taps (m, r).
 
     The paper averages the bivectors of all pairs (z_t, z_{t-Δ}). The wedge is linear in its second
-    argument, so the average of wedges is one wedge, and costs as much as one:
+    argument, so the average of all these wedges is a single wedge, at the cost of a single wedge:
 
         1/|valid| Σ_Δ c_Δ (z_t ∧ z_{t-Δ}) = z_t ∧ s_t,   s_t = 1/|valid| Σ_Δ c_Δ z_{t-Δ},
 
-    c_Δ = 1/|z_t ∧ z_{t-Δ}| if normalised, else 1; an offset is valid where t - Δ >= 0. (The paper
-    pairs t with t+Δ. In a language model that is the answer, so the partner lies behind.) A sum of
-    planes through one line z_t is again a plane: the mixed feature is a plane's, times a length.
+    c_Δ = 1/|z_t ∧ z_{t-Δ}| if normalised, else 1. An offset is valid where t - Δ >= 0. (The paper pairs
+    t with t+Δ. In a language model t+Δ contains the answer, so our partners lie in the past.) All these
+    planes contain the line z_t, so their sum is again a plane, times a length.
 
-    With taps, learned weights tell the offsets apart: s_t = Σ_Δ w_Δ ⊙ z_{t-Δ}, a depthwise causal
-    convolution, where missing tokens count as 0; if normalised, s_t is then divided by |z_t ∧ s_t|.
+    Taps are learned weights, one vector for each offset: s_t = Σ_Δ w_Δ ⊙ z_{t-Δ}, a depthwise causal
+    convolution. Missing tokens count as 0. If normalised, s_t is then divided by |z_t ∧ s_t|.
     """
     s, caches = np.zeros(z.shape, z.dtype), []
     for k, delta in enumerate(offsets):
@@ -285,10 +284,10 @@ def partner_forward(z: Array, taps: Array | None, offsets: tuple[int, ...], norm
     return s, (z, taps, offsets, caches, share)
 
 def partner_backward(ds: Array, cache: tuple) -> tuple[Array, Array | None]:
-    """Each term of s_t is z_{t-Δ} times a weight: ds_t flows back to t-Δ times that weight,
+    """Each term of s_t is z_{t-Δ} times a weight, so dz_{t-Δ} gets ds_t times this weight:
 
         taps:     dz_{t-Δ} += w_Δ ⊙ ds_t,   dw_Δ = Σ_t ds_t ⊙ z_{t-Δ}
-        average:  dz_{t-Δ} += c_Δ ds_t / |valid|, and c_Δ depends on both: `unit_area_backward`.
+        average:  dz_{t-Δ} += c_Δ ds_t / |valid|; and c_Δ depends on z_t and z_{t-Δ}: `unit_area_backward`.
     """
     z, taps, offsets, caches, share = cache
     dz, dtaps = np.zeros_like(z), None if taps is None else np.empty_like(taps)
@@ -315,7 +314,7 @@ def gate_forward(h: Array, g: Array, W: Array, b: Array) -> tuple[Array, tuple]:
     return g + alpha * difference, (difference, alpha, c_linear)
 
 def gate_backward(dout: Array, cache: tuple) -> tuple[Array, Array, Array, Array]:
-    """dα = dout ⊙ (h - g), sigmoid' = α(1-α); h and g are reached directly and through the gate."""
+    """dα = dout ⊙ (h - g), sigmoid' = α(1-α). h and g act on the output directly and through the gate."""
     difference, alpha, c_linear = cache
     direct = alpha * dout
     dhg, dW, db = linear_backward(difference * direct * (1 - alpha), c_linear)  # dhg (..., 2d)
@@ -381,8 +380,8 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
         g = p W_plu + b_plu        project back    (B, L, d)      + memory(h, z), if any
         mix = gate(h, g)           blend           (B, L, d)
 
-    `w` are the layer's parameters; `past` (streaming), brought up to date, holds the last max(Δ)
-    reduced states before h, and the memory's. The cache holds z, s, p and the gate α under these names.
+    `w` holds the layer's parameters. While streaming, `past` holds the last max(Δ) reduced states and the
+    memory's state, and is updated. The cache holds z, s and p under these names, and the gate's α as alpha.
     """
     offsets, taps = config.offsets[layer], w["taps"] if config.taps else None
     z, c_red = linear_forward(h, w["W_red"], w["b_red"])
@@ -402,7 +401,7 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
     return mix, cache | {"z": z, "s": s, "p": p, "alpha": cache["gate"][1]}
 
 def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
-    """The steps of `mix_forward` in reverse; z and h are used several times: gradients add up."""
+    """The steps of `mix_forward` in reverse. z and h are used several times, so their gradients add up."""
     grads = {}
     dh, dg, grads["W_gate"], grads["b_gate"] = gate_backward(dmix, cache["gate"])
     dp, grads["W_plu"], grads["b_plu"] = linear_backward(dg, cache["plu"])
@@ -425,12 +424,12 @@ def mix_shapes(config: Config, layer: int) -> dict[str, tuple[int, ...]]:
     project = {"W_plu": (n, d), "b_plu": (d,), "W_gate": (2 * d, d), "b_gate": (d,)}
     return {"W_red": (d, r), "b_red": (r,)} | taps | memory | project
 
-# ---- attention, to compare with ------------------------------------------------------------------
+# ---- attention, for comparison -------------------------------------------------------------------
 
 def attention_core_forward(q: Array, k: Array, v: Array, past: dict | None = None) -> tuple[Array, tuple]:
     """softmax(q kᵀ / sqrt(d_h)) v over the past, an L x L table per head; q k v (B, n_head, L, d_h).
 
-    `past` (streaming) holds all earlier k and v and grows.
+    While streaming, `past` holds all earlier keys and values, so it grows.
     """
     if past is not None:
         if past:
@@ -438,14 +437,14 @@ def attention_core_forward(q: Array, k: Array, v: Array, past: dict | None = Non
         past["k"], past["v"] = k, v
     L, keys = q.shape[2], k.shape[2]
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])  # (B, n_head, L, keys)
-    np.copyto(scores, -np.inf, where=~np.tri(L, keys, keys - L, dtype=bool))  # future
+    np.copyto(scores, -np.inf, where=~np.tri(L, keys, keys - L, dtype=bool))  # hide the future
     a = np.exp(scores - scores.max(-1, keepdims=True))
     a /= a.sum(-1, keepdims=True)
     return a @ v, (q, k, v, a)
 
 def attention_core_backward(do: Array, cache: tuple) -> tuple[Array, Array, Array]:
-    """softmax' for one row a of the table is diag(a) - aᵀ a: dscores = a ⊙ (da - Σ a ⊙ da). And o = a v:
-    da = do vᵀ, dv = aᵀ do; with dqk = dscores / sqrt(d_h):  dq = dqk k, dk = dqkᵀ q."""
+    """From o = a v:  da = do vᵀ, dv = aᵀ do. The softmax of one row has the derivative diag(a) - aᵀ a, so
+    dscores = a ⊙ (da - Σ a ⊙ da). With dqk = dscores / sqrt(d_h):  dq = dqk k, dk = dqkᵀ q."""
     q, k, v, a = cache
     da, dv = do @ v.swapaxes(-1, -2), a.swapaxes(-1, -2) @ do
     dqk = a * (da - dot(a, da)) / math.sqrt(q.shape[-1])  # (B, n_head, L, L)
@@ -497,7 +496,7 @@ def ffn_backward(dout: Array, cache: tuple) -> tuple[Array, Params]:
     return dx, grads
 
 def prenorm_block_forward(h: Array, w: Scope, config: Config, layer: int, past=None, draw=None) -> tuple[Array, dict]:
-    """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))); the gate keeps LN1(h), the sum h (B, L, d)."""
+    """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))), D dropout; h (B, L, d). The gate can keep only LN1(h)."""
     mixer_forward, *_ = MIXERS[config.mixer]
     normed, c_ln1 = layernorm_forward(h, w["ln1.w"], w["ln1.b"])
     mix, c_mix = mixer_forward(normed, w.scope("mix."), config, layer, past)
@@ -510,7 +509,7 @@ def prenorm_block_forward(h: Array, w: Scope, config: Config, layer: int, past=N
     return h + ffn, cache | {"ln2": c_ln2, "ffn": c_ffn, "mask_ffn": mask_ffn}
 
 def prenorm_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Array, Params]:
-    """A sum h + f(h) passes its gradient on unchanged, and once more through f."""
+    """h + f(h) passes its gradient to h twice: unchanged, and through f."""
     _, mixer_backward, _ = MIXERS[config.mixer]
     grads = {}
     dnormed, ffn = ffn_backward(dropout_backward(dout, cache["mask_ffn"]), cache["ffn"])
@@ -523,7 +522,7 @@ def prenorm_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Ar
 def paper_block_forward(h: Array, w: Scope, config: Config, layer: int, past=None, draw=None) -> tuple[Array, dict]:
     """h ← D(LN1(mix(h))),  h ← LN2(h + D(FFN(h))),  D dropout (paper, section 3); h (B, L, d).
 
-    The gate inside mix keeps h; attention has none and gets a residual: mix(h) = h + attention(h).
+    The gate inside mix can keep h. Attention has no gate and gets a residual path: mix(h) = h + attention(h).
     """
     mixer_forward, *_ = MIXERS[config.mixer]
     mix, c_mix = mixer_forward(h, w.scope("mix."), config, layer, past)
@@ -555,17 +554,17 @@ BLOCKS = {"prenorm": (prenorm_block_forward, prenorm_block_backward),
 
 # ---- configuration and parameters ----------------------------------------------------------------
 
-WIDENING = ((1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 4, 8, 12, 16))  # first to last layers
+WIDENING = ((1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 4, 8, 12, 16))  # for each quarter of the layers
 
 def default_offsets(n_layer: int, context: int, taps: bool) -> tuple[tuple[int, ...], ...]:
-    """With taps more and farther ones from layer to layer; without, one each: 1, 2, 4, 8, 1, …"""
-    quarters = [3 - 4 * (n_layer - 1 - i) // n_layer for i in range(n_layer)]  # 0 to 3, the last 3
+    """With taps, later layers have more and larger offsets. Without taps, each layer has one: 1, 2, 4, 8, 1, …"""
+    quarters = [3 - 4 * (n_layer - 1 - i) // n_layer for i in range(n_layer)]  # 0 to 3; the last layer is in 3
     layers = [WIDENING[k] for k in quarters] if taps else [(2 ** (i % 4),) for i in range(n_layer)]
     return tuple(tuple(delta for delta in layer if delta < context) or (1,) for layer in layers)
 
-@dataclass(unsafe_hash=True)  # dataclasses.replace changes one (and keeps its d_ff and offsets)
+@dataclass(unsafe_hash=True)  # dataclasses.replace makes a changed copy, with the same d_ff and offsets
 class Config:
-    """The sizes and variants of one model; the defaults are train_char.py's. Raises UserError, TypeError.
+    """The sizes and options of one model. The defaults are train_char.py's. Raises UserError and TypeError.
 
     The paper's model: block="paper", taps=False, normalize=True, positions=True, d_ff=4*d_model, and
     for six layers offsets=((1,), (2,), (4,), (8,), (12,), (16,)).
@@ -576,14 +575,14 @@ class Config:
     n_layer: int = 4
     d_model: int = 128
     rank: int = 32  # width of the reduced states
-    offsets: tuple[tuple[int, ...], ...] | None = None  # per layer, how far back; `default_offsets`
-    d_ff: int | None = None  # inner width of the FFN: 2 d_model, with attention 4 d_model
+    offsets: tuple[tuple[int, ...], ...] | None = None  # how far back each layer looks; None: `default_offsets`
+    d_ff: int | None = None  # inner width of the FFN; None: 2 d_model, with attention 4 d_model
     dropout: float = 0.1
-    block: str = "prenorm"  # residual around a normalised input; "paper": LayerNorm after each half
-    taps: bool = True  # learned weights tell the offsets apart; False: their average (paper)
+    block: str = "prenorm"  # residual path around a normalised input; "paper": LayerNorm after each half
+    taps: bool = True  # learned weights for each offset; False: the average over the offsets (paper)
     normalize: bool = False  # divide each bivector by its length (paper: optional)
-    positions: bool = False  # a learned vector per position; without, the model takes any length
-    mixer: str = "grassmann"  # or "attention", to compare with
+    positions: bool = False  # a learned vector per position; False: the model takes texts of any length
+    mixer: str = "grassmann"  # or "attention", for comparison
     n_head: int = 4  # attention heads
     memory: bool = False  # besides its short past a layer reads a bivector that all tokens write
 
@@ -600,18 +599,18 @@ class Config:
             setattr(self, name, size)
         self.dropout = float(self.dropout)
         check(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
-        check(self.block in BLOCKS, f"block must be one of {[*BLOCKS]}, not {self.block!r}")
-        check(self.mixer in MIXERS, f"mixer must be one of {[*MIXERS]}, or a file that --mixer names, unchanged, not {self.mixer!r}")
+        check(self.block in [*BLOCKS], f"block must be one of {[*BLOCKS]}, not {self.block!r}")
+        check(self.mixer in [*MIXERS], f"mixer must be one of {[*MIXERS]}, not {self.mixer!r}; for a "
+              "layer of your own give --mixer and its file, unchanged")
         if attention:
             check(not self.memory and not self.offsets, "attention has neither memory nor offsets")
-            check(self.d_model % self.n_head == 0, f"n_head must divide d_model, {self.d_model}, not be {self.n_head}")
+            check(self.d_model % self.n_head == 0, f"n_head, {self.n_head}, must divide d_model, {self.d_model}")
         else:
-            check(len(self.offsets) == self.n_layer,
-                  f"{self.n_layer} layers need {self.n_layer} groups of offsets, {len(self.offsets)} given")
+            check(len(self.offsets) == self.n_layer, f"offsets need {self.n_layer} groups, not {len(self.offsets)}")
         for layer in self.offsets:
             check(len(set(layer)) == len(layer) > 0, f"a layer's offsets must be distinct, not {layer}")
             check(0 < min(layer) <= max(layer) < self.context,
-                  f"offsets go from 1 to context - 1, here {self.context - 1}, not {layer}")
+                  f"offsets must be from 1 to context - 1, here {self.context - 1}, not {layer}")
 
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in order."""
@@ -629,11 +628,11 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Params:
-    """Draw the parameters, a flat dict from name to array.
+    """Draw the initial parameters, a flat dict from name to array.
 
-    N(0, 0.02²) for matrices and embeddings, W_2 and W_out divided by sqrt(2N), as they write into
-    the residual stream; N(0, 1/d) for W_red, for reduced states of unit size and planes of some
-    area; N(0, 0.5²) for taps, to tell offsets apart at once; LayerNorm ones, zeros; biases zeros.
+    Matrices and embeddings: N(0, 0.02²). W_2 and W_out are divided by sqrt(2N), since they write into the
+    residual path. W_red: N(0, 1/d), so that reduced states have unit size and planes have some area. Taps:
+    N(0, 0.5²), so that offsets differ from the start. LayerNorm: w = 1, b = 0. Biases: 0.
     """
     rng, params, residual = np.random.default_rng(seed), {}, 0.02 / math.sqrt(2 * config.n_layer)
     scales = {"taps": 0.5, "W_red": config.d_model**-0.5, "W_2": residual, "W_out": residual}
@@ -646,23 +645,23 @@ def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Para
     return params
 
 def check_model(params: Params, config: Config) -> None:
-    """Raises UserError where the parameters are not this config's."""
+    """Raises UserError if the parameters do not fit the config."""
     shapes, given = param_shapes(config), {name: value.shape for name, value in params.items()}
     for name in shapes | given if given != shapes else ():
-        check(given.get(name) == shapes.get(name), f"parameters of another config: {name} is "
+        check(given.get(name) == shapes.get(name), f"the parameters do not fit the config: {name} is "
               f"{given.get(name, 'missing')}, the config has {shapes.get(name, 'no such parameter')}")
 
 def check_tokens(tokens: Array, config: Config) -> None:
-    """Raises UserError where tokens are not (B, L) numbers of the vocabulary."""
+    """Raises UserError unless tokens are whole numbers of shape (B, L), below vocab_size."""
     check(tokens.ndim == 2 and tokens.size > 0 and tokens.dtype.kind in "iu",
-          f"tokens must be whole numbers, shape (B, L), not {tokens.dtype} of shape {tokens.shape}")
+          f"tokens must be whole numbers of shape (B, L), not {tokens.dtype} of shape {tokens.shape}")
     low, high, last = tokens.min(), tokens.max(), config.vocab_size - 1
-    check(low >= 0 and high <= last, f"tokens go from 0 to {last}, not from {low} to {high}")
+    check(low >= 0 and high <= last, f"tokens must be from 0 to {last}, not from {low} to {high}")
 
 # ---- the model and its loss ----------------------------------------------------------------------
 
 def head_forward(h: Array, E: Array) -> tuple[Array, tuple]:
-    """logits = h Eᵀ: a state meets every token's embedding; h (B, L, d), E (V, d) -> (B, L, V)."""
+    """logits = h Eᵀ, dot products of each state with all embeddings; h (B, L, d), E (V, d) -> (B, L, V)."""
     return (h.reshape(-1, E.shape[1]) @ E.T).reshape(*h.shape[:-1], -1), (h, E)
 
 def head_backward(dlogits: Array, cache: tuple) -> tuple[Array, Array]:
@@ -674,8 +673,8 @@ def head_backward(dlogits: Array, cache: tuple) -> tuple[Array, Array]:
 def model_forward(params: Params, config: Config, tokens: Array, past=None, start=0, draw=None) -> tuple[Array, dict]:
     """Embed, N blocks, project onto the embedding: tokens (B, L) -> logits (B, L, V), cache.
 
-    `past`, one dict per layer, and `start`, the position of the first token, are for streaming;
-    `draw` draws dropout masks. To look inside: cache["blocks"][i]["mix"]["alpha"], "z", "s", "p".
+    Streaming needs `past`, one dict per layer, and `start`, the position of the first token. `draw`
+    draws the dropout masks. To look inside: cache["blocks"][i]["mix"]["alpha"], also "z", "s" and "p".
     """
     block_forward, _ = BLOCKS[config.block]
     h, c_embed = embedding_forward(tokens, params["E"])  # (B, L) -> (B, L, d)
@@ -694,7 +693,7 @@ def model_forward(params: Params, config: Config, tokens: Array, past=None, star
     return logits, cache
 
 def model_backward(dlogits: Array, cache: dict) -> Params:
-    """Gradients of all parameters. E is used twice, as embedding and head: two gradients add up."""
+    """Gradients of all parameters. E is used twice, as embedding and as head, so its two gradients add up."""
     config, grads = cache["config"], {}
     _, block_backward = BLOCKS[config.block]
     dh, dE = head_backward(dlogits, cache["head"])
@@ -711,22 +710,22 @@ def model_backward(dlogits: Array, cache: dict) -> Params:
     return grads
 
 def forward(params: Params, config: Config, tokens: Array) -> Array:
-    """Logits of the next token at every position: (B, L) integers -> (B, L, V). Raises UserError on
-    another config's parameters, on other tokens, and if a model with positions gets more than its context."""
+    """Logits of the next token at every position: (B, L) integers -> (B, L, V). Raises UserError if parameters do not
+    fit the config, if tokens are not in the vocabulary, or if a model with positions gets more than its context."""
     tokens = np.asarray(tokens)
     check_model(params, config)
     check_tokens(tokens, config)
     return model_forward(params, config, tokens)[0]
 
 def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None, rows=None) -> tuple[float, Params]:
-    """Mean cross-entropy in nats of predicting y from x, (B, L), and its gradients, a new dict.
+    """Mean cross-entropy in nats of predicting y from x, both (B, L), and its gradients, a new dict.
 
-    `seed`, a whole number or several, drives dropout; None switches it off. `rows` = (first, n): x and
-    y are the rows first, first + 1, … of a batch of n, and loss and gradients are their part, B/n, of
-    the whole batch's. Raises UserError as `forward`, and where x and y differ in shape.
+    `seed`, one whole number or several, decides the dropout masks; None: no dropout. With `rows` = (first, n),
+    x and y are the rows first, first + 1, … of a batch of n rows. Then loss and gradients are multiplied by B/n,
+    so that all parts add up to the batch's. Raises UserError like `forward`, and if x and y differ in shape.
     """
     x, y = np.asarray(x), np.asarray(y)
-    check(x.shape == y.shape, f"x and y must have one shape, not {x.shape} and {y.shape}")
+    check(x.shape == y.shape, f"x and y must have the same shape, not {x.shape} and {y.shape}")
     check_model(params, config)
     for tokens in (x, y):
         check_tokens(tokens, config)
@@ -741,8 +740,7 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
 
 def adamw_init(params: Params) -> dict[str, Params]:
     """The optimiser's state: running means of the gradient and of its square, zero at first."""
-    return {key: {name: np.zeros_like(value) for name, value in params.items()}
-            for key in ("adam_m", "adam_v")}
+    return {key: {name: np.zeros_like(value) for name, value in params.items()} for key in ("adam_m", "adam_v")}
 
 def adamw_step(
     params: Params, grads: Params, state: dict[str, Params], step: int, lr: float,
@@ -751,7 +749,7 @@ def adamw_step(
     """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101), in place; `step` counts from 0.
 
         m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²,   m̂ = m / (1 - β₁^(step+1)),   v̂ likewise
-        θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ),   the decay λ for all but vectors
+        θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ),   with λ = weight_decay for matrices, 0 for vectors
     """
     (beta_1, beta_2), t = betas, step + 1
     fix_1, fix_2 = 1 - beta_1**t, 1 - beta_2**t
@@ -764,7 +762,7 @@ def adamw_step(
         theta -= (lr / fix_1) * m / (np.sqrt(v / fix_2) + eps)
 
 def clip_grads(grads: Params, max_norm: float) -> float:
-    """Scale all gradients together, in place, to a norm of at most max_norm; returns the norm."""
+    """Scale all gradients by one factor, in place, to a joint norm of at most max_norm. Returns the norm before."""
     norm = math.hypot(*(np.linalg.norm(g.astype(np.float64)) for g in grads.values()))
     if norm > max_norm:
         for g in grads.values():
@@ -774,19 +772,19 @@ def clip_grads(grads: Params, max_norm: float) -> float:
 # ---- batches and validation ----------------------------------------------------------------------
 
 def get_batch(tokens: Array, batch_size: int, context: int, seed: int, step: int) -> tuple:
-    """x (B, L) and y, the same windows one later; where they lie is drawn from (seed, step). Raises UserError."""
-    check(len(tokens) > context, f"{len(tokens)} tokens are too few: a window takes {context} and one more")
+    """x (B, L) and y, the same windows one token later. (seed, step) decides where they start. Raises UserError."""
+    check(len(tokens) > context, f"{len(tokens)} tokens are too few: a context of {context} needs {context + 1}")
     rng = np.random.default_rng((seed, step))
-    starts = np.asarray(rng.integers(0, len(tokens) - context, batch_size))  # (on a GPU: copied)
+    starts = np.asarray(rng.integers(0, len(tokens) - context, batch_size))  # gpu.py's np copies them to the GPU
     windows = starts[:, None] + np.arange(context)  # (B, L)
     return tokens[windows], tokens[windows + 1]
 
 def validation_loss(params: Params, config: Config, tokens: Array, each: Callable = map) -> float:
-    """Mean nats per token over `tokens` (at least 2), in consecutive windows, every target once.
+    """Mean nats per token over `tokens`, in consecutive windows. Every token except the first is a target, once.
 
-    `each`: map, or one with threads, a progress bar, … Raises UserError if there are fewer.
+    `each` is map, or a map that uses threads or shows progress. Raises UserError if there are fewer than 2 tokens.
     """
-    check(len(tokens) > 1, f"{len(tokens)} tokens are too few: one is read, the next is the target")
+    check(len(tokens) > 1, f"a validation needs at least 2 tokens, not {len(tokens)}")
     targets, context = len(tokens) - 1, config.context
     whole = targets // context * context
     x, y = tokens[:whole].reshape(-1, context), tokens[1 : whole + 1].reshape(-1, context)
@@ -804,23 +802,23 @@ def validation_loss(params: Params, config: Config, tokens: Array, each: Callabl
 # ---- streaming and sampling ----------------------------------------------------------------------
 
 def stream_init(params: Params, config: Config) -> dict:
-    """The state of a decoder that has read nothing.
+    """The state of a decoder that has read nothing yet.
 
-    It keeps, per layer, the last max(Δ) reduced states, and the memory, if any: a token costs the
-    same at position 10 and at position 100,000. (Attention keeps all keys and values.)
+    For each layer it keeps the last max(Δ) reduced states and the memory, if any. So token 100,000 costs
+    as much as token 10. (Attention keeps all keys and values, so its state grows.)
     """
     check_model(params, config)
     return {"past": [{} for _ in range(config.n_layer)], "position": 0, "recent": []}
 
 def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tuple[Array, dict]:
-    """Read one token or more: logits (V) of the next one, and the state, which is updated in place.
+    """Read one token or more. Returns the next token's logits (V) and the state, which is updated in place.
 
-    Equals `forward` on the whole text. With positions, the table ends at the context: then the
-    decoder forgets all but the last half of the context and reads that again from position 0.
+    The logits equal `forward` on the whole text. Positions, if any, end with the context. There the decoder
+    forgets all but the last half of the context, and reads this half again from position 0.
     """
     tokens, most = list(tokens), AT_ONCE
     check(len(tokens) > 0, "there is nothing to read: give one token or more")
-    check(0 <= min(tokens) <= max(tokens) < config.vocab_size, f"tokens go from 0 to {config.vocab_size - 1}")
+    check(0 <= min(tokens) <= max(tokens) < config.vocab_size, f"tokens must be from 0 to {config.vocab_size - 1}")
     while tokens:
         if config.positions:
             if state["position"] == config.context:
@@ -838,23 +836,23 @@ def stream_step(params: Params, config: Config, state: dict, token: int) -> tupl
     return stream_read(params, config, state, [token])
 
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
-    """Draw from softmax(logits / temperature), among the top_k largest and any equal to the last;
-    temperature 0: the largest. Raises UserError if the logits are not finite: the run diverged."""
-    check(np.isfinite(logits).all(), "the model's logits are not finite")
+    """Draw a token from softmax(logits / temperature), only among the top_k largest logits and ties with the last.
+    Temperature 0 takes the largest logit. Raises UserError if the logits are not finite."""
+    check(np.isfinite(logits).all(), "the model's logits are not finite: train it again with a lower learning rate")
     logits = logits.astype(np.float64)
     if temperature == 0:
         return int(logits.argmax())
     if top_k is not None and top_k < len(logits):
         logits[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
-    with np.errstate(over="ignore"):  # a tiny temperature: exp(-inf) = 0 is right
+    with np.errstate(over="ignore"):  # a tiny temperature gives -inf, and exp(-inf) = 0 is right
         cumulative = np.exp((logits - logits.max()) / temperature).cumsum()
     return int(cumulative.searchsorted(rng.random() * cumulative[-1], side="right"))
 
 def generate(
     params: Params, config: Config, prompt: Iterable[int], n: int, temperature=1.0, top_k=None, seed=0
 ) -> Iterator[int]:
-    """Read the prompt (if empty, token 0), then yield n tokens, each drawn and read in turn. Raises
-    UserError and TypeError, at once, on parameters, tokens, temperature, n or top_k that make no sense."""
+    """Read the prompt (token 0 if it is empty), then yield n tokens. Each is drawn, yielded, and read. Raises
+    UserError and TypeError at once, not at the first token, if an argument makes no sense."""
     prompt, rng = [operator.index(token) for token in prompt] or [0], np.random.default_rng(seed)
     state = stream_init(params, config)
     check_tokens(np.array([prompt]), config)

@@ -1,29 +1,29 @@
-// The CUDA kernels of gpu.py: what would take a dozen passes over memory, written array by array.
+// The CUDA kernels of gpu.py, for operations that would pass over memory a dozen times as array code.
 //
 // Letters as in grassmann.py: T tokens, L length, d width, r rank, V vocabulary, n = r(r-1)/2. `real` is float, or
-// double to check gradients: the file is compiled for each. A block has 256 threads, 8 warps of 32 lanes. In most
-// kernels it has a chunk of the tokens, each of which gets a warp, whose lanes share its coordinates: lane k has k,
-// k + 32, k + 64, …, whatever the size. A sum over tokens, as the gradient of a bias is, comes from the kernel that has
-// just passed over their rows: after every 8 tokens a block adds these to its own row of `parts` (blocks, …), and
-// `gather` adds the parts. All sums have a fixed order: a run repeats bit for bit.
+// double to check gradients; the file is compiled for each. A block has 256 threads: 8 warps of 32 lanes. In most
+// kernels a block has a chunk of the tokens, and each warp takes one token at a time. The lanes of a warp share the
+// token's coordinates: lane k takes k, k + 32, k + 64, … A sum over tokens, such as the gradient of a bias, is computed
+// by the kernel that reads the rows anyway. After every 8 tokens a block adds them to its own row of `parts`
+// (blocks, …), and `gather` adds up the parts. All sums have a fixed order, so a run repeats bit for bit.
 
-using in = const real* __restrict__;  // read, and no other argument overlaps it
-using out = real* __restrict__;       // written, too
+using in = const real* __restrict__;  // read; no other argument overlaps it
+using out = real* __restrict__;       // read and written
 using words = const long long* __restrict__;
 using indices = const int* __restrict__;
 using bytes = const unsigned char* __restrict__;
 
 #define RESIDENT 256, (sizeof(real) == 4 ? 6 : 4)  // threads of a block; blocks that a multiprocessor can hold at once
-#define EACH(i, size) for (int i = threadIdx.x; i < (size); i += 32)  // a lane's share of the size
+#define EACH(i, size) for (int i = threadIdx.x; i < (size); i += 32)  // this lane's share of `size`
 #define EIGHTS(first) for (int first = blockIdx.x * chunk; first < min(T, (int)(blockIdx.x + 1) * chunk); first += 8)
-#define MINE(t, first) if (const int t = first + (int)threadIdx.y; t < T)  // of 8 tokens that of this warp
-#define EACH_TOKEN(t) EIGHTS(first) MINE(t, first)                         // a warp's share of its block's tokens
+#define MINE(t, first) if (const int t = first + (int)threadIdx.y; t < T)  // this warp's token among the 8
+#define EACH_TOKEN(t) EIGHTS(first) MINE(t, first)                         // this warp's share of its block's tokens
 
 __device__ int thread() { return threadIdx.y * 32 + threadIdx.x; }
 __device__ long long element() { return blockIdx.x * 256ll + thread(); }
 __device__ real plus(const real* x, const real* b, int i) { return x[i] + (b ? b[i] : 0); }
 
-__device__ real warp_sum(real x) {  // over the 32 lanes of a warp, each of which gets it
+__device__ real warp_sum(real x) {  // over the 32 lanes of a warp; every lane gets the sum
     for (int k = 16; k > 0; k /= 2) x += __shfl_xor_sync(~0u, x, k);
     return x;
 }
@@ -33,7 +33,7 @@ __device__ real warp_max(real x) {
     return x;
 }
 
-// sums_i += Σ_t f(t, i) over the 8 tokens from `first` on, for i < d; a block's first 8 tokens find no sums yet
+// sums_i += Σ_t f(t, i) over the 8 tokens from `first` on, for i < d. For a block's first 8 tokens sums_i starts at 0.
 template <class F> __device__ void add_eight(int T, int chunk, int first, int d, F f, real* sums) {
     for (int i = thread(); i < d; i += 256) {
         real sum = first % chunk ? sums[i] : 0;
@@ -45,8 +45,8 @@ template <class F> __device__ void add_eight(int T, int chunk, int first, int d,
 
 // ---- small ops ------------------------------------------------------------------------------------------------------
 
-// x / (1 - rate), or 0 where random < rate, a function of key and place (SplitMix64, Steele, Lea and Flood 2014) that
-// the backward computes again: nothing is stored
+// x / (1 - rate), or 0 where random < rate. `random` is a hash of key and place (SplitMix64, Steele, Lea and Flood
+// 2014). The backward computes the hash again, so no mask is stored.
 __device__ real dropped(real x, unsigned long long key, long long place, real rate) {
     unsigned long long bits = key + (place + 1) * 0x9e3779b97f4a7c15ull;
     bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -61,9 +61,9 @@ extern "C" __global__ void dropout(long long n, words key, long long place, real
     if (i < n) y[i] = dropped(x[i], *key, place + i, rate);
 }
 
-// sum = residual + D(x + bias),  x̂ = (sum - mean) / σ,  y = w ⊙ x̂ + b, its rows are `row` apart.
-// With hg = [h | g] (T, 2d) x + bias is the gate's: α = sigmoid(x + bias), and D(α ⊙ h + (1-α) ⊙ g) is added.
-// Key, bias, hg, residual may be missing; without `sum` x is the sum.
+// sum = residual + D(x + bias),  x̂ = (sum - mean) / σ,  y = w ⊙ x̂ + b. The rows of y are `row` numbers apart.
+// With hg = [h | g] (T, 2d) the gate is α = sigmoid(x + bias), and sum = residual + D(α ⊙ h + (1-α) ⊙ g).
+// Key, bias, hg and residual may be missing. Without `sum`, x is already the sum.
 extern "C" __global__ void __launch_bounds__(RESIDENT) layernorm_forward(
     int T, int chunk, int d, int row, real eps, words key, long long place, real rate, in bias, in hg, in residual,
     in w, in b, in x, out sum, out y, out mean, out inv_std
@@ -90,8 +90,8 @@ extern "C" __global__ void __launch_bounds__(RESIDENT) layernorm_forward(
     }
 }
 
-// dx̂ = w ⊙ dy,  dsum = (dx̂ - mean(dx̂) - x̂ mean(dx̂ ⊙ x̂)) / σ + dmore, which may be missing;
-// dx = D(dsum), without dx it is dsum;  with a gate, its α from x + bias again, and hg
+// dx̂ = w ⊙ dy,  dsum = (dx̂ - mean(dx̂) - x̂ mean(dx̂ ⊙ x̂)) / σ + dmore; dmore may be missing
+// dx = D(dsum); dx may be missing if it equals dsum.  With a gate, α comes from x + bias again:
 //   dhg = [α ⊙ D(dsum) | (1-α) ⊙ D(dsum)],  dx = D(dsum) ⊙ (h - g) ⊙ α (1-α)
 // parts (blocks, 3, d): dw = Σ_t dy ⊙ x̂,  db = Σ_t dy,  dbias = Σ_t dx
 extern "C" __global__ void __launch_bounds__(RESIDENT) layernorm_backward(
@@ -136,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(RESIDENT) layernorm_backward(
                 db += dy_i;
                 dbias += (dx ? dx : dsum)[(size_t)t * d + i];
             }
-            const bool more = first_token % chunk;  // not the block's first 8 tokens, which find no sums yet
+            const bool more = first_token % chunk;  // the block's first 8 tokens start at 0
             parts[i] = (more ? parts[i] : 0) + dw;
             parts[d + i] = (more ? parts[d + i] : 0) + db;
             parts[2 * d + i] = (more ? parts[2 * d + i] : 0) + dbias;
@@ -208,9 +208,9 @@ extern "C" __global__ void cross_entropy(int T, int chunk, int V, in logits, ind
 
 // ---- the wedge product ----------------------------------------------------------------------------------------------
 
-// z = x + b (b may be missing) of the tokens from `past` on in windows of L
-// s_t = Σ_Δ w_Δ ⊙ z_{t-Δ} over the m offsets with t - Δ >= 0; without taps s is there already
-// p_t = z_t ∧ s_t,  p_ij = z_i s_j - z_j s_i,  I and J (n) are the index pairs i < j
+// z = x + b (b may be missing), for the tokens from `past` on in each window of L
+// s_t = Σ_Δ w_Δ ⊙ z_{t-Δ} over the m offsets with t - Δ >= 0; without taps, s is given
+// p_t = z_t ∧ s_t,  p_ij = z_i s_j - z_j s_i, where I and J (n) are the index pairs i < j
 // g = b_plu, the right half of [h | g], to which p W_plu will be added
 extern "C" __global__ void wedge_forward(
     int T, int chunk, int L, int past, int r, int m, int n, int d, indices offsets, indices I, indices J,
@@ -233,13 +233,13 @@ extern "C" __global__ void wedge_forward(
     }
 }
 
-// dz_i = Σ_j A_ij s_j,  ds_i = -Σ_j A_ij z_j of each token, A antisymmetric, A_ij = dp_ij for i < j
+// dz_i = Σ_j A_ij s_j,  ds_i = -Σ_j A_ij z_j for each token, where A is antisymmetric and A_ij = dp_ij for i < j
 extern "C" __global__ void wedge_backward(int T, int chunk, int r, int n, in dp, in z, in s, out dz, out ds) {
-    __shared__ real staged[8][496];  // each warp keeps dp of its token at hand, if r <= 32
+    __shared__ real staged[8][496];  // each warp keeps its token's dp in fast memory, if r <= 32
     EACH_TOKEN(t) {
         const real *z_t = z + (size_t)t * r, *s_t = s + (size_t)t * r, *A = dp + (size_t)t * n;
         if (n <= 496) {
-            __syncwarp();  // the token before is done
+            __syncwarp();  // all lanes are done with the token before
             EACH(e, n) staged[threadIdx.y][e] = A[e];
             __syncwarp();
             A = staged[threadIdx.y];
@@ -259,7 +259,7 @@ extern "C" __global__ void wedge_backward(int T, int chunk, int r, int n, in dp,
     }
 }
 
-// With taps: dz_t += Σ_Δ w_Δ ⊙ ds_{t+Δ}, from the tokens whose partner t is. Without, m is 0.
+// With taps: dz_t += Σ_Δ w_Δ ⊙ ds_{t+Δ}, from the tokens t+Δ whose partner is t. Without taps, m is 0.
 // parts (blocks, r + m r + d): db_red = Σ_t dz,  dw_Δ = Σ_t ds_{t+Δ} ⊙ z_t,  db_plu = Σ_t dg
 extern "C" __global__ void partner_backward(
     int T, int chunk, int L, int r, int m, int d, indices offsets, in z, in taps, in ds, in dg, out dz, out parts
@@ -283,8 +283,8 @@ extern "C" __global__ void partner_backward(
 
 // ---- the optimiser, over the buffers of all parameters --------------------------------------------------------------
 
-// Gradients into the one buffer `grads`. For each, `table` has the thread that begins it, its place in the buffer, its
-// address, of how many parts it is the sum, and how far apart they lie
+// Adds up the parts of all gradients into the buffer `grads`. A row of `table` has a gradient's first thread, its place
+// in the buffer, the address of its parts, their number, and the distance between them.
 extern "C" __global__ void gather(long long n, int rows, words table, real* grads) {
     const long long i = element();
     if (i >= n) return;
@@ -313,7 +313,7 @@ __device__ double block_sum(double x) {
     return sums[0];
 }
 
-// Σ g² in double, each of 256 blocks its share
+// Σ g² in double; each of 256 blocks sums its share
 extern "C" __global__ void sum_of_squares(long long n, in g, double* parts) {
     double sum = 0;
     for (long long i = element(); i < n; i += 256 * 256) sum += (double)g[i] * g[i];
@@ -329,8 +329,8 @@ extern "C" __global__ void clip(long long n, real max_norm, out g, const double*
     if (element() == 0) *norm = all;
 }
 
-// m ← β₁ m + (1-β₁) g,  v ← β₂ v + (1-β₂) g²,  θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ) at step k, where the decay λ is
-// for the first `matrices` numbers only.  rates: lr / (1 - β₁^(k+1)), 1 / (1 - β₂^(k+1)), lr λ, 1 - β₁, 1 - β₂, eps
+// m ← β₁ m + (1-β₁) g,  v ← β₂ v + (1-β₂) g²,  θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ) at step k, where only the
+// first `matrices` numbers have the decay λ.  rates: lr / (1 - β₁^(k+1)), 1 / (1 - β₂^(k+1)), lr λ, 1 - β₁, 1 - β₂, eps
 extern "C" __global__ void adamw(long long n, long long matrices, in g, out theta, out m, out v, const double* rates) {
     const long long i = element();
     if (i >= n) return;

@@ -17,25 +17,25 @@ from training import SHARD_TOKENS, Training
 
 @dataclass
 class Run:
-    """What is trained, with what, and how far it is."""
+    """The model, its text, its settings, and how far its training is."""
 
     model: ModuleType  # grassmann or gpu
     out: Path
     threads: int  # 0: on a GPU
-    settings: dict  # all that is in train_char.OPTIONS
+    settings: dict  # the values of all train_char.OPTIONS
     corpus: Corpus
     config: Config
     training: Training
     params: Params
     optimizer: dict[str, Params]
     step: int = 0
-    seconds: float = 0.0  # spent so far
+    seconds: float = 0.0  # of training so far
     recent: list = field(default_factory=list)  # training losses since the last row of the log
     best: list | None = None  # step and validation loss of best.npz
     log: list[list] = field(default_factory=list)  # rows of log.csv
 
     def save(self, name: str) -> None:
-        """best.npz, to sample from; or last.npz, all that --resume needs. And log.csv. Raises UserError, OSError."""
+        """Write best.npz, to sample from, or last.npz, for --resume; and log.csv. Raises UserError and OSError."""
         settings = {key: value for key, value in self.settings.items() if not hasattr(self.config, key)}
         extra = {"vocab": self.corpus.vocab, "most_common": self.corpus.most_common, "settings": settings,
                  "text_sha256": self.corpus.sha256, "step": self.step, "best": self.best}
@@ -49,7 +49,7 @@ class Run:
             (self.out / "log.csv.tmp").replace(self.out / "log.csv")
 
     def losses(self) -> list[float]:
-        """The training losses since the last row of the log, as numbers: waits for a GPU. Raises UserError."""
+        """The training losses since the last row of the log, as numbers. Waits for a GPU. Raises UserError."""
         if self.recent:
             array = self.model.np
             self.recent = array.stack([array.asarray(loss) for loss in self.recent]).tolist()
@@ -58,7 +58,7 @@ class Run:
         return self.recent
 
     def plot(self) -> str:
-        """loss.png, or a line on why there is none: a font cache, LaTeX, a backend are matplotlib's own."""
+        """Write loss.png. Returns "", or a line that says why not: a user's matplotlib can fail in many ways."""
         try:
             from matplotlib.figure import Figure
 
@@ -90,13 +90,13 @@ def read_run(model: ModuleType, last: Path) -> dict:
                   "best": [int(best[0]), float(best[1])] if best else None,
                   "log": [[int(step), float(loss), val if val is None else float(val), float(rate), float(seconds)]
                           for step, loss, val, rate, seconds in extra["log"]]}
-        "".join([extra["text_sha256"], *(settings["data"] or ())])  # words
+        "".join([extra["text_sha256"], *(settings["data"] or ())])  # fails unless they are strings
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
         raise UserError(f"{last} cannot be resumed: settings or progress are missing or make no sense") from None
     return extra if last.with_name("best.npz").exists() else extra | {"best": None}
 
 def check_memory(config: Config, batch_size: int, threads: int) -> None:
-    """Refuse, before anything is allocated, what this machine cannot hold. Raises UserError."""
+    """Raises UserError, before anything is allocated, if the run needs more memory than the machine has."""
     n_params = sum(math.prod(shape) for shape in param_shapes(config).values())
     tokens = min(math.ceil(batch_size / parallel.size) * config.context, threads * max(SHARD_TOKENS, config.context))
     of_mixer = 4 * config.n_head * config.context if config.mixer == "attention" else 3 * config.rank**2
@@ -104,22 +104,22 @@ def check_memory(config: Config, batch_size: int, threads: int) -> None:
     needed = 4e-9 * parallel.local_size * (n_params * (5 + threads) + tokens * per_token + 4 * batch_size * config.context)
     if hasattr(os, "sysconf"):  # not Windows
         has = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        check(needed <= has, f"this needs about {needed:.1f} GB of memory, the machine has {has:.1f}")
+        check(needed <= has, f"this needs {needed:.1f} GB of memory (here: {has:.1f}): lower --batch-size or --d-model")
 
 def lock(out: Path) -> None:
-    """Keep the folder for this process until it ends: two runs would mix their files. Raises UserError."""
+    """Reserve the folder until this process ends, because two runs would mix their files. Raises UserError."""
     try:
         import fcntl
 
-        if parallel.rank == 0:  # the lock ends with the process, as the folder is never closed
+        if parallel.rank == 0:  # the folder is never closed, so that the lock ends with the process
             fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another run is writing into {out}; give this one another --out") from None
+        raise UserError(f"another run is writing into {out}; give this run another --out") from None
     except (ImportError, OSError):
         return  # Windows, or a file system without locks
 
 def set_aside(out: Path) -> None:
-    """Move an earlier run to out/previous-N. Raises UserError if files of others are in the way."""
+    """Move an earlier run to out/previous-N. Raises UserError if other files are in the way."""
     found = [name for name in WRITTEN if (out / name).exists()] if parallel.rank == 0 else []
     if "best.npz" in found or "last.npz" in found:
         folder = next(path for k in itertools.count(1) if not (path := out / f"previous-{k}").exists())

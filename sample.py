@@ -1,6 +1,6 @@
 """Write text with a trained model: python sample.py [out/best.npz] --prompt "ROMEO:" --length 500
 
-Characters appear as they are drawn. train_char.py, which trains the model, ends with such a sample too.
+Each character is printed as soon as it is drawn. train_char.py trains the model.
 """
 
 import cli
@@ -20,11 +20,11 @@ from text import encode, start_token, visible
 SHIPPED = Path(__file__).with_name("shakespeare.npz")
 
 def find_trained(path: Path) -> Path:
-    """The file to read: where there is no best.npz, last.npz, and in place of cli.BEST the shipped model."""
+    """The file to read. If there is no best.npz, this is last.npz; if neither is in out/, it is the shipped model."""
     others = [path.parent / "last.npz", *[SHIPPED] * (path == cli.BEST)] * (path.name == "best.npz")
     found = next((other for other in [path, *others] if other.exists()), path)
     if found != path:
-        print(visible(f"there is no {path} yet, so this is {found}"), file=sys.stderr)
+        print(visible(f"there is no {path} yet; using {found}"), file=sys.stderr)
     return found
 
 def load_trained(model: ModuleType, path: Path) -> tuple[Params, Config, dict]:
@@ -36,13 +36,12 @@ def load_trained(model: ModuleType, path: Path) -> tuple[Params, Config, dict]:
           f"{found} was not written by train_char.py")
     return params, config, extra
 
-def write_sample(
-    model: ModuleType, params: Params, config: Config, extra: dict, prompt: str, length: int, **how
-) -> None:
+def write_sample(model: ModuleType, params: Params, config: Config, extra: dict, prompt: str, length: int,
+                 **how) -> None:
     """Print the prompt and `length` characters after it, each as it is drawn.
 
-    `extra` is the checkpoint's; `how`: temperature, top_k, seed. On a terminal control characters are
-    escaped. Raises UserError on a character that the model never saw.
+    `extra` comes from the checkpoint. `how` may have temperature, top_k and seed. On a terminal, control
+    characters are escaped. Raises UserError if the prompt has a character that the model does not know.
     """
     vocab, show = extra["vocab"], visible if sys.stdout.isatty() else str
     start = encode(prompt, vocab).tolist() or [start_token(vocab, extra["most_common"])]
@@ -57,13 +56,13 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, default=cli.BEST, help=f"the model (default: {cli.BEST})")
-    add("--prompt", default="", help="text to go on from; - reads the standard input (default: as after a line end)")
+    add("--prompt", default="", help="text to continue; - reads it from standard input (default: begin a new line)")
     add("--length", type=int, default=500, help="characters to write (default: 500)")
     add("--temperature", type=float, default=0.8,
         help="below 1 safer, above 1 wilder, 0 always the likeliest (default: 0.8)")
     add("--top-k", type=int, help="draw only among the k likeliest characters (default: all)")
-    add("--seed", type=int, help="the same seed, the same text (default: a new one)")
-    add("--mixer", help="the file with the layer of your own that the model has")
+    add("--seed", type=int, help="the same seed writes the same text (default: a new seed)")
+    add("--mixer", help="the file of your own layer, if the model was trained with one")
     cli.add_gpu_option(parser)
     args = parser.parse_args()
     with cli.short_errors(parser, "standard output", "not enough memory for this model"):
@@ -73,11 +72,11 @@ def main() -> None:
 
             load_layer(args.mixer)
         params, config, extra = load_trained(model, args.checkpoint)
-        prompt = os.fsencode(args.prompt).decode("utf-8", "surrogateescape")  # in any locale
-        prompt = (sys.stdin.read() if prompt == "-" else prompt).replace("\r\n", "\n")
+        given = sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
+        prompt = given.decode("utf-8", "surrogateescape").replace("\r\n", "\n")  # in any locale
         how = {"temperature": args.temperature, "top_k": args.top_k}
         model.generate(params, config, encode(prompt, extra["vocab"]).tolist(), args.length, **how)
-        if args.seed is None:  # only now: what cannot be written is refused before a seed is named
+        if args.seed is None:  # after the checks, so that an error comes without a seed
             args.seed = random.SystemRandom().randrange(10**6)
             print(f"--seed {args.seed} writes this again", file=sys.stderr)
         check(args.seed >= 0, f"--seed must be 0 or more, not {args.seed}")

@@ -10,10 +10,12 @@ import hashlib
 import http.client
 import os
 import shlex
+import unicodedata
 import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from grassmann import Array, UserError, check
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-MOST_BYTES = 1 << 30  # of one file
+MOST_BYTES, MOST_FILES = 1 << 30, 100_000  # of one file, and of all text in a folder; in a folder
 WRITTEN = "best.npz", "last.npz", "log.csv", "loss.png", "explorer.html"  # by the programs, into a run's folder
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Corpus:
     vocab: list[int]  # its code points, in order
     train: Array
     val: Array
-    most_common: int  # token
+    most_common: int  # the most common token
     name: str = ""  # where the text comes from
 
 def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
-    """The text behind --data as tokens. Raises UserError, also if it is too short for the context."""
+    """The text that --data names, as tokens. Raises UserError, also if it is too short for the context."""
     name = data if isinstance(data, str) else " ".join(data or ["the documentation of this Python"])
     return corpus_of(load_text(data), context, name)
 
@@ -51,7 +53,7 @@ def corpus_of(text: str, context: int, name: str = "") -> Corpus:
     return Corpus(text_sha256(text), vocab, tokens[:-n_val], tokens[-n_val:], most_common, name)
 
 def text_sha256(text: str) -> str:
-    """By which a checkpoint knows its text again."""
+    """The hash by which a checkpoint recognises its text."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 def load_text(data: str | Sequence[str] | None) -> str:
@@ -71,28 +73,30 @@ def load_text(data: str | Sequence[str] | None) -> str:
     return texts[0] if len(texts) == 1 else "".join(t if t.endswith("\n") else t + "\n" for t in texts)
 
 def read_folder(name: str) -> list[str]:
-    """The UTF-8 files below a folder, or those that fit a pattern, in order of their names, except hidden files
-    and what a run of ours wrote. Says what was read. Raises UserError if nothing was."""
-    pattern = name if "*" in name else os.path.join(glob.escape(name), "**", "*")  # no hidden file fits
-    texts, kinds, left_out = [], Counter(), 0
-    for path in sorted(Path(found) for found in glob.glob(pattern, recursive=True)):
+    """The UTF-8 files below a folder, or the files that match a pattern, in order of their names. Leaves out hidden
+    files and the files of a training run. Prints what it has read. Raises UserError if there is no text."""
+    pattern = name if "*" in name else os.path.join(glob.escape(name), "**", "*")  # glob leaves out hidden files
+    found, texts, kinds, left_out = [*islice(glob.iglob(pattern, recursive=True), MOST_FILES + 1)], [], Counter(), []
+    check(len(found) <= MOST_FILES, f"{name} has more than {MOST_FILES:,} files; give a smaller folder")
+    for path in sorted(map(Path, found)):
         ran = any((path.parent / checkpoint).exists() for checkpoint in ("best.npz", "last.npz"))
-        if path.is_dir() or (ran and path.name.removesuffix(".tmp") in WRITTEN):
+        if not os.path.isfile(path) or (ran and path.name.removesuffix(".tmp") in WRITTEN):
             continue
         try:
+            check(kinds.total() < MOST_BYTES, f"{path} comes after {MOST_BYTES >> 30} GB of text")
             texts.append(read_file(path))
             kinds[f"*{path.suffix}" if path.suffix else path.name] += len(texts[-1])
-        except UserError:
-            left_out += 1
-    check(len(texts) > 0, f"cannot read {name}: there is no UTF-8 text in it")
+        except UserError as error:
+            left_out.append(str(error))
+    check(len(texts) > 0, "; ".join([f"there is no UTF-8 text in {name}", *left_out[:1]]))
     shares = ", ".join(f"{kind} {100 * n / max(1, kinds.total()):.0f}%" for kind, n in kinds.most_common(3))
+    first = f"; left out: {len(left_out)}, the first: {left_out[0].partition('; ')[0]}" if left_out else ""
     kind = "" if "*" in name else f"; one kind alone: --data {shlex.quote(f'{name}/**/{kinds.most_common(1)[0][0]}')}"
-    print(visible(f"{name}: {len(texts)} files are read ({shares}), {left_out} are left out (too large, unreadable, not "
-                  f"UTF-8){kind}"))
+    print(visible(f"{name}: files read: {len(texts)} ({shares}){first}{kind * (len(kinds) > 1)}"))
     return texts
 
 def read_file(path: Path) -> str:
-    """A UTF-8 file, without a byte order mark, its line ends as \\n. Raises UserError."""
+    """The text of a UTF-8 file, without its byte order mark, and with \\n for \\r\\n. Raises UserError."""
     try:
         fine = not path.is_char_device() and path.stat().st_size <= MOST_BYTES  # a device may never end
         check(fine, f"{path} is larger than {MOST_BYTES >> 30} GB, or endless")
@@ -113,7 +117,7 @@ def shakespeare() -> Path:
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
             text = response.read(10**7)
-        check(hashlib.sha256(text).hexdigest() == SHAKESPEARE_SHA256, f"{len(text)} bytes came that are something else")
+        check(hashlib.sha256(text).hexdigest() == SHAKESPEARE_SHA256, f"{len(text)} bytes of something else came")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text)  # an unfinished file has another hash
     except (OSError, http.client.HTTPException, UserError) as error:
@@ -122,15 +126,19 @@ def shakespeare() -> Path:
     return path
 
 def vocabulary(text: str) -> list[int]:
-    """The code points that occur in a text, in order; token k stands for the k-th of them."""
+    """The code points that occur in a text, in order. Token k is the k-th code point."""
     return sorted(map(ord, set(text)))
 
 def encode(text: str, vocab: list[int]) -> Array:
-    """Text -> tokens, integers as small as they can be. Raises UserError, naming what is unknown."""
+    """Text -> tokens, in the smallest integer type. Raises UserError, which names the unknown characters."""
     points, known = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32), np.array(vocab, np.uint32)
-    tokens = np.searchsorted(known, points).clip(0, len(known) - 1).astype(np.min_scalar_type(len(known) - 1))
-    missing = np.unique(points[known[tokens] != points])
-    check(len(missing) == 0, f"not in the model's vocabulary: {' '.join(repr(chr(c)) for c in missing[:10])}")
+    table = np.searchsorted(known, np.arange(known[-1] + 1)).astype(np.min_scalar_type(len(known) - 1))
+    tokens = table[np.minimum(points, known[-1])]  # faster than a search for each character of the text
+    unknown = [chr(c) for c in np.unique(points[known[tokens] != points])]
+    composed = unknown and {*unicodedata.normalize("NFC", text)} <= {*map(chr, vocab)}
+    broken = any("\udc80" <= c <= "\udcff" for c in unknown)  # so Python reads a byte that is not UTF-8
+    hint = "; with composed accents (NFC) it is known" if composed else "; this is not UTF-8" if broken else ""
+    check(not unknown, f"not in the model's vocabulary: {' '.join(map(repr, unknown[:10]))}{hint}")
     return tokens
 
 def decode(tokens: Iterable[int], vocab: list[int]) -> str:
@@ -138,9 +146,9 @@ def decode(tokens: Iterable[int], vocab: list[int]) -> str:
     return "".join(chr(vocab[token]) for token in tokens)
 
 def start_token(vocab: list[int], most_common: int) -> int:
-    """What to begin with where nothing is given: a line end, or the most common character if there is none."""
+    """What a sample without a prompt starts from: a line end, or the most common character if there is no line end."""
     return vocab.index(10) if 10 in vocab else most_common
 
 def visible(text: str) -> str:
-    """For a terminal: control characters escaped, except line ends and tabs."""
+    """The text for a terminal: control characters are escaped, except line ends and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -38,8 +38,8 @@ from sample import write_sample
 from text import decode, read_corpus, start_token, visible
 from training import Training, in_threads, train_step
 
-LOG_EVERY = 10  # steps per row of log.csv; its training loss is their mean
-MOST_VALIDATED, PIECE = 200_000, 10_000  # characters; of a longer held-out text, pieces are read, evenly spread
+LOG_EVERY = 10  # steps per row of log.csv; the row has their mean training loss
+MOST_VALIDATED, PIECE = 200_000, 10_000  # characters; a longer held-out text is validated on evenly spread pieces
 
 # ---- options ---------------------------------------------------------------------------------------
 
@@ -56,22 +56,22 @@ OPTIONS = {  # name: (type, choices or bool, help)
     "lr": (float, "learning rate at its peak"),
     "min_lr": (float, "learning rate at the end (default: lr / 10)"),
     "warmup_iters": (int, "steps until the peak"),
-    "weight_decay": (float, "AdamW's, on matrices only"),
-    "grad_clip": (float, "largest norm of the gradient, 0 for none"),
+    "weight_decay": (float, "AdamW's weight decay, for matrices only"),
+    "grad_clip": (float, "largest norm of the gradient; 0: no clipping"),
     "dropout": (float, "fraction of activations dropped"),
     "eval_every": (int, "steps between validations and checkpoints"),
-    "seed": (int, "drives initial weights, batches and dropout"),
+    "seed": (int, "decides initial weights, batches and dropout"),
     "context": (int, "characters per window"),
     "n_layer": (int, "blocks"),
     "d_model": (int, "width of the hidden states"),
     "d_ff": (int, "inner width of the FFN (default: 2 d_model; 4 d_model with attention)"),
     "rank": (int, "width of the reduced states that span the planes"),
     "offsets": (offsets, 'how far back each layer looks, e.g. "1,2;1,2;4;8" (default: from 1,2 in the first layers '
-                         "to 1,2,4,8,12,16 in the last; without taps 1;2;4;8;1;…, as --paper 1;2;4;8;12;16)"),
-    "block": (["prenorm", "paper"], "residual block, or the paper's"),
-    "taps": (bool, "learned weights per offset, or their plain average"),
+                         "to 1,2,4,8,12,16 in the last; --no-taps: 1;2;4;8;1;…; --paper: 1;2;4;8;12;16)"),
+    "block": (["prenorm", "paper"], "a block with a residual path, or the paper's block"),
+    "taps": (bool, "learned weights for each offset; --no-taps: the average over the offsets"),
     "normalize": (bool, "divide bivectors by their length"),
-    "positions": (bool, "learned position vectors; beyond the context sampling re-reads its last half"),
+    "positions": (bool, "learned position vectors; a sample longer than the context re-reads its last half"),
     "mixer": (str, "what mixes the tokens: grassmann, attention, or a file with a layer of your own"),
     "n_head": (int, "attention heads"),
     "memory": (bool, "a bivector in every layer that all tokens so far have written"),
@@ -89,7 +89,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 def build_parser() -> cli.Parser:
-    """The OPTIONS are absent unless given: a resumed run must know which."""
+    """OPTIONS that are not typed are absent from the result, since a resumed run must know which were typed."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out"), help="folder for checkpoints, log and plot (default: out)")
@@ -97,7 +97,7 @@ def build_parser() -> cli.Parser:
         "for a megabyte of text, half an hour or more")
     add("--paper", action="store_true", help="the paper's own model: its block, average, normalisation, positions, "
         "one offset a layer, d_ff = 4 d_model")
-    add("--resume", action="store_true", help=f"go on from last.npz; may change {', '.join(MAY_CHANGE)}")
+    add("--resume", action="store_true", help=f"go on from last.npz; only these may change: {', '.join(MAY_CHANGE)}")
     add("--threads", type=int, default=parallel.cores, help="CPU threads (default: all cores)")
     cli.add_gpu_option(parser)
     for name, (kind, text) in OPTIONS.items():
@@ -108,13 +108,13 @@ def build_parser() -> cli.Parser:
     return parser
 
 def paper(n_layer: int, d_model: int, context: int) -> dict:
-    """--paper at any size; with twelve layers each offset serves two in a row, as in the paper."""
+    """--paper at any size. With twelve layers each offset serves two layers in a row, as in the paper."""
     deltas = [(1, 2, 4, 8, 12, 16)[i * 6 // max(6, n_layer)] for i in range(n_layer)]
     return {"block": "paper", "taps": False, "normalize": True, "positions": True, "d_ff": 4 * d_model,
             "offsets": tuple((delta if delta < context else 1,) for delta in deltas)}
 
 def make_run(args: argparse.Namespace) -> Run:
-    """A new run, or with --resume the one in last.npz. Raises UserError and OSError."""
+    """A new run, or with --resume the run in last.npz. Raises UserError and OSError."""
     model, last = cli.backend(args.gpu, args.precision), args.out / "last.npz"
     typed = {name: value for name, value in vars(args).items() if name in OPTIONS}
     if "data" in typed:
@@ -122,24 +122,26 @@ def make_run(args: argparse.Namespace) -> Run:
     if typed.get("mixer", "").endswith(".py"):  # docs/my_layer.py is one
         from experiments.layer_checks import check_layer, load_layer
 
-        check(not args.gpu, f"{typed['mixer']} is a layer for NumPy; it runs without --gpu")
+        check(not args.gpu, f"{typed['mixer']} is a layer for NumPy: leave out --gpu")
         typed["mixer"] = load_layer(typed["mixer"])
         check_layer(typed["mixer"])
     saved = read_run(model, last) if args.resume else {"settings": {}, "step": 0, "recent": []}
     old, asked = saved["settings"], PRESETS.get(args.preset, {}) | typed
-    settings = DEFAULTS | old | asked  # the later ones win: defaults, saved run, preset, --paper, what is typed
+    settings = DEFAULTS | old | asked  # later values win: defaults, saved run, preset, --paper, typed options
     if args.paper:
         asked |= paper(settings["n_layer"], settings["d_model"], settings["context"]) | typed
-    for name in NO_USE.get(settings["mixer"], ()):
+    for name in (unused := [name for name in NO_USE.get(settings["mixer"], ()) if name in asked]):
         check(name not in typed, f"{flag(name)} is of no use with --mixer {settings['mixer']}")
-        asked[name] = old.get(name, DEFAULTS[name])  # whatever a preset says
+        asked[name] = old.get(name, DEFAULTS[name])  # not the preset's value
+    if unused:
+        say(f"--mixer {settings['mixer']} has no use for {', '.join(map(flag, unused))}: left out")
     settings |= asked
     for name in (asked.keys() & old.keys()) - set(MAY_CHANGE):
         check(asked[name] == old[name], f"--resume cannot change {flag(name)}: it was {old[name]}, not {asked[name]}")
     training = Training(**{f.name: settings[f.name] for f in fields(Training)})
     step, iters = saved["step"], training.iters
     check(step < iters or (step == iters and saved["recent"]),  # it was stopped in its last validation
-          f"{last} is at step {step}; to go on, give --iters more than that, not {iters}")
+          f"nothing to do: {last} is at step {step}; to go on, give more steps, such as --iters {2 * step}")
     for name, value in ("--eval-every", settings["eval_every"]), ("--threads", args.threads):
         check(value >= 1, f"{name} must be at least 1, not {value}")
     for name in (old.get("data") or ()) if "data" not in typed else ():
@@ -147,11 +149,12 @@ def make_run(args: argparse.Namespace) -> Run:
               f"cannot read {name}: it is gone; if it was moved, add --data with its new place")
     corpus = read_corpus(settings["data"], settings["context"])
     config = Config(len(corpus.vocab), **{f.name: settings[f.name] for f in fields(Config)[1:]})
-    if not args.gpu:  # a GPU says itself that it is full
+    if not args.gpu:  # with a GPU, CuPy reports that its memory is full
         check_memory(config, training.batch_size, args.threads)
     if args.resume:
         check((corpus.sha256, config) == (saved["text_sha256"], saved["config"]),
-              f"--resume cannot change the text, and {corpus.name} is not what {last} was trained on")
+              f"--resume cannot change the text: {corpus.name} is not the text that {last} was trained on; it has "
+              "changed, or it has CRLF line ends, which version 2.0 kept and this version reads as LF")
     else:
         params = model.init_params(config, training.seed)
         saved = {"params": params, **model.adamw_init(params)}
@@ -162,7 +165,7 @@ def make_run(args: argparse.Namespace) -> Run:
 # ---- training --------------------------------------------------------------------------------------
 
 def say(text: str) -> None:
-    """Print a line above the progress bar. If nobody reads the output any more (| head), go on in silence."""
+    """Print a line above the progress bar. If nobody reads the output any more (| head), go on silently."""
     try:
         tqdm.write(visible(text))
         sys.stdout.flush()
@@ -170,29 +173,29 @@ def say(text: str) -> None:
         cli.leave_quietly()
 
 def catch_signals() -> None:
-    """From now on Ctrl-C, SIGTERM and a closed terminal are noted in parallel.stops, for `train` to see."""
+    """From now on, Ctrl-C, SIGTERM and a closed terminal only fill parallel.stops, which `train` reads."""
 
     def note(number: int, frame: object) -> None:
         (parallel.caught if parallel.size > 1 else parallel.stops).append(number)  # all ranks must agree first
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)  # a second one kills
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)  # a second Ctrl-C kills
         if number == signal.SIGINT and parallel.rank == 0:
             os.write(2, b"\nSaving and stopping. Press Ctrl-C again to quit now.\n")
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if signal.getsignal(stop := getattr(signal, name, signal.SIGINT)) != signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(stop := getattr(signal, name, signal.SIGINT)) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(stop, note)
 
 def train(run: Run) -> None:
-    """Steps until --iters or a signal. Raises UserError and OSError."""
+    """Train until --iters or a signal. Raises UserError and OSError."""
     iters, tokens = run.training.iters, run.model.np.asarray(run.corpus.train)
     started = time.perf_counter() - run.seconds
     with tqdm(total=iters, initial=run.step, unit="step", disable=None, dynamic_ncols=True, smoothing=0) as bar:
-        while True:  # first what the last step has made due, then the next step
+        while True:  # first the log and the validation that are due, then the next step
             due = run.step % run.settings["eval_every"] == 0 or run.step == iters
             if run.recent and (due or run.step % LOG_EVERY == 0):
                 train_loss = math.fsum(run.losses()) / len(run.recent)
                 val_loss = estimate_loss(run) if due else None
-                if due and val_loss is None:  # a signal in the validation: the losses wait for the next time
+                if due and val_loss is None:  # a signal came during the validation; --resume does it again
                     break
                 row = [run.step, train_loss, val_loss, run.training.rate(run.step - 1), round(run.seconds, 2)]
                 run.log.append(row)
@@ -206,7 +209,7 @@ def train(run: Run) -> None:
                     start = [start_token(run.corpus.vocab, run.corpus.most_common)]
                     written = run.model.generate(run.params, run.config, start, 70, temperature=0.8)
                     line = decode(written, run.corpus.vocab).replace("\n", "⏎").replace("\t", " ")
-                    line += run.plot() if parallel.rank == 0 else ""  # why there is no plot, or nothing
+                    line += run.plot() if parallel.rank == 0 else ""  # empty, or why there is no plot
                     say(f"step {run.step:6d}   train {train_loss:.4f}   val {val_loss:.4f} nats/char   "
                         f"{run.seconds:6.1f} s, {to_go:.0f} to go\n  {line}")
                 best = f" best val {run.best[1]:.4f}" if run.best else ""
@@ -222,7 +225,7 @@ def train(run: Run) -> None:
         run.save("last.npz")
 
 def estimate_loss(run: Run) -> float | None:
-    """The validation loss, of at most MOST_VALIDATED characters; None after a signal. Raises UserError."""
+    """The validation loss on at most MOST_VALIDATED characters, or None after a signal. Raises UserError."""
     tokens, losses = run.model.np.asarray(run.corpus.val), []
     starts = np.linspace(0, len(tokens) - PIECE - 1, MOST_VALIDATED // PIECE).astype(int).tolist()
     each = partial(parallel.shared_map, run=partial(in_threads, threads=run.threads or 1))
@@ -237,7 +240,7 @@ def estimate_loss(run: Run) -> float | None:
 # ---- the program -----------------------------------------------------------------------------------
 
 def advice(run: Run, go_on: str) -> str:
-    """What helps, by what was seen; measured in experiments/README.md, "What to try next"."""
+    """What to try next, judging by the losses. experiments/README.md, "What to try next", has the measurements."""
     rows = [row for row in run.log if row[2] is not None]
     train_loss, loss, earlier = rows[-1][1], rows[-1][2], rows[-1 - len(rows) // 4][2]
     by_heart, still_short = loss - train_loss > 0.15, len(rows) < 4
@@ -252,7 +255,7 @@ def main() -> None:
     args = parser.parse_args()
     with cli.short_errors(parser, args.out, "not enough memory: lower --batch-size, --context, --d-model or --n-layer"):
         if args.resume:
-            lock(args.out)  # before it is read
+            lock(args.out)  # before last.npz is read
         run = make_run(args)
         if not args.resume:
             run.out.mkdir(parents=True, exist_ok=True)
@@ -269,12 +272,11 @@ def main() -> None:
         catch_signals()
         train(run)
         how = ["--gpu"] * args.gpu + ["--precision", args.precision] * bool(args.precision)
-        own = ["--mixer", args.mixer] if "#" in run.config.mixer else []  # a layer of one's own has a hash
+        own = ["--mixer", args.mixer] if "#" in run.config.mixer else []  # a layer of your own has a hash
         go_on, best = cli.command("train_char.py", "--resume", "--out", run.out, *how, *own), run.out / "best.npz"
         write_more = cli.command("sample.py", best, *own)
         if parallel.stops and (run.step < run.training.iters or run.recent):
-            say(f"stopped at step {run.step} and saved; go on with: {go_on}\n"
-                f"sample from it with: {write_more}")
+            say(f"stopped at step {run.step} and saved; go on with: {go_on}\nsample from it with: {write_more}")
             sys.exit(128 + parallel.stops[0])
         step, loss = run.best
         say(f"best validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}\n"
@@ -282,8 +284,7 @@ def main() -> None:
             f"{write_more}\nwhat to try next: {advice(run, go_on)}\n\nA sample:\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end it at once
         if parallel.rank == 0:
-            params, config, extra = load_checkpoint(best, getattr(run.model, "Flat", dict))
-            write_sample(run.model, params, config, extra, "", 600, temperature=0.8)
+            write_sample(run.model, *load_checkpoint(best, getattr(run.model, "Flat", dict)), "", 600, temperature=0.8)
 
 if __name__ == "__main__":
     main()

@@ -15,11 +15,11 @@ import numpy as np
 import parallel
 from grassmann import Array, Config, Params, check
 
-SHARD_TOKENS = 4096  # the most that a thread computes at once: bounds the memory for activations
+SHARD_TOKENS = 4096  # the most tokens that a thread computes at once, which limits the memory for activations
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained; the defaults are those of train_char.py. Raises UserError."""
+    """How a model is trained. The defaults are train_char.py's. Raises UserError."""
 
     iters: int = 5000
     batch_size: int = 12  # windows of Config.context tokens a step
@@ -27,8 +27,8 @@ class Training:
     min_lr: float | None = None  # learning rate at the end; None: lr / 10
     warmup_iters: int = 100
     weight_decay: float = 0.1
-    grad_clip: float = 1.0  # largest norm of all gradients together; 0: any
-    seed: int = 0  # drives initial weights, batches and dropout
+    grad_clip: float = 1.0  # largest joint norm of all gradients; 0: no clipping
+    seed: int = 0  # decides initial weights, batches and dropout
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -46,20 +46,16 @@ class Training:
         min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
         return min_lr + 0.5 * (self.lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
 
-def train_step(
-    model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
-    step: int, tokens: Array, threads: int = 1,
-) -> float:
+def train_step(model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
+               step: int, tokens: Array, threads: int = 1) -> float:
     """One step, in place, on the batch that (seed, step) draws from tokens. Returns the loss."""
-    if hasattr(model, "train_step"):  # gpu.py records all of it as one graph
+    if hasattr(model, "train_step"):  # gpu.py records the whole step as one graph
         return model.train_step(params, config, training, optimizer, step, tokens)
     x, y = model.get_batch(tokens, training.batch_size, config.context, training.seed, step)
     return step_on_batch(model, params, config, training, optimizer, step, x, y, threads)
 
-def step_on_batch(
-    model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
-    step: int, x: Array, y: Array, threads: int = 1,
-) -> float:
+def step_on_batch(model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
+                  step: int, x: Array, y: Array, threads: int = 1) -> float:
     """One step on the batch x, y (B, L), in place: gradients, clipping, AdamW. Returns the loss."""
     t = training
     loss, grads = loss_and_grads(model, params, config, x, y, (t.seed, step), threads)
@@ -68,20 +64,18 @@ def step_on_batch(
     model.adamw_step(params, grads, optimizer, step, t.rate(step), weight_decay=t.weight_decay)
     return loss
 
-def loss_and_grads(
-    model: ModuleType, params: Params, config: Config, x: Array, y: Array,
-    seed: Sequence[int] | None, threads: int,
-) -> tuple[float, Params]:
-    """The model's `loss_and_grads` on so many threads (0, for a GPU: all rows at once).
+def loss_and_grads(model: ModuleType, params: Params, config: Config, x: Array, y: Array,
+                   seed: Sequence[int] | None, threads: int) -> tuple[float, Params]:
+    """The model's `loss_and_grads` on several threads. With threads=0, for a GPU, it takes all rows at once.
 
-    The rows are dealt out in shards, whose gradients are added in a fixed order: a run repeats bit for
-    bit with as many threads. Under mpiexec each process has its part of the rows (parallel.py).
+    The rows are split into shards, and the shards' gradients are added in a fixed order. So with the same number
+    of threads a run repeats bit for bit. Under mpiexec each process takes its part of the rows (parallel.py).
     """
     check(threads >= 0, f"threads must be 1 or more, or 0 for the batch as a whole, not {threads}")
     mine = parallel.rows(len(x))
     tokens = len(mine) * x.shape[1]
     n_shards = threads * math.ceil(tokens / (threads * SHARD_TOKENS)) if threads else 1
-    masks = None if seed is None else (*seed, 1)  # 1: other numbers than those that draw the batch
+    masks = None if seed is None else (*seed, 1)  # with the 1, other numbers than for the batch
 
     def shard(rows: Array) -> tuple[float, Params]:
         own = slice(rows[0], rows[-1] + 1)
@@ -97,10 +91,10 @@ def loss_and_grads(
 
 @lru_cache
 def pool(threads: int) -> ThreadPoolExecutor:
-    """So many threads, kept. They ask for the interpreter lock every 0.1 ms; the default is 5, a dozen operations."""
+    """A pool of threads, made once. They wait 0.1 ms for the global interpreter lock, not 5 ms, a dozen operations."""
     sys.setswitchinterval(1e-4)
     return ThreadPoolExecutor(threads)
 
 def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """map(function, items), on so many threads (NumPy releases the global interpreter lock)."""
+    """map(function, items) on several threads. They run in parallel, since NumPy releases the interpreter lock."""
     return pool(threads).map(function, items) if threads > 1 else map(function, items)

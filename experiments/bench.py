@@ -1,4 +1,4 @@
-"""How fast it is, and against what: prints a table for each section.
+"""How fast the model is, and compared with what. Prints a table for each section.
 
   python -m experiments.bench                          everything, a quarter of an hour on two cores
   python -m experiments.bench --data shakespeare       on Tiny Shakespeare, as in README.md
@@ -6,10 +6,10 @@
   python -m experiments.bench --only step length       some sections
   python -m experiments.bench --gpu                    on a CUDA GPU; --report writes it down
 
-What is compared runs by turns, A B A B …, so that a machine that speeds up or slows down does so
-for both: times are medians over the turns, and "x ours" is the median of the quotients within a
-turn. (The seconds of `race` are sums.) Both sides have the same threads, batches and optimiser. The other side is PyTorch as
-it is usually written (pip install -r experiments/requirements.txt); without it there is a dash.
+Two sides run in turns, A B A B …, so that both have the same share of a machine's fast and slow times.
+Times are medians over the turns. "x ours" is the median over the turns of their time divided by ours.
+(The seconds of `race` are sums.) Both sides have the same threads, batches and optimiser. The other side
+is PyTorch as it is usually written (experiments/requirements.txt has it); without it there is a dash.
 """
 
 import cli
@@ -37,8 +37,8 @@ from text import read_corpus
 def step(setup: Setup) -> list[dict]:
     """Milliseconds per training step: batch, forward, backward, clipping, AdamW
 
-    Our default model against nanoGPT's laptop recipe and itself in PyTorch; the paper's layer
-    (offsets averaged, normalised, positions) as it is usually written; and what offsets cost.
+    Our default model against nanoGPT's laptop recipe and against our model in PyTorch; the paper's layer
+    (offsets averaged, normalised, positions) as it is usually written; and the cost of more offsets.
     """
     default, rows = setup.config(), []
     one = setup.config(taps=False, normalize=True, positions=True)  # 1, 2, 4, 8 back, one a layer
@@ -66,8 +66,8 @@ def step(setup: Setup) -> list[dict]:
 def race(setup: Setup, iters: int = 2000) -> list[dict]:
     """Validation loss (nats per character) and seconds of training, against nanoGPT's laptop recipe
 
-    As many steps of our defaults and of the GPT, as published (learning rate 1e-3) and at its best
-    rate (4e-3), on the same batches, by turns of 50. Validation is not on the clock.
+    Our defaults, the GPT as published (learning rate 1e-3) and the GPT at its best learning rate (4e-3), with
+    the same number of steps, on the same batches, in turns of 50 steps. Validation is not timed.
     """
     if setup.quick:
         return [{"run": "skipped by --quick: it takes minutes"}]
@@ -86,8 +86,8 @@ def race(setup: Setup, iters: int = 2000) -> list[dict]:
     return [row | {"loss": run.validate()} for run, row in zip(runs, rows, strict=True)]
 
 def gpt_writer(setup: Setup, text: np.ndarray) -> Callable[[], None]:
-    """Each call writes one character and reads it, with a cache of keys and values. At the end of the
-    context the cache starts over with half."""
+    """A function that writes one character and reads it, with a cache of keys and values. At the end of the context the
+    cache starts again from half of the context."""
     config = setup.gpt_config()
     model, context = Model(config), config.context
     tokens, past, read = torch.from_numpy(text.astype(np.int64))[None, -context:], None, context
@@ -106,7 +106,7 @@ def gpt_writer(setup: Setup, text: np.ndarray) -> Callable[[], None]:
     return write
 
 def generation(setup: Setup, positions: tuple[int, ...] = (100, 20_000)) -> list[dict]:
-    """Characters written per second on one thread, after as many as the position says"""
+    """Characters written per second on one thread, after a text of so many characters as the position"""
     if torch:
         torch.set_num_threads(1)
     rows, config, memory = [], setup.config(), setup.config(memory=True)
@@ -125,10 +125,10 @@ def generation(setup: Setup, positions: tuple[int, ...] = (100, 20_000)) -> list
 def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> list[dict]:
     """Microseconds per token of a training step by the length of its windows, on at most 2 threads
 
-    Every step has the same number of tokens, from 512 windows of 64 to 2 of 16,384. Beside our
-    model the same with a memory, and with attention (mixer="attention"), as far as its length x
-    length tables go; and what it takes, with a memory, to read such a text as `sample.py` reads a
-    prompt, on one thread. How many times as long as the shortest each takes.
+    Every step has the same number of tokens, from 512 windows of 64 to 2 windows of 16,384. The columns: our
+    model; our model with a memory; attention (mixer="attention"), as long as its length x length tables fit;
+    and reading a text with a memory, as `sample.py` reads a prompt, on one thread. "x" is the time divided by
+    the time at the shortest length.
     """
     def read(L: int) -> None:
         for text in np.resize(setup.corpus.train, (tokens // L, L)):
@@ -164,8 +164,8 @@ def main() -> None:
     add("--threads", type=int, default=len(parallel.available_cores()), help="CPU threads (default: all cores)")
     add("--quick", action="store_true", help="fewer turns, and no race")
     add("--gpu", action="store_true", help="measure gpu.py on a CUDA GPU instead")
-    add("--report", action="store_true", help="with --gpu: write experiments/results/gpu-CARD.md")
-    add("--rehearse", action="store_true", help="with --gpu: tiny, on the tests' stand-in, into out/")
+    add("--report", action="store_true", help="with --gpu: write experiments/results/gpu-NAME.md")
+    add("--rehearse", action="store_true", help="with --gpu: tiny models on the tests' CPU stand-in, into out/")
     add("--only", nargs="+", choices=[*SECTIONS, *bench_gpu.SECTIONS], help="some sections")
     args = parser.parse_args()
     with cli.short_errors(parser, args.data, "not enough memory for this model"):

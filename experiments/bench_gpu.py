@@ -1,12 +1,12 @@
-"""What gpu.py does on a CUDA GPU, against PyTorch and against what the GPU could do.
+"""How fast gpu.py is on a CUDA GPU, compared with PyTorch and with the limits of the GPU.
 
-  python -m experiments.bench --gpu --report        everything in ten minutes, results/gpu-NAME.md
-  python -m experiments.bench --gpu --only floor    what a step starts and moves: needs no GPU
-  python -m experiments.bench --gpu --rehearse      tiny, on the CPU stand-in of the tests: the layout
+  python -m experiments.bench --gpu --report        everything in ten minutes, into results/gpu-NAME.md
+  python -m experiments.bench --gpu --only floor    what a step starts and moves; needs no GPU
+  python -m experiments.bench --gpu --rehearse      tiny models on the tests' CPU stand-in, to see the layout
 
-Needs a GPU and CuPy, and a PyTorch built for CUDA to compare with. Each section is a process of its own with a time
-limit, so every section is reached. Both sides have the same batches, clipping and AdamW, the text lies on the GPU, and
-the clock is read when the GPU is done. Compiled PyTorch includes its loss; compiling takes a minute and is not timed.
+Needs a GPU, CuPy, and for comparison a PyTorch built for CUDA. Each section is a process of its own with a time limit,
+so that a slow section does not stop the next. Both sides have the same batches, clipping and AdamW, and the text is on
+the GPU. The clock is read when the GPU is done. Compiled PyTorch includes the loss; the compile time is not counted.
 """
 
 import cli
@@ -36,12 +36,12 @@ from training import Training, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda"  # PyTorch's; gpu.py has CuPy's
-LARGE = 8192  # rows of a product, and of a copy, that show the GPU's rates
-SIZES = {"laptop": ({"n_layer": 4, "d_model": 128, "n_head": 4, "context": 64}, 12),  # of the models, and the batch
+LARGE = 8192  # rows of the product and of the copy that measure the GPU's rates
+SIZES = {"laptop": ({"n_layer": 4, "d_model": 128, "n_head": 4, "context": 64}, 12),  # sizes of the models, batch size
          "nanogpt": ({"n_layer": 6, "d_model": 384, "n_head": 6, "context": 256}, 64)}  # nanoGPT's on a GPU
 RATES = {"GB/s": 3350.0, "TFLOP/s": 50.0, "TFLOP/s in tf32": 400.0, "us a node": 1.5}  # assumed of an H100
 
-# ---- sections: each yields the rows of its table; what it prints besides are notes -----------------------------------
+# ---- sections: each yields the rows of its table; everything that it prints is a note --------------------------------
 
 def rates(setup: Setup) -> Iterator[dict]:
     """The GPU, and how fast it copies, multiplies and starts the nodes of a graph"""
@@ -67,8 +67,8 @@ def parity(setup: Setup) -> Iterator[dict]:
 def floor(setup: Setup) -> Iterator[dict]:
     """What a recorded step of the default model starts and moves, and how long that must take
 
-    Counted on the CPU stand-in of the tests: nodes of the graph, calls of the host, bytes of all arguments, operations
-    of products. The floor adds up the nodes: of its bytes, its operations and its start each has the longest time.
+    Counted on the tests' CPU stand-in: nodes of the graph, calls of the host, bytes of all arguments, operations of
+    products. The floor adds up the times of all nodes. A node's time is the longest of three: bytes, operations, start.
     """
     sys.path.insert(0, str(ROOT / "tests" / "gpu"))
     import cuda_on_cpu
@@ -80,11 +80,11 @@ def floor(setup: Setup) -> Iterator[dict]:
             config, training = replace(setup, sizes=sizes).config(dropout=dropout), Training(batch_size=batch_size)
             params, text = gpu.init_params(config), gpu.np.zeros(10_000, dtype=np.uint8)
             state = gpu.adamw_init(params)
-            for step in range(3):  # the last: as all that follow
+            for step in range(3):  # the third step is like all later steps
                 cuda_on_cpu.started.clear()
                 train_step(gpu, params, config, training, state, step, text)
             calls, recorded = len(cuda_on_cpu.started), params.step.graphs["step"].graph.nodes
-            gradients = params.step.gradients  # those that come in parts; only a table points to them
+            gradients = params.step.gradients  # some come in parts, and only a table points to these
             parts = sum((n + 1) * gradients[name].nbytes for name in gradients for _, place, _, n, _ in gradients.rows
                         if place == gradients.places[name])
             nodes = [(name, parts if name == "gather" else moved, work) for name, moved, work, _ in recorded]
@@ -96,7 +96,7 @@ def floor(setup: Setup) -> Iterator[dict]:
                    "GFLOP": 2e-9 * sum(n[2] for n in nodes)} | floors
 
 def ours(setup: Setup, size: str) -> Iterator[dict]:
-    """Milliseconds per training step of gpu.py, and for how many microseconds of them the host is busy"""
+    """Milliseconds per training step of gpu.py, and how many microseconds of a step the host is busy"""
     (gpu, precisions, wait), setup = ours_on_gpu(), of_size(setup, size)
     for precision in precisions:
         gpu.set_precision(precision)
@@ -118,7 +118,7 @@ def theirs(setup: Setup, size: str, by: str) -> Iterator[dict]:
             try:
                 run = OnGPU(setup, config, by == "compiled", precision == "bfloat16")
                 yield step_row(size, precision, name, by, config, timed(run.step, run.wait))
-            except Exception as error:  # in many ways, and the table does without it
+            except Exception as error:  # it fails in many ways; the table then lacks this row
                 print(f"{name}, {by}: {type(error).__name__}: {str(error)[:300]}")
 
 def kernels(setup: Setup, size: str, steps: int = 10) -> Iterator[dict]:
@@ -145,14 +145,14 @@ def training(setup: Setup) -> Iterator[dict]:
     for k in sorted({*range(0, steps, 50), steps - 1}):
         yield {"step": k, "the GPU": losses[0][k], "NumPy": losses[1][k], "apart so far": float(max(apart[: k + 1]))}
 
-SECTIONS = {"rates": (rates, 30), "parity": (parity, 120), "floor": (floor, 30)}  # and at most how many seconds
+SECTIONS = {"rates": (rates, 30), "parity": (parity, 120), "floor": (floor, 30)}  # and its time limit in seconds
 SECTIONS |= {f"{size}-ours": (partial(ours, size=size), 30) for size in SIZES}
 SECTIONS |= {f"{size}-eager": (partial(theirs, size=size, by="eager"), 30) for size in SIZES}
 SECTIONS |= {f"{size}-compiled": (partial(theirs, size=size, by="compiled"), 120) for size in SIZES}
 SECTIONS |= {"kernels": (partial(kernels, size="nanogpt"), 30), "training": (training, 60)}
 
 def ours_on_gpu() -> tuple:
-    """gpu.py, in float32; in which precisions this GPU multiplies; and what waits for it."""
+    """gpu.py, in float32; the precisions of this GPU's products; and a function that waits for the GPU."""
     gpu = cli.backend(True, "float32")
     device = gpu.cp.cuda.Device()
     return gpu, ["float32", "tf32"][: 1 + (int(device.compute_capability) >= 80)], device.synchronize
@@ -186,7 +186,7 @@ class OnGPU(Theirs):
         super().__init__(setup, config, DEVICE)
         self.tokens, self.window = self.tensor(setup.corpus.train), torch.arange(config.context, device=DEVICE)
         how = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}  # with CUDA graphs
-        torch.compiler.reset()  # else it refuses to compile the ninth model
+        torch.compiler.reset()  # without this, it refuses to compile the ninth model
         loss = torch.compile(self.loss, **how) if compiled else self.loss
         self.loss = torch.autocast(DEVICE, torch.bfloat16, enabled=bfloat16)(loss)
         self.wait = torch.cuda.synchronize if DEVICE == "cuda" else int
@@ -200,20 +200,20 @@ class OnGPU(Theirs):
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 def run(name: str, data: str | None, rehearse: bool, measured: dict) -> tuple[list[dict], list[str]]:
-    """The rows and notes of a section, in a process of its own that ends after its time."""
+    """The rows and notes of a section, in a process of its own that ends at its time limit."""
     command = [sys.executable, "-m", "experiments.bench_gpu", name, json.dumps([data, measured, rehearse])]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                encoding="utf-8", start_new_session=True)
     try:
         said, _ = process.communicate(timeout=SECTIONS[name][1])
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with what torch.compile has started
+        os.killpg(process.pid, signal.SIGKILL)  # also ends what torch.compile has started
         said = process.communicate()[0] + "\nit took too long"
     lines = [line for line in said.splitlines() if line.strip()]
     return [json.loads(line) for line in lines if line[:2] == '{"'], [line for line in lines[-9:] if line[:2] != '{"']
 
 def main(only: list[str] | None, data: str | None, folder: Path | None, rehearse: bool) -> None:
-    """Run the sections; print each when it is done, write it if there is a folder. Raises UserError without a GPU."""
+    """Run the sections. Print each when it is done, and with a folder write it. Raises UserError without a GPU."""
     page, gpu, measured, names = ["# On a GPU"], {}, {}, only or [*SECTIONS]
     for name in names if names == ["floor"] or "rates" in names else ["rates", *names]:
         rows, notes = run(name, data, rehearse, measured)
@@ -230,14 +230,14 @@ def main(only: list[str] | None, data: str | None, folder: Path | None, rehearse
             (folder / f"gpu-{gpu['GPU'].replace(' ', '-')}.md").write_text("\n".join(page) + "\n", encoding="utf-8")
 
 def section(name: str, data: str | None, measured: dict, rehearse: bool) -> None:
-    """What a process of a report does."""
+    """Run one section and print its rows as JSON. This runs in the section's own process."""
     global DEVICE, LARGE
     if rehearse:
         sys.path.insert(0, str(ROOT / "tests" / "gpu"))
         sys.modules["cupy"] = __import__("cuda_on_cpu")
         DEVICE, LARGE = "cpu", 64
         SIZES.update(dict.fromkeys(SIZES, ({"n_layer": 2, "d_model": 16, "rank": 4, "context": 24, "n_head": 4}, 2)))
-    check(torch is not None or not name.endswith(("eager", "compiled", "kernels")), "there is no PyTorch for this")
+    check(torch is not None or not name.endswith(("eager", "compiled", "kernels")), "this section needs PyTorch")
     RATES.update(measured)
     setup = Setup(read_corpus(data, 16_384), len(parallel.available_cores()))
     for row in SECTIONS[name][0](replace(setup, sizes=SIZES["laptop"][0]) if rehearse else setup):

@@ -29,7 +29,7 @@ class Setup:
     threads: int
     quick: bool = False
     training: Training = field(default_factory=Training)
-    sizes: dict = field(default_factory=dict)  # of the models, where they are not the defaults
+    sizes: dict = field(default_factory=dict)  # of the models, if they are not the defaults
 
     def config(self, **changes) -> Config:
         """The model that train_char.py trains, or a variant; no dropout, as nanoGPT's recipe."""
@@ -88,7 +88,7 @@ class Theirs:
 # ---- the models in PyTorch -----------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Causal multi-head attention, as in nanoGPT. `past`: the earlier keys and values (a cache)."""
+    """Causal multi-head attention, as in nanoGPT. `past` is a cache of earlier keys and values."""
 
     def __init__(self, d: int, n_head: int):
         super().__init__()
@@ -116,7 +116,7 @@ class UsualMix(GrassmannMix):
         return total / count.clamp(min=1) + self.b_plu
 
 class Model(nn.Module):
-    """With attention nanoGPT's model: no biases, GELU in its exact form. Else the model of grassmann.py."""
+    """With attention, nanoGPT's model: no biases, exact GELU. Otherwise the model of grassmann.py."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -131,7 +131,7 @@ class Model(nn.Module):
             mix = Attention(d, config.n_head) if gpt else grassmann_mix(d, config.offsets[i], *options)
             ffn = nn.Sequential(linear(d, config.d_ff), nn.GELU("none" if gpt else "tanh"), linear(config.d_ff, d))
             self.blocks.append(nn.ModuleDict({"ln1": norm(), "mix": mix, "ln2": norm(), "ffn": ffn}))
-        for name, p in self.named_parameters():  # as in nanoGPT: smaller into the residual stream
+        for name, p in self.named_parameters():  # as in nanoGPT: smaller if it writes into the residual path
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif name.endswith("weight") and p.dim() > 1:
@@ -150,12 +150,12 @@ class Model(nn.Module):
 # ---- sizes and work ------------------------------------------------------------------------------
 
 def n_parameters(config: Config) -> int:
-    """Parameters of a model; with attention those of the GPT, which has no biases."""
+    """The number of a model's parameters. With attention, biases do not count, since the GPT has none."""
     return sum(math.prod(shape) for name, shape in param_shapes(config).items()
                if config.mixer != "attention" or not name.split(".")[-1].startswith("b"))
 
 def gpt_of_size(setup: Setup, size: int) -> Config:
-    """The widest GPT of at most `size` parameters; what is missing widens its FFN."""
+    """The widest GPT of at most `size` parameters. Parameters that are left widen its FFN."""
     gpt, size_of = setup.gpt_config(), lambda d: n_parameters(setup.gpt_config(d_model=d))
     d = gpt.n_head  # a multiple of the heads
     while size_of(d + gpt.n_head) <= size:

@@ -18,7 +18,7 @@ from grassmann import Array, Config
 from training import Training, step_on_batch, train_step
 
 class Learner:
-    """A model in training on a text, or on the batches x, y (B, L) that a function makes of the step."""
+    """A model in training on a text, or on batches x, y (B, L) that a function of the step returns."""
 
     def __init__(self, config: Config, training: Training, text: Array | Callable, threads: int = 1,
                  model: ModuleType = grassmann):
@@ -27,7 +27,7 @@ class Learner:
         self.optimizer, self.k = model.adamw_init(self.params), 0
 
     def step(self) -> float:
-        """The loss before the step."""
+        """Make one step. Returns the loss before it."""
         state = self.model, self.params, self.config, self.training, self.optimizer, self.k
         if callable(self.text):
             loss = step_on_batch(*state, *self.text(self.k), self.threads)
@@ -39,10 +39,10 @@ class Learner:
 # ---- the clock -----------------------------------------------------------------------------------
 
 def alternate(runs: dict, rounds: int, calls: int) -> dict:
-    """Seconds per call of each of `runs`, one number a round; of None (no PyTorch) they are nan.
+    """Seconds per call for each of `runs`, one number a round; nan for a run that is None (no PyTorch).
 
-    In a round each has its turn: a call that is not timed, which fetches its data into the caches
-    and lets the other's threads fall asleep, then `calls` timed ones. A first round is left out.
+    In a round each run has its turn: first a call that is not timed, which fills the caches and lets the
+    other run's threads fall asleep, then `calls` timed calls. The first round is left out.
     """
     times = {name: [] if run else [math.nan] * (rounds + 1) for name, run in runs.items()}
     for _ in range(rounds + 1):
@@ -55,11 +55,11 @@ def alternate(runs: dict, rounds: int, calls: int) -> dict:
     return {name: seconds[1:] for name, seconds in times.items()}
 
 def quotient(theirs: list[float], ours: list[float]) -> float:
-    """Median of the quotients within a round."""
+    """The median over rounds of theirs / ours."""
     return median(a / b for a, b in zip(theirs, ours, strict=True))
 
 def machine() -> str:
-    """Versions, and the processor's name: what times depend on."""
+    """What times depend on: versions, and the processor's name."""
     info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
     for line in info.read_text().splitlines() if info.exists() else []:
         name = line.partition(":")[2].strip() if line.startswith("model name") else name
@@ -70,13 +70,13 @@ def machine() -> str:
 # ---- the table -----------------------------------------------------------------------------------
 
 def cell(value: object) -> str:
-    """As a table shows it: whole numbers in full, others with four digits; a dash for nan."""
+    """A value as a table shows it: whole numbers in full, other numbers with four digits, a dash for nan."""
     if isinstance(value, float):
         return "–" if math.isnan(value) else f"{value:,.{max(0, 4 - len(str(int(value))))}f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 def markdown(rows: list[dict]) -> str:
-    """A table with the rows' keys as its heading; a row may lack some."""
+    """A table with the rows' keys as its heading. A row may lack some keys."""
     names = dict.fromkeys(name for row in rows for name in row)
     lines = [names, *([cell(row.get(name, "")) for name in names] for row in rows)]
     first, *others = ("| " + " | ".join(line) + " |" for line in lines)

@@ -1,12 +1,12 @@
-"""Does geometry replace attention? Both, and variants of both, trained alike on one text.
+"""Does geometry replace attention? Trains both, and variants of both, in the same way on one text.
 
   python -m experiments.compare --data shakespeare            all questions, on Tiny Shakespeare: a day
   python -m experiments.compare --data shakespeare --only 1   one of them
 
-The same for every model of a question: the number of parameters (within 2%, unless a question says so),
-the batches, the optimiser, the schedule, the validation. Every model gets its best learning rate, from
-runs as long as the runs that count, unless a question takes the rates of another. Rates are chosen on
-one part of the text, and losses are reported on another. Runs use one thread each.
+All models of a question have the same number of parameters (within 2%, unless the question says so), batches,
+optimiser, schedule and validation. The learning rate is tuned for every model in runs of full length, unless
+a question takes the rates of another question. Rates are chosen on one part of the held-out text, and losses
+are reported on the other part. Each run uses one thread.
 
 Writes into --out: compare.md (the tables), figures of questions 1, 5 and 7, timing.json (delete it to measure
 again), and runs.jsonl, a line per finished run. After an interruption the same command goes on. Other
@@ -45,8 +45,8 @@ from experiments.texts import Text, read_text
 from grassmann import Config, Params, UserError, check, param_shapes
 from training import Training
 
-# Settings are fields of Config and Training with train_char.py's defaults, and what else is here.
-# As in nanoGPT's laptop recipe, a run is short and has no dropout: it does not overfit.
+# Settings are the fields of Config and Training, with train_char.py's defaults, and the settings here.
+# As in nanoGPT's laptop recipe, runs are short and have no dropout: they do not overfit.
 BASE = {"iters": 2000, "dropout": 0.0,
         "larger": ()}  # matrices that start from N(0, 1/d), as W_red does, instead of N(0, 0.02²); W_out from N(0, 1/(2Nd))
 ON_THE_WAY = 2**16  # tokens that a curve is measured on, all that a short text has
@@ -166,7 +166,7 @@ QUESTIONS = [
 # ---- one run -------------------------------------------------------------------------------------
 
 class Trial:
-    """A run from its settings. `spec` is all that its result depends on, and gives it again."""
+    """A run from its settings. Its result depends only on `spec`, and Trial(spec) is the same run again."""
 
     def __init__(self, settings: dict):
         settings = dict(settings)
@@ -175,10 +175,10 @@ class Trial:
         self.config, training = (
             kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
             for kind in (Config, Training))
-        warmup = min(training.warmup_iters, training.iters // 10)  # the short runs too have a peak
+        warmup = min(training.warmup_iters, training.iters // 10)  # short runs reach the peak, too
         self.training = replace(training, warmup_iters=warmup)
         everything = settings | asdict(self.config) | asdict(self.training)
-        for name in ("memory", "larger"):  # as in runs from before there were any
+        for name in ("memory", "larger"):  # as in runs from before these settings existed
             if not everything.get(name):
                 everything.pop(name, None)
         self.spec = dict(sorted(everything.items()))
@@ -187,8 +187,8 @@ def count_params(trial: Trial) -> int:
     return sum(math.prod(shape) for shape in param_shapes(trial.config).values())
 
 def matched(trial: Trial, target: int) -> Trial:
-    """The trial with a model as wide as `target` parameters allow: d_model the multiple of n_head that
-    comes closest while d_ff keeps its ratio to it; d_ff, N (2 d_model + 1) a unit, the rest."""
+    """The trial with a model of about `target` parameters. First d_model becomes the multiple of n_head that comes
+    closest, with the same ratio d_ff / d_model. Then d_ff takes the rest: one more is N (2 d_model + 1) parameters."""
     ratio, n_head = trial.config.d_ff // trial.config.d_model, trial.config.n_head
     widths = range(n_head, math.isqrt(target) + 2 * n_head, n_head)
 
@@ -216,8 +216,7 @@ def learner(trial: Trial, text: Text, threads: int = 1) -> Learner:
     return new
 
 def evaluate(trial: Trial, text: Text, params: Params, test: bool, most: int | None = None) -> float | list[float]:
-    """The loss on the part of the text to choose on, or on the test part, on at most so many tokens; on a task
-    the list of `accuracy`."""
+    """The validation loss, or the test loss, on at most `most` tokens. For a task, the list that `accuracy` returns."""
     if task := tasks.TASKS.get(name := trial.spec["data"]):
         rng = np.random.default_rng((trial.training.seed, trial.training.iters + test))  # never trained on
         held_out = task(rng, 512, trial.config.context)
@@ -239,8 +238,8 @@ def train(label: str, trial: Trial, text: Text) -> dict:
             "bytes_per_token": text.bytes_per_token, "test": evaluate(trial, text, new.params, True)}
 
 def train_all(todo: list[tuple], jobs: int) -> Iterator[dict]:
-    """The results as they come. After an error or Ctrl-C no process stays behind. (A process that the system
-    kills for want of memory is waited for in vain: press Ctrl-C, and take fewer --jobs.)
+    """Yields results as they come. After an error or Ctrl-C no process is left. (If the system kills a process
+    because memory is full, this waits for ever: press Ctrl-C, and use fewer --jobs.)
     """
     if jobs == 1:
         yield from map(train_one, todo)
@@ -265,8 +264,8 @@ class Row:
     ms: float = math.nan  # of a step
 
 def final(result: dict, test: bool = True) -> float:
-    """The smaller the better, on the test part or on what rates are chosen on: the loss at the end, inf if
-    it diverged; or -accuracy."""
+    """The result of a run, smaller is better: the final test or validation loss, inf if the run diverged; or minus
+    the accuracy."""
     step, value = result["curve"][-1]
     value = result["test"] if test else result.get("validation", value)
     if isinstance(value, list):
@@ -274,8 +273,8 @@ def final(result: dict, test: bool = True) -> float:
     return value if step == result["spec"]["iters"] and math.isfinite(value) else math.inf
 
 def best_lr(ask: Callable, rates: tuple[float, ...], spacing: float = 2.0, enough: float = -math.inf) -> float | None:
-    """The best of these learning rates. While that is the smallest or the largest so far, one more is
-    tried beyond it, unless it is good `enough`. ask(lr) gives a run; where one is missing, None: so is the best."""
+    """The best learning rate. If it is the smallest or the largest rate so far, one more is tried beyond it, unless
+    its loss is good `enough`. ask(lr) returns a run, or None if the run is missing: then the best is None, too."""
     runs = {lr: ask(lr) for lr in rates}
     while all(runs.values()):
         losses = {lr: final(run, test=False) for lr, run in runs.items()}
@@ -287,8 +286,8 @@ def best_lr(ask: Callable, rates: tuple[float, ...], spacing: float = 2.0, enoug
     return None
 
 class Laboratory:
-    """What all questions share: the text of --data, the finished runs, which are lines of a file, and the
-    runs that were asked for and are missing, both by the digest of the spec. Raises UserError and OSError.
+    """What all questions share: the texts; the finished runs, which are lines of a file; and the missing runs, which
+    were asked for. Runs are found by the digest of their spec. Raises UserError and OSError.
     """
 
     def __init__(self, path: Path, data: str | None = None):
@@ -308,7 +307,7 @@ class Laboratory:
         return self.texts[which]
 
     def ask(self, question: Question, label: str, changes: dict, **more) -> dict | None:
-        """The run of a model of a question, as large as the others; None if it is missing."""
+        """The run of a question's model, in the same size as the other models. None if the run is missing."""
         text, iters = self.text(question), (BASE | question.settings)["iters"]
         settings = {"data": text.sha256, "vocab_size": text.vocab_size, "eval_every": max(1, iters // 10)}
         settings = BASE | settings | question.settings | more
@@ -321,7 +320,7 @@ class Laboratory:
         return self.finished.get(key)
 
     def rate(self, question: Question, label: str, changes: dict) -> float | None:
-        """The learning rate that is best in runs to the end, with one seed."""
+        """The best learning rate in runs of full length, with one seed."""
         question = question.rates_of or question
 
         def search(lr: float) -> dict | None:
@@ -330,8 +329,8 @@ class Laboratory:
         return best_lr(search, question.rates, question.spacing, -0.99 if question.tasks else -math.inf)
 
     def answer(self, question: Question) -> list[Row]:
-        """Ask for what a question needs: the search of learning rates, then, for the best, the runs.
-        Rows of what is finished."""
+        """Ask for the runs of a question: the search for learning rates, then the runs with the best rates.
+        Returns rows of finished runs."""
         rows = []
         for label, changes in question.models:
             if lr := self.rate(question, label, changes):
@@ -340,7 +339,7 @@ class Laboratory:
         return rows
 
     def counting(self, question: Question) -> Row:
-        """The n-gram of the best order, in the networks' windows, a run like any other."""
+        """The n-gram of the best order, in the networks' windows, as a run."""
         text, window = self.text(question), question.settings.get("context", Config.context)
         key = digest(spec := {"data": text.sha256, "ngrams": True, "iters": 1, "window": window})
         if key not in self.finished:
@@ -350,7 +349,7 @@ class Laboratory:
         return Row(self.finished[key]["label"], [self.finished[key]])
 
     def train_missing(self, jobs: int) -> None:
-        """Train what is missing, `jobs` runs at a time, and write it down."""
+        """Train the missing runs, `jobs` runs at a time, and save them."""
         todo, n = [*self.missing.values()], len(self.missing)
         self.missing.clear()
         print(f"{n} {'run' if n == 1 else 'runs'} to train, {min(jobs, n)} at a time", flush=True)
@@ -360,7 +359,7 @@ class Laboratory:
                 print(f"{k} of {n}: {result['label']}", flush=True)
 
     def add(self, result: dict) -> None:
-        """Write a finished run down, for good."""
+        """Save a finished run."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
             file.flush()
@@ -368,7 +367,7 @@ class Laboratory:
         self.finished[digest(result["spec"])] = result
 
 def add_times(rows: list[Row], text: Text, path: Path) -> None:
-    """The milliseconds of a step: kept in a file, and measured if it is this machine's and lacks them."""
+    """Add the milliseconds of a step from a file. If they are missing, and the file is from this machine, measure."""
     specs = [row.results[0]["spec"] for row in rows]
     key, known = digest(specs), read_times(path)
     if key not in known["ms"] and known["machine"] == machine():
@@ -379,7 +378,7 @@ def add_times(rows: list[Row], text: Text, path: Path) -> None:
         row.ms = ms
 
 def read_times(path: Path) -> dict:
-    """{"machine": …, "ms": {…}}, if there is no file yet an empty one."""
+    """{"machine": …, "ms": {…}} from the file, or without times if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": machine(), "ms": {}}
 
 # ---- tables and figures --------------------------------------------------------------------------
@@ -433,7 +432,7 @@ Milliseconds: medians on all cores, by turns; what is not in grassmann.py is not
     return "\n\n".join(parts) + "\n"
 
 def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
-    """What is in a table, a dot per run; and the validation loss against seconds."""
+    """Left, the losses of a table, a dot per run. Right, the validation loss against seconds."""
     (question, rows), = answers
     figure = Figure(figsize=(12, 1.2 + 0.3 * max(6, len(rows))), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -475,7 +474,7 @@ def compare(args) -> None:
     asked = [question for question in QUESTIONS if question.number in args.only]
     args.out.mkdir(parents=True, exist_ok=True)
     lab = Laboratory(args.out / "runs.jsonl", args.data)
-    while True:  # learning rates, and what depends on those
+    while True:  # first learning rates, then runs that depend on them
         answers = [(q, lab.answer(q)) for q in asked]
         if not (lab.missing and args.jobs):
             break
@@ -504,7 +503,7 @@ def main() -> None:
     add("--only", type=int, choices=numbers, default=numbers, nargs="+", metavar="QUESTION",
         help=f"some of 1 to {numbers[-1]}")
     add("--jobs", type=int, default=len(parallel.available_cores()),
-        help="runs at a time, which changes no result (default: one per core); 0: show what is finished")
+        help="runs at a time; results do not depend on it (default: one per core); 0: show finished runs")
     args = parser.parse_args()
     stopped = f"\nstopped; what is finished is in {args.out}, the same command goes on from there\n"
     with cli.short_errors(parser, args.out, stopped=stopped):

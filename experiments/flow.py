@@ -4,11 +4,11 @@
   python -m experiments.flow out/best.npz --text "To be, or not to be, that is the question."
   python -m experiments.flow --file my.txt         a text in a file
 
-In each layer a token and its partner span a plane, a point of the Grassmannian Gr(2, r); a text is a path of such
-points. The program reads up to 16,384 characters. It prints first whether there is a flow, a sentence for each layer;
-then, as tables in Markdown, the steps and the gate by kind of character, the steps at different scales against steps in
-random order, and how much of a plane the character explains. The explorer (python -m explorer) shows a text character
-by character. The first token has no partner and spans no plane. With positions, windows overlap by half a context.
+In each layer a token and its partner span a plane, a point of the Grassmannian Gr(2, r). A text is a path of such
+points. The program reads up to 16,384 characters. First it prints for each layer whether there is a flow, then
+tables: steps and gate by kind of character; steps at different scales, against steps in random order; and how much of a
+plane the character explains. The explorer (python -m explorer) shows a text character by character. The first token has
+no partner and spans no plane. With positions, windows overlap by half a context.
 """
 
 import cli
@@ -34,32 +34,32 @@ from text import encode, read_file
 MEASURED, LEAST = 16384, 20  # characters: at most, at least
 KINDS = ("in a word", "word start", "capital", "punctuation", "space", "line end")
 
-# ---- planes of Gr(2, r): orthonormal bases (r, 2), no matter which; nan where there is none ------
+# ---- planes of Gr(2, r): any orthonormal basis (r, 2); nan where there is no plane ---------------
 
 def plane(u: Array, v: Array, parallel: float = 1e-5) -> Array:
-    """A basis of the plane that u and v span: (..., r), (..., r) -> (..., r, 2). nan where there is
-    none, as in `unit_area_forward`: a zero vector, or sin θ at most `parallel`."""
+    """A basis of the plane that u and v span: (..., r), (..., r) -> (..., r, 2). nan if there is no
+    plane, as in `unit_area_forward`: a zero vector, or sin θ at most `parallel`."""
     basis, R = np.linalg.qr(np.stack([u, v], -1))
     area = np.abs(R[..., 0, 0] * R[..., 1, 1])  # of the parallelogram, |u| |v| sin θ
     least = parallel * np.linalg.norm(u, axis=-1) * np.linalg.norm(v, axis=-1)
     return np.where((area > least)[..., None, None], basis, np.nan)
 
 def principal_angles(A: Array, B: Array) -> Array:
-    """Two, ascending, 0 to π/2: (..., r, 2), (..., r, 2) -> (..., 2). Large ones by their cosines, the singular values
-    of AᵀB; small ones by their sines, those of B - A AᵀB, the part of B outside A (Björck and Golub 1973)."""
+    """Two angles, 0 to π/2, ascending: (..., r, 2), (..., r, 2) -> (..., 2). Their cosines are the singular values of
+    AᵀB. Their sines, exact for small angles, are those of B - A AᵀB, the part of B outside A (Björck, Golub 1973)."""
     inside = np.swapaxes(A, -1, -2) @ B  # (..., 2, 2)
     cosines, sines = (np.linalg.svd(np.nan_to_num(M), compute_uv=False)  # LAPACK refuses nan
                       for M in (inside, B - A @ inside))
     return np.where(np.isnan(inside[..., 0]), np.nan, np.arctan2(sines[..., ::-1], cosines))
 
 def distance(A: Array, B: Array) -> Array:
-    """The shortest path's length, sqrt(θ₁² + θ₂²) <= π/√2: (..., r, 2), (..., r, 2) -> (...)."""
+    """Length of the shortest path, sqrt(θ₁² + θ₂²) <= π/√2: (..., r, 2), (..., r, 2) -> (...)."""
     return np.linalg.norm(principal_angles(A, B), axis=-1)
 
 def nearest_plane(p: Array) -> Array:
-    """The plane nearest to a bivector: (..., n) -> (..., r, 2); nan for p = 0. With p above the
-    diagonal of an antisymmetric A, p's inner product with a unit bivector x ∧ y is xᵀ A y, at most
-    A's largest singular value. The vectors of this (double) one are eigenvectors of A² = -AᵀA."""
+    """The plane nearest to a bivector: (..., n) -> (..., r, 2); nan for p = 0. Let A be antisymmetric, with
+    p above its diagonal. The dot product of p with a unit bivector x ∧ y is xᵀ A y, at most A's largest
+    singular value. This value is double, and its vectors are eigenvectors of A² = -AᵀA."""
     i, j = G.pairs(int((2 * p.shape[-1]) ** 0.5) + 1)  # n = r(r-1)/2
     A = np.zeros((*p.shape[:-1], j[-1] + 1, j[-1] + 1))
     A[..., i, j], A[..., j, i] = p, -p
@@ -69,12 +69,12 @@ def nearest_plane(p: Array) -> Array:
 
 @dataclass
 class Flow:
-    """What a model with N layers makes of T characters. UserError if few of them have planes."""
+    """What N layers compute from T characters. Raises UserError if half or more of them have no plane."""
 
     text: str
     z: Array  # (N, T, r)  reduced states
     s: Array  # (N, T, r)  their partners
-    gate: Array  # (N, T)  mean of α over the width: 1 lets out the token's own, 0 the plane's
+    gate: Array  # (N, T)  mean of α over the width: 1 passes on the token's state, 0 the plane's message
 
     def __post_init__(self) -> None:
         self.planes = plane(self.z, self.s)  # (N, T, r, 2)
@@ -84,12 +84,12 @@ class Flow:
         self.step[:, 1:] = distance(self.planes[:, :-1], self.planes[:, 1:])
 
 def read_flow(params: Params, config: Config, text: str, vocab: list[int]) -> Flow:
-    """Read a text, in pieces begun early enough to see all it can (with positions: half)."""
+    """Read a text in pieces. Each begins early enough to see the whole past (with positions: half a context)."""
     if unknown := sorted(set(text) - set(map(chr, vocab))):
         raise UserError(f"the model never saw {ascii(unknown[:10])[1:-1]}, which this text has")
     tokens = encode(text, vocab)
-    before = sum(map(max, config.offsets))  # so far back does the last layer see
-    size = len(tokens) if config.memory else 1024  # a memory sees all
+    before = sum(map(max, config.offsets))  # how far back the last layer sees
+    size = len(tokens) if config.memory else 1024  # a memory sees everything
     if config.positions:
         size, before = config.context - config.context // 2, config.context // 2
     pieces = []
@@ -103,14 +103,14 @@ def read_flow(params: Params, config: Config, text: str, vocab: list[int]) -> Fl
     return Flow(text, *(np.concatenate(a, 1, dtype=float) for a in zip(*pieces, strict=True)))
 
 def character_kinds(text: str) -> Array:
-    """Which of KINDS each character is."""
+    """The kind of each character, one of KINDS."""
     c, before = np.array([*text]), np.array([" ", *text[:-1]])
     tests = {"line end": c == "\n", "space": np.char.isspace(c), "punctuation": ~np.char.isalnum(c),
              "capital": np.char.isupper(c), "in a word": np.char.isalnum(before)}
     return np.select([*tests.values()], [*tests], "word start")  # the first that holds
 
 def by_kind(text: str, values: Array) -> dict[str, Array]:
-    """Mean per layer (N) of values (N, T) at each kind of character that the text has."""
+    """For each kind of character in the text, the mean of values (N, T) per layer (N)."""
     kinds = np.where(np.isfinite(values).any(0), character_kinds(text), "none")
     return {k: np.nanmean(values[:, kinds == k], axis=1) for k in KINDS if (kinds == k).any()}
 
@@ -119,7 +119,7 @@ def coastline(flow: Flow, layer: int) -> Array:
 
     scale ("ruler": every k-th plane; "block" of k, "word", "line": the plane nearest to the sum of
     its bivectors), size (characters per step), step (mean, rad), noise (mean distance of two of these
-    planes drawn at random: the step without any order)
+    planes at random: the step in random order)
     """
     T, rng, rows = len(flow.text), np.random.default_rng(0), []
     bivectors = G.plucker(flow.z[layer], flow.s[layer])  # (T, n)
@@ -139,7 +139,7 @@ def coastline(flow: Flow, layer: int) -> Array:
     return np.rec.fromrecords(rows, names="scale,size,step,noise")
 
 def explained(planes: Array, labels: Array) -> float:
-    """Share of the variance of projectors of planes (T, r, 2) between labels (T), not within."""
+    """The share of the variance of the planes' projectors, planes (T, r, 2), that labels (T) explain."""
     planes, labels = (x[np.isfinite(planes[:, 0, 0])] for x in (planes, labels))  # nan: no plane
     groups = [planes, *(planes[labels == label] for label in np.unique(labels))]
     sides = [np.concatenate(group, axis=1) for group in groups]  # (r, 2T)
@@ -149,7 +149,7 @@ def explained(planes: Array, labels: Array) -> float:
 # ---- the program ---------------------------------------------------------------------------------
 
 def text_of_run(checkpoint: Path, extra: dict) -> str:
-    """The text held out from the training. Raises UserError where it is not to be found."""
+    """The text held out from the training. Raises UserError if it is not found."""
     try:
         return held_out(extra)
     except UserError as error:
@@ -157,8 +157,8 @@ def text_of_run(checkpoint: Path, extra: dict) -> str:
                         "give one with --text or --file") from None
 
 def verdict(table: Array, shuffled: Array) -> str:
-    """Whether one layer's path is a flow: only if its steps are shorter than in random order, and shorter
-    than those of the same characters shuffled."""
+    """Says whether one layer's path is a flow. Its steps must be shorter than in random order, and shorter than the
+    steps of the shuffled text."""
     share, other = step_shares(table)["ruler 1"], step_shares(shuffled)["ruler 1"]
     nearer = min(1, other) - share
     kind = "no flow" if nearer < 0.01 else "hardly a flow" if nearer < 0.1 else "a flow"
@@ -166,17 +166,17 @@ def verdict(table: Array, shuffled: Array) -> str:
             f"(in the shuffled text {other:.2f})")
 
 def print_table(title: str, rows: Iterable[tuple[str, list[str]]]) -> None:
-    """In Markdown, a column for each layer."""
+    """Print a table in Markdown with a column for each layer."""
     print("\n" + markdown([{title: name} | {f"layer {i}": cell for i, cell in enumerate(cells, 1)}
                            for name, cells in rows]))
 
 def beside(*values: Array, digits: int = 2) -> list[str]:
-    """Several numbers a layer, as "1.90 / 1.85"; – for nan."""
+    """Several numbers for each layer, as "1.90 / 1.85"; – for nan."""
     cells = (" / ".join(f"{x:.{digits}f}" for x in layer) for layer in zip(*values, strict=True))
     return [cell.replace("nan / nan", "–") for cell in cells]
 
 def step_shares(table: Array) -> dict[str, float]:
-    """The mean step at each scale, as a share of that in random order."""
+    """The mean step at each scale, as a share of the mean step in random order."""
     return {row["scale"] + (f" {row['size']:.0f}" if row["scale"] in ("ruler", "block") else ""):
             row["step"] / row["noise"] for row in table}
 
@@ -187,7 +187,7 @@ def main() -> None:
     add("checkpoint", nargs="?", type=Path, default=best, help=f"the model (default: {best})")
     add("--text", help="a text (default: the text held out from the training)")
     add("--file", type=Path, help="a text in a UTF-8 file")
-    add("--mixer", help="the file with the layer of your own that the model has")
+    add("--mixer", help="the file of your own layer, if the model was trained with one")
     args = parser.parse_args()
     with cli.short_errors(parser, args.checkpoint, "not enough memory for this model and this text"):
         if args.mixer:
@@ -195,7 +195,7 @@ def main() -> None:
         measure(args.checkpoint, read_file(args.file) if args.file else args.text)
 
 def measure(checkpoint: Path, text: str | None) -> None:
-    """Read a text, the held-out one if None, measure, print. Raises UserError and OSError."""
+    """Read a text (None: the held-out text), measure, print. Raises UserError and OSError."""
     params, config, extra = load_trained(G, checkpoint)
     check(config.mixer != "attention" and config.rank > 2,
           f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")

@@ -1,6 +1,6 @@
 """Three questions to ask of a mixing layer of your own, and the loader for its file (docs/my_layer.py is one).
 
-Are its gradients right? Does it give token by token what it gives all at once? Does it see the future?
+Are its gradients right? Does it return the same token by token as all at once? Does it see the future?
 """
 
 import hashlib
@@ -16,15 +16,15 @@ import grassmann as G
 PARTS = "forward", "backward", "shapes"  # what a layer's file defines: section 11 of the tutorial
 
 def load_layer(path: str | Path) -> str:
-    """Run the file, enter its layer in G.MIXERS under its name and hash, "my_layer.py#1a2b3c4d", and return that.
+    """Run the file and add its layer to G.MIXERS. Returns the layer's name, file and hash: "my_layer.py#1a2b3c4d".
 
-    A Config of this mixer, and so a checkpoint, fits this very file and no other. Raises UserError.
+    A Config of this mixer, and so a checkpoint, fits only this file, unchanged. Raises UserError.
     """
     path = Path(path)
     G.check(path.suffix == ".py" and path.is_file(), f"a layer is a Python file, and there is no such file: {path}")
     content, module = path.read_bytes(), ModuleType(path.stem)
     try:
-        exec(compile(content, path, "exec"), vars(module))  # not imported: what runs is what is hashed
+        exec(compile(content, path, "exec"), vars(module))  # not imported, so that the hashed bytes are what runs
     except Exception as error:
         lines = [f", line {at.lineno}" for at in traceback.extract_tb(error.__traceback__) if at.filename == str(path)]
         raise G.UserError(f"{path}{''.join(lines[-1:])}: {type(error).__name__}: {error}") from error
@@ -44,9 +44,9 @@ def slope(loss: Callable[[], float], x: G.Array, D: G.Array, h: float = 1e-5) ->
     return (values[0] - values[1]) / (2 * h)
 
 def gradient_error(loss: Callable[[], float], params: G.Params, grads: G.Params) -> tuple[float, str, float, float]:
-    """(error, name, derived, measured) of the gradient that central differences of loss() contradict most.
+    """(error, name, derived, measured) of the gradient that differs most from central differences of loss().
 
-    loss() reads the arrays `params`, float64. Errors are relative to the gradient's length, or 1e-3 if that is more.
+    loss() reads the arrays `params`, float64. Errors are relative to the gradient's length, but at least to 1e-3.
     """
     G.check(grads.keys() == params.keys(), f"gradients and parameters differ: {sorted(grads.keys() ^ params.keys())}")
     draw, found = np.random.default_rng(0).standard_normal, []
@@ -59,7 +59,7 @@ def gradient_error(loss: Callable[[], float], params: G.Params, grads: G.Params)
     return max(found)
 
 def stream_error(params: G.Params, config: G.Config, tokens: G.Array) -> float:
-    """The largest difference of the logits, read as a prompt and then token by token, from those of `forward`."""
+    """Logits from reading half of the tokens as a prompt and half one by one: their largest error against `forward`."""
     half, state, rows = len(tokens) // 2, G.stream_init(params, config), []
     for part in (tokens[:half], *tokens[half:, None]):
         logits, state = G.stream_read(params, config, state, part.tolist())
@@ -67,18 +67,18 @@ def stream_error(params: G.Params, config: G.Config, tokens: G.Array) -> float:
     return float(np.abs(rows - G.forward(params, config, tokens[None])[0, half - 1 :]).max())
 
 def sees_the_future(params: G.Params, config: G.Config, tokens: G.Array) -> float:
-    """How much the logits of the first half change with the tokens of the second half: 0 if they are causal."""
+    """How much the logits of the first half change if the second half changes: 0 if the model is causal."""
     half, changed = len(tokens) // 2, tokens.copy()
     changed[half:] = (changed[half:] + 1) % config.vocab_size
     return float(np.ptp(G.forward(params, config, np.stack([tokens, changed]))[:, :half], axis=0).max())
 
 def check_layer(mixer: str) -> None:
-    """Ask a small model with two such layers all three questions. Raises UserError, saying what is wrong."""
-    # Two layers: rows that a layer puts out beside the new tokens' rows reach only the layer above.
+    """Ask a small model with two such layers all three questions. Raises UserError, which says what is wrong."""
+    # It has two layers, because only a second layer notices rows that the first returns for old tokens.
     file = mixer.partition("#")[0]
     config = G.Config(11, context=24, n_layer=2, d_model=8, rank=4, d_ff=10, dropout=0.0, mixer=mixer)
     rng, params = np.random.default_rng(1), G.init_params(config, dtype=np.float64)
-    for value in params.values():  # the first weights are so small that they hide mistakes
+    for value in params.values():  # the initial weights are so small that they hide mistakes
         value += 0.3 * rng.standard_normal(value.shape)
     tokens = rng.integers(0, 11, 24)
     run = lambda: G.loss_and_grads(params, config, tokens[None, :-1], tokens[None, 1:])  # noqa: E731
@@ -93,4 +93,4 @@ def check_layer(mixer: str) -> None:
         change = stream_error(params, config, tokens)
     except Exception as error:
         raise G.UserError(f"{file} reads a text at once, but not in parts: {type(error).__name__}: {error}") from error
-    G.check(change < 1e-8, f"{file}: token by token it gives other logits than all at once, by {change:.2g}")
+    G.check(change < 1e-8, f"{file}: token by token it returns other logits than all at once, by {change:.2g}")

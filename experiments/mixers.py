@@ -1,8 +1,8 @@
-"""Mixers for the comparison: what a sceptic would put beside the Grassmann layer, and its relatives.
+"""Mixers for the comparison: the rivals that a sceptic would ask for, and relatives of the Grassmann layer.
 
-Each is a triple (forward, backward, shapes) as in grassmann.MIXERS, every backward by hand. `install`
-puts them there, so that Config(mixer="rotary attention with taps") is a model like any other. All but
-"rotary attention" read texts whole and cannot write one token at a time.
+Each mixer is a triple (forward, backward, shapes) as in grassmann.MIXERS, with its backward by hand. `install`
+adds them to grassmann.MIXERS, so that Config(mixer="rotary attention with taps") is a model like any other.
+Only "rotary attention" can write one token at a time. The other mixers read whole texts.
 
     attention     with rotary positions; and with learned taps on its input (a short convolution)
     convolution   gated, at full width: (a ⊙ (b + taps(b))) W
@@ -26,7 +26,7 @@ from grassmann import Array, Config, Params, Scope
 
 Shapes = dict[str, tuple[int, ...]]
 
-# ---- attention, with what a reader of today expects -----------------------------------------------
+# ---- attention, with the additions that are usual today --------------------------------------------
 
 def rotate(x: Array, sign: int = 1, start: int = 0) -> Array:
     """Rotary positions: pairs of coordinates of x (B, heads, L, d_h) turned by t times their frequency.
@@ -38,11 +38,11 @@ def rotate(x: Array, sign: int = 1, start: int = 0) -> Array:
     half = x.shape[-1] // 2
     angles = np.arange(start, start + x.shape[2])[:, None] * 10000.0 ** (-np.arange(half) / half)  # (L, d_h / 2)
     cos, sin = np.cos(angles).astype(x.dtype), (sign * np.sin(angles)).astype(x.dtype)
-    u, v, odd_one = np.split(x, [half, 2 * half], -1)  # (an odd d_h has one without a partner)
+    u, v, odd_one = np.split(x, [half, 2 * half], -1)  # (with odd d_h one coordinate has no partner)
     return np.concatenate([u * cos - v * sin, u * sin + v * cos, odd_one], -1)
 
 def rotary_attention(taps: bool) -> tuple:
-    """Causal attention with rotary positions, on h or (taps) on h + Σ_Δ w_Δ ⊙ h_{t-Δ}."""
+    """Causal attention with rotary positions, on h or, with taps, on h + Σ_Δ w_Δ ⊙ h_{t-Δ}."""
 
     def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
         cache = {}
@@ -86,7 +86,7 @@ def convolution_forward(h: Array, w: Scope, config: Config, layer: int, past=Non
     return out, {"in": c_in, "taps": c_taps, "out": c_out, "a": a, "s": s}
 
 def convolution_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
-    """A product passes each factor the gradient times the other; b is met directly and in the taps."""
+    """A factor's gradient is the product's gradient times the other factor. b acts directly and through the taps."""
     grads = {}
     dproduct, grads["W_out"], grads["b_out"] = G.linear_backward(dout, cache["out"])
     da, ds = dproduct * cache["s"], dproduct * cache["a"]
@@ -102,7 +102,7 @@ def convolution_shapes(config: Config, layer: int) -> Shapes:
 # ---- our gate around another mixer -------------------------------------------------------------------
 
 def gated(mixer: tuple) -> tuple:
-    """mix = gate(h, mixer(h)): what is ours but for the reduction and the wedge."""
+    """mix = gate(h, mixer(h)): our layer without its reduction and its wedge."""
     inner_forward, inner_backward, inner_shapes = mixer
 
     def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
@@ -124,7 +124,7 @@ def gated(mixer: tuple) -> tuple:
 # ---- features of z and its partner -----------------------------------------------------------------
 
 def with_features(features: tuple, gate: bool = True) -> tuple:
-    """The Grassmann layer with other features: reduce, look back, features, gate (or none: mix = g).
+    """The Grassmann layer with other features: reduce, look back, features, gate. Without a gate, mix = g.
 
     `features` is a triple: forward(z, s, w) -> (g, cache), backward(dg, cache) -> (dz, ds, grads), shapes(d, r).
     """
@@ -157,7 +157,7 @@ def with_features(features: tuple, gate: bool = True) -> tuple:
     return forward, backward, shapes
 
 def projected(product_forward: Callable, product_backward: Callable, coordinates: Callable[[int], int]) -> tuple:
-    """Features g = p W_plu + b_plu of so many coordinates p of z and s; with p the wedge they are the layer's own."""
+    """Features g = p W_plu + b_plu of a product p of z and s with coordinates(r) numbers. The wedge gives our layer."""
 
     def forward(z: Array, s: Array, w: Scope) -> tuple:
         p, c_product = product_forward(z, s)
@@ -172,7 +172,7 @@ def projected(product_forward: Callable, product_backward: Callable, coordinates
     return forward, backward, lambda d, r: {"W_plu": (coordinates(r), d), "b_plu": (d,)}
 
 def outer_forward(u: Array, v: Array) -> tuple[Array, tuple]:
-    """p = vec(u vᵀ), (..., r²): all products, the symmetric ones and the wedge's."""
+    """p = vec(u vᵀ), (..., r²): all products u_i v_j."""
     return (u[..., :, None] * v[..., None, :]).reshape(*u.shape[:-1], -1), (u, v)
 
 def outer_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
@@ -186,7 +186,7 @@ def learned_shapes(d: int, r: int) -> Shapes:
     return {"X": (r, d), "Y": (r, d), "b_plu": (d,)}
 
 def sum_forward(z: Array, s: Array, w: Scope) -> tuple:
-    """g_k = z·x_k + s·y_k + b_k: no product, one matrix for [z ; s]."""
+    """g_k = z·x_k + s·y_k + b_k: no product, but one matrix for [z ; s]."""
     return G.linear_forward(np.concatenate([z, s], -1), np.concatenate([w["X"], w["Y"]]), w["b_plu"])
 
 def sum_backward(dg: Array, cache: tuple) -> tuple:
@@ -195,10 +195,10 @@ def sum_backward(dg: Array, cache: tuple) -> tuple:
     return *np.split(dzs, 2, -1), {"X": dX, "Y": dY, "b_plu": db}
 
 def learned(antisymmetric: bool) -> tuple:
-    """g_k = (z·x_k)(s·y_k) + b_k; or learned planes, which take (s·x_k)(z·y_k) from it.
+    """g_k = (z·x_k)(s·y_k) + b_k. Learned planes also subtract (s·x_k)(z·y_k).
 
-    By Cauchy and Binet that is (z ∧ s)·(x_k ∧ y_k) + b_k: the paper's projection with every column of
-    W_plu itself a plane. The bivector is never built.
+    By Cauchy and Binet this is (z ∧ s)·(x_k ∧ y_k) + b_k, the paper's projection if every column of
+    W_plu is itself a plane. The bivector is never built.
     """
     def dots(u: Array, v: Array, w: Scope) -> tuple:
         (ux, c_u), (vy, c_v) = G.linear_forward(u, w["X"], 0), G.linear_forward(v, w["Y"], 0)
@@ -241,7 +241,7 @@ def rescaled(factor: float) -> tuple:
 # ---- all of them -----------------------------------------------------------------------------------
 
 def hybrid(attention_layer: int, other: str) -> tuple:
-    """One layer of that attention, Grassmann layers otherwise."""
+    """One layer of attention (`other`), Grassmann layers otherwise."""
 
     def mixer(layer: int) -> tuple:
         return G.MIXERS[other if layer == attention_layer else "grassmann"]
@@ -256,7 +256,7 @@ def hybrid(attention_layer: int, other: str) -> tuple:
     return forward, backward, lambda config, layer: mixer(layer)[2](config, layer)
 
 def reads_whole(mixer: tuple) -> tuple:
-    """A mixer that keeps no `past`: it refuses to write one token at a time. Raises UserError."""
+    """The mixer, which keeps no `past`, with a check: one token at a time raises UserError."""
     forward, *others = mixer
 
     def whole(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
@@ -284,13 +284,13 @@ MIXERS = {
 }
 
 def install() -> None:
-    """Let Config know them."""
+    """Add the mixers to grassmann.MIXERS, where Config looks."""
     G.MIXERS.update({name: mixer if name == "rotary attention" else reads_whole(mixer)
                      for name, mixer in MIXERS.items()})
 
 def scale_features(params: Params) -> None:
-    """X, Y from N(0, 0.2/r), in place: sums are then as large as the wedge's features, products of two dot
-    products half as large or less."""
+    """Rescale X and Y to N(0, 0.2/r), in place. Sums are then as large as the features of the wedge; products of two
+    dot products are at most half as large."""
     for name, value in params.items():
         if name.split(".")[-1] in ("X", "Y"):
             value *= math.sqrt(0.2 / len(value)) / 0.02

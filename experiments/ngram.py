@@ -1,4 +1,4 @@
-"""Interpolated n-grams (Witten and Bell): what counting alone can do, a row of compare.py."""
+"""Interpolated n-grams (Witten and Bell), a row of compare.py: what counting alone can do."""
 
 import numpy as np
 
@@ -6,13 +6,13 @@ from experiments.texts import Text
 from grassmann import Array
 
 def ngram_loss(train: Array, test: Array, order: int, vocab_size: int, window: int | None = None) -> float:
-    """Mean nats per token of `test` (but its first `order - 1`), given counts of `train`.
+    """Mean nats per token of `test`, without its first `order - 1` tokens, from counts in `train`.
 
         P_n(c | context) = (N(context c) + T(context) P_{n-1}(c | shorter context)) / (N(context) + T(context))
 
-    N counts occurrences in the training text, T how many different tokens follow the context there;
-    P_0 is uniform. `window`: look no farther back than to the beginning of one of so many tokens, as a
-    network's validation does. Raises ValueError if a context of that order has no number of 63 bits.
+    N is the number of occurrences in the training text. T is the number of different tokens that follow the
+    context there. P_0 is uniform. With `window`, contexts begin no earlier than the window, as in a network's
+    validation. Raises ValueError if a context of that order does not fit into a number of 63 bits.
     """
     if order * np.log2(vocab_size) > 63:
         raise ValueError(f"{order}-grams of {vocab_size} tokens are too many to number")
@@ -31,23 +31,23 @@ def ngram_loss(train: Array, test: Array, order: int, vocab_size: int, window: i
     return float(-np.log(p).mean())
 
 def numbered(tokens: Array, n: int, vocab_size: int) -> tuple[Array, Array]:
-    """Every n-gram as a number, and the n-1 tokens before its last one as another; (len - n + 1) each."""
+    """For every n-gram, its first n-1 tokens as one number, and all n tokens as another; (len - n + 1) each."""
     grams = np.zeros(len(tokens) - n + 1, np.int64)
     for k in range(n):
         grams = grams * vocab_size + tokens[k : len(tokens) - n + 1 + k]
     return grams // vocab_size, grams
 
 def look_up(keys: Array, known: Array, values: Array) -> Array:
-    """values[i] where keys are known[i], else 0; `known` is sorted."""
+    """values[i] where a key is known[i], else 0; `known` is sorted."""
     place = np.searchsorted(known, keys).clip(max=len(known) - 1)
     return np.where(known[place] == keys, values[place], 0)
 
 def orders(vocab_size: int) -> range:
-    """1 to 7, or as far as contexts have numbers."""
+    """1 to 7, or as far as contexts fit into a number."""
     return range(1, min(7, int(63 / np.log2(vocab_size))) + 1)
 
 def best_ngram(text: Text, window: int) -> tuple[int, float, float]:
-    """The order, 1 to 7, that is best on one part of what is held out, and its loss there and on the other."""
+    """The order, 1 to 7, with the lowest validation loss; this loss, and the test loss of the order."""
     losses = {n: ngram_loss(text.train, text.val, n, text.vocab_size, window) for n in orders(text.vocab_size)}
     best = min(losses, key=losses.get)
     return best, losses[best], ngram_loss(text.train, text.test, best, text.vocab_size, window)

@@ -1,4 +1,4 @@
-"""Make tutorial.ipynb of tutorial.md, and run it, so that its outputs are in it: python -m experiments.notebook"""
+"""Make tutorial.ipynb from tutorial.md, and run it to fill in its outputs: python -m experiments.notebook"""
 
 import cli
 
@@ -24,7 +24,7 @@ LAST = ["## Your turn\n\nTrain a model of your own text, on the GPU if there is 
         "# !python train_char.py --data my.txt --preset tiny $gpu"]
 
 def notebook() -> NotebookNode:
-    """The page as cells. What a block printed comes from running it, so the page's copy goes."""
+    """The page as cells, without the outputs that the page shows: running the cells makes them."""
     page = (ROOT / "tutorial.md").read_text(encoding="utf-8")
     page = re.sub(r"(```python\n.*?```\n)```text\n.*?```\n", r"\1", page, flags=re.DOTALL)
     made = jupytext.reads(page, "md")
@@ -35,11 +35,11 @@ def notebook() -> NotebookNode:
     return made
 
 def run(made: NotebookNode) -> NotebookNode:
-    """The same with outputs. Raises nbclient's CellExecutionError."""
+    """The notebook with outputs. Raises nbclient's CellExecutionError."""
     where = {"metadata": {"path": str(ROOT)}}
     NotebookClient(made, timeout=600, resources=where, coalesce_streams=True).execute()
     for cell in made.cells:
-        cell.metadata.pop("execution", None)  # when it ran
+        cell.metadata.pop("execution", None)  # the times of the run
     return made
 
 

@@ -1,8 +1,8 @@
 """Questions 8 and 9 of compare.py: tasks that ask for a token far back, and their tables.
 
-A task gives x, y, group, each (batch, length). For an asking token `group` is the distance to its
-answer, or how many keys there are to remember; for all others it is 0. Those repeat themselves,
-y = x, which is soon learned: what remains of the loss is the question.
+A task returns x, y, group, each (batch, length). For a token that asks, `group` is the distance to its
+answer, or the number of keys to remember. For all other tokens `group` is 0 and y = x. The model soon
+learns to repeat these tokens, so the rest of the loss comes from the questions.
 """
 
 import math
@@ -18,7 +18,7 @@ DISTANCES = (1, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129
 NUMBERS = (2, 2), (4, 4), (8, 8), (16, 16)  # of keys at once
 
 def recall(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
-    """What was the key? Filler with one key among it; some tokens after it ask for the key."""
+    """What was the key? The text is filler with one key. Some tokens after the key ask for it."""
     x = rng.integers(ANSWERS, ASK, (batch, length))
     place, key = rng.integers(0, length // 4, (batch, 1)), rng.integers(0, ANSWERS, (batch, 1))
     distance = np.arange(length) - place
@@ -30,8 +30,8 @@ def recall(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
 def keys(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
     """What was the key of this slot? 2, 4, 8 or 16 slots get a key each, and are asked for later.
 
-    A key follows the token that names its slot, all of them within the first quarter of the text;
-    half of the tokens after that are names again, which ask.
+    In the first quarter of the text, each key follows the token that names its slot. After it, half of
+    the tokens name a slot again, which asks for its key.
     """
     x, many = rng.integers(ANSWERS, ASK, (batch, length)), np.zeros((batch, length), int)
     y, quarter = x.copy(), length // 4

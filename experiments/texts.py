@@ -1,7 +1,7 @@
 """The texts of the comparison, as tokens: characters, or byte pairs, the subwords of the field.
 
-A text is cut in three: nine tenths to train on; the next twentieth to choose rates and orders on
-(`val`); the last twentieth (`test`) to report on what was chosen.
+A text is cut in three: nine tenths to train on; the next twentieth (`val`) to choose learning rates and
+orders of n-grams; the last twentieth (`test`) to report the loss of what was chosen.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAMES = {None: "Python's documentation", "shakespeare": "Tiny Shakespeare", "bib
 @dataclass(frozen=True)
 class Text:
     name: str  # for a reader
-    sha256: str  # by which runs know it again
+    sha256: str  # by which runs recognise the text
     vocab_size: int
     vocab: list[int]  # code points; [] for byte pairs
     train: Array
@@ -32,9 +32,9 @@ class Text:
     bytes_per_token: float  # of `test`, in UTF-8
 
 def read_text(data: str | None, pieces: int = 0, context: int = 1) -> Text:
-    """The text behind --data, or "bible", as characters or as so many different byte pairs.
+    """The text that --data names, or "bible", as characters, or as byte pairs with `pieces` different tokens.
 
-    Raises UserError if it is absent or too short.
+    Raises UserError if the text is missing or too short.
     """
     text, name = king_james() if data == "bible" else load_text(data), NAMES.get(data, str(data))
     corpus = corpus_of(text, context)
@@ -50,7 +50,7 @@ def read_text(data: str | None, pieces: int = 0, context: int = 1) -> Text:
     return Text(name, sha256, size, vocab, *tokens, n_bytes / len(tokens[-1]))
 
 def byte_pairs(parts: tuple[str, ...], size: int) -> tuple[Array, ...]:
-    """The parts as tokens of a byte pair encoding (Sennrich, arXiv 1508.07909) learned from the first."""
+    """The parts as tokens of a byte pair encoding (Sennrich, arXiv 1508.07909) learned from the first part."""
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
@@ -76,9 +76,9 @@ def king_james() -> str:
     return re.sub(r"^\S+ ", "", verses, flags=re.MULTILINE)
 
 def held_out(extra: dict) -> str:
-    """The text that a checkpoint's run was validated on, from the start of a paragraph, by its settings.
+    """The held-out text of a checkpoint's run, found by the run's settings, from the start of a paragraph.
 
-    Raises UserError where the text is not there any more, or has changed.
+    Raises UserError if the text is gone or has changed.
     """
     settings = extra.get("settings")
     data = settings.get("data", "?") if isinstance(settings, dict) else "?"
@@ -87,7 +87,7 @@ def held_out(extra: dict) -> str:
         there = name == "shakespeare" or "*" in name or Path(name).is_file() or Path(name).is_dir()
         check(there, f"there is no file {name!r}")
     try:
-        with contextlib.redirect_stdout(None):  # what load_text and its errors advise is about --data
+        with contextlib.redirect_stdout(None):  # load_text and its errors give advice about --data
             text = load_text(data and [*map(str, data)])
     except UserError as error:
         raise UserError(str(error).partition("; ")[0]) from None

@@ -1,8 +1,8 @@
 """Make the explorer of a model, one HTML file: python -m explorer [out/best.npz]
 
-The page holds the weights, and the model in plain JavaScript. It opens by a double click, asks for
-nothing from the network and can be sent to anyone. It opens on text that was held out from training,
-or on what the model itself writes if the text of the run is not there any more.
+The page holds the weights, and the model in plain JavaScript. It opens by a double click, needs
+nothing from the network and can be sent to anyone. It shows text that was held out from training.
+If the text of the run is gone, it shows text that the model writes.
 """
 
 import cli
@@ -27,10 +27,10 @@ from text import SHAKESPEARE_SHA256, decode, encode, read_file, start_token
 HERE = Path(__file__).resolve().parent
 
 def page(params: Params, config: Config, extra: dict, name: str, text: str) -> str:
-    """The page, with `text` on it. Raises UserError where the model does not know the text."""
+    """The page, with `text` on it. Raises UserError if the model does not know a character of the text."""
     tokens = encode(text, extra["vocab"])
     weights = np.concatenate([a.ravel() for a in params.values()])
-    with np.errstate(over="ignore"):  # float16 where that loses nothing
+    with np.errstate(over="ignore"):  # float16 if this loses nothing
         dtype = "<f2" if (weights.astype("<f2") == weights).all() else "<f4"
     packed, loss = weights.astype(dtype).tobytes(), best_loss(extra)
     bits = f", {loss / np.log(2):.2f} bits a character on held-out text" if loss is not None else ""
@@ -46,14 +46,14 @@ def page(params: Params, config: Config, extra: dict, name: str, text: str) -> s
     return re.sub(r"\[\[([\w.]+)\]\]", lambda found: parts[found[1]], read_file(HERE / "page.html"))
 
 def best_loss(extra: dict) -> float | None:
-    """The validation loss that a checkpoint says it has. Raises UserError where that is no number."""
+    """The validation loss that a checkpoint names. Raises UserError if it is not a number."""
     best = extra.get("best")
     fine = isinstance(best, list) and len(best) == 2 and type(best[1]) in (int, float) and 0 <= best[1] < 1e6
     check(fine or best is None, f"its best validation loss is {str(best)[:40]!r}; expected [step, loss]")
     return best[1] if fine else None
 
 def opening_text(params: Params, config: Config, extra: dict) -> str:
-    """The first lines of the held-out text, or what the model writes where they are not to be found."""
+    """The first lines of the held-out text, or if this is not found, text that the model writes."""
     if extra.get("text_sha256") == SHAKESPEARE_SHA256:  # held-out lines that need no download
         return read_file(HERE / "passage.txt")
     try:
@@ -74,7 +74,7 @@ def surprising_place(params: Params, config: Config, tokens: np.ndarray, text: s
     losses = [grassmann.cross_entropy_forward(a[None], b[None])[0] for a, b in zip(logits, tokens[1:n], strict=False)]
     surprise = np.array([0, *losses])
     words = [slice(*word.span()) for word in re.finditer(r"\S+", text[:n])] or [slice(n)]
-    later = [word for word in words if word.start >= 40] or words  # at first all is a surprise
+    later = [word for word in words if word.start >= 40] or words  # at the start everything is a surprise
     word = max(later, key=lambda word: surprise[word].sum())
     return word.start + int(surprise[word].argmax())
 
@@ -95,7 +95,7 @@ def main() -> None:
         print(f"{out}: open it in a browser")
 
 def write(out: Path, checkpoint: Path, text: str | None) -> None:
-    """Make the page beside its place, then rename it. Raises UserError and OSError."""
+    """Write the page next to its place, then rename it. Raises UserError and OSError."""
     taken = out.suffix.lower() == ".npz" or (out.exists() and checkpoint.exists() and out.samefile(checkpoint))
     check(not taken, f"--out {out} is a checkpoint; give the page another name, as in --out explorer.html")
     check(out.is_file() or not os.path.lexists(out), f"--out {out} is not a file; give one, as in --out explorer.html")
@@ -104,8 +104,8 @@ def write(out: Path, checkpoint: Path, text: str | None) -> None:
     try:
         params, config, extra = load_trained(grassmann, checkpoint)
     except UserError as error:
-        own = "a file that --mixer names" in str(error)  # which is not loaded here
-        raise UserError(cannot % "a layer of one's own" if own else str(error)) from None
+        own = "a layer of your own" in str(error)  # its file is not loaded here
+        raise UserError(cannot % "a layer of your own" if own else str(error)) from None
     check(config.mixer == "grassmann", cannot % config.mixer)
     if text is None:
         text = opening_text(params, config, extra)

@@ -1,16 +1,16 @@
 "use strict";
-// The page around model.js. Each character read leaves a row of numbers; from these all is drawn.
+// The page around model.js. Each character leaves a row of numbers; everything is drawn from the rows.
 const $ = id => document.getElementById(id), all = css => [...document.querySelectorAll(css)];
 const LONGEST = 5000;  // characters that are read
 const SCALES = { characters: /[^]/gu, words: /\S+|\s+/gu, lines: /[^\n]+|\n/gu,
   "blocks of 64": /[^]{64}/gu, "blocks of 256": /[^]{256}/gu };
 
 // ---- reading and writing ----
-function unpack() {  // the model in this page; throws where the page is damaged
+function unpack() {  // the model in this page; throws if the page is damaged
   const page = JSON.parse($("model-data").textContent), packed = atob($("weights").textContent);
   const bytes = new Uint8Array(packed.length); let sum = 0, at = 0;
   for (let i = 0; i < packed.length; i++) sum += bytes[i] = packed.charCodeAt(i);
-  if (sum !== page.sum) throw Error("its weights are not those that were written");
+  if (sum !== page.sum) throw Error("its weights have changed");
   const power = e => 2 ** (Math.max(e, 1) - 25);  // of a float16: sign, 5 bits, 10 bits
   const half = n => (n >> 15 ? -1 : 1) * power(n >> 10 & 31) * (n & 1023 | (n & 31744 && 1024));
   const weights = page.dtype === "<f4" ? new Float32Array(bytes.buffer)
@@ -24,7 +24,7 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
   constructor(model, off) {
     Object.assign(this, { model, off, tokens: [], rows: [], next: 0, read: -1 });
   }
-  want(tokens) {  // keep the rows before a change, and those after it that it cannot reach
+  want(tokens) {  // keep the rows before a change, and the rows after it that it cannot reach
     const { tokens: old, rows, model: { config, reach } } = this;
     let p = 0, q = 0, least = Math.min(old.length, tokens.length);
     for (; p < least && old[p] === tokens[p]; p++);
@@ -47,7 +47,7 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
     }
     return true;
   }
-  after(n) {  // the decoder's state after n characters, from the last one that a row kept
+  after(n) {  // the decoder's state after n characters, from the last state that a row has kept
     let t = n;
     if (this.read === n) return this.state;
     while (t && !this.rows[t - 1].state) t--;
@@ -68,7 +68,7 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
       mixer: mixer / (mixer + network || 1), reads: this.reads(t, layer),
       angles: principal_angles(plane(before.z, before.s), plane(z, s)) };
   }
-  *letters() {  // goes on from the end of the text, as long as one likes
+  *letters() {  // the characters that the model writes after the text, without end
     const { model, tokens, off } = this, random = random_numbers($("seed").valueAsNumber || 0);
     const T = $("temperature").valueAsNumber, temperature = Math.max(0, T >= 0 ? T : 0.8);
     const top_k = Math.max(1, Math.floor($("top-k").valueAsNumber) || Infinity);
@@ -77,7 +77,7 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
     const state = structuredClone(this.after(tokens.length)), n = tokens.length;
     let logits = n ? this.logits(n - 1) : model.stream_step(state, ids.get(10) ?? page.start, off);
     for (;;) {
-      logits = logits.slice();  // others write into the model's
+      logits = logits.slice();  // a copy, since other readers overwrite the model's logits
       const token = sample(logits, temperature, top_k, random, sorted);
       yield character(token); logits = model.stream_step(state, token, off);
     }
@@ -111,11 +111,11 @@ function principal_angles(P, Q) {  // ascending; their cosines: the singular val
   const plus = Math.hypot(p + w, q - v), minus = Math.hypot(p - w, q + v);  // sum, difference
   return [plus + minus, Math.abs(plus - minus)].map(x => Math.acos(Math.min(1, x / 2)));
 }
-function nearest_plane(rows) {  // to A = Σ z ∧ s: that of u and u A for the u stretched most by A²
+function nearest_plane(rows) {  // to A = Σ z ∧ s: spanned by u and u A, where A² stretches u most
   const r = rows[0].z.length, A = new Float64Array(r * r);
   const turned = u => { const y = new Float64Array(r); accumulate(u, A, y); return y; };
   for (const { z, s } of rows) add_wedge(A, z, s);
-  let u = unit(A.subarray(0, r).map((_, i) => Math.cos(i * i)));  // from any vector
+  let u = unit(A.subarray(0, r).map((_, i) => Math.cos(i * i)));  // any start will do
   for (let round = 0, moved = 1; round < 1000 && moved > 1e-12; round++) {
     const next = unit(turned(turned(u)));
     [moved, u] = [1 - Math.abs(dot(u, next)), next];
@@ -127,7 +127,7 @@ function pieces(text, scale) {  // [from, to) of each character, word, line or b
   const found = text.match(SCALES[scale]) || [], bounds = found.map(s => [to, to += [...s].length]);
   return bounds.filter((_, k) => scale === "characters" || found[k].trim());
 }
-function path(reader, layer, scale) {  // steps from plane to plane, and how far random others are
+function path(reader, layer, scale) {  // steps from plane to plane, and distances to random other planes
   const random = random_numbers(0), points = [], text = reader.tokens.map(character).join("");
   const found = pieces(text, scale), rows = reader.rows.map(row => row.layers[layer]);
   const planes = found.map(([from, to]) => nearest_plane(rows.slice(from, to)));
@@ -141,7 +141,7 @@ function path(reader, layer, scale) {  // steps from plane to plane, and how far
   }
   const [step, noise] = ["step", "noise"].map(key => mean(points.map(p => p[key])));
   const spread = mean(points.map(p => (p.step - p.noise - step + noise) ** 2));
-  const error = Math.sqrt(spread / points.length) / noise;  // of the ratio, one standard error
+  const error = Math.sqrt(spread / points.length) / noise;  // one standard error of the ratio
   return { points, step, noise, ratio: step / noise, error };
 }
 
@@ -159,13 +159,13 @@ const degrees = x => `${Math.round(x * 180 / Math.PI)}°`;
 const item = (what, x) => `<span>${what} <b>${x}</b></span>`;
 const differs = t => touched?.rows[t] && touched.rows[t].first !== intact.rows[t]?.first;
 const write = (letters, n) => Array.from({ length: n }, () => letters.next().value).join("");
-function glyph(c) {  // a character, or a token's, as one can see it; safe in HTML
+function glyph(c) {  // a visible form of a character or a token; safe in HTML
   if (typeof c === "number") return glyph(character(c));
   const point = c.codePointAt(), named = { " ": "␣", "\n": "↵", "\t": "⇥" }[c];
   if (named || /[\p{C}\p{Z}]/u.test(c)) return named || `U+${point.toString(16).toUpperCase()}`;
   return `${/\p{M}/u.test(c) ? "◌" : ""}&#${point};`;
 }
-function read() {  // what stands in the text box
+function read() {  // the text box
   const unknown = new Set(), tokens = [], another = () => document.createElement("span");
   let end = 0;
   const points = Array.from(box.value = box.value.slice(0, LONGEST));
@@ -199,7 +199,7 @@ function draw() {
   draw_next(reader, t); draw_point(t);
   if (form.tab.value === "layers") draw_layers(reader, t);
 }
-function draw_text(reader, chosen) {  // coloured by bits, or with parts off by what they changed
+function draw_text(reader, chosen) {  // colours show bits, or with parts off, the change in bits
   const { tokens } = reader, left = tokens.length - reader.next, places = [...tokens.keys()];
   const [before, now] = [intact, reader].map(reader => places.map(t => reader.bits(t)));
   const [whole, loss] = [before, now].map(bits => number(mean(bits.filter(x => x >= 0))));
@@ -287,7 +287,7 @@ function draw_planes(look, scale) {
     parallelogram(look.before, scale, 70, "before")}${dials.join("")}${
     parallelogram(look, scale, 274, "")}</svg>`;
 }
-function draw_arcs(tokens, t, offsets, share) {  // of a long way only the stops
+function draw_arcs(tokens, t, offsets, share) {  // on a long way, only the offsets
   const reach = Math.max(...offsets), stops = [...Array(reach + 1).keys()].filter(n =>
     n <= t && (reach <= 20 || n < 6 || offsets.includes(n)));
   const cell = Math.min(26, 344 / stops.length), last = stops.length - 0.5;
@@ -334,7 +334,7 @@ function go_on() {
   $("on-touched").textContent = touched ? write(touched.letters(), 120) : "(no part is off)";
 }
 const x_of = t => ((t + 0.5) / Math.max(1, shown().tokens.length) * 1000).toFixed(1);
-function draw_point(t) {  // where the chosen character is on the paths, and the step to there
+function draw_point(t) {  // marks the chosen character on the paths, and names the step that ends there
   const piece = ([from, to]) => `“<bdi>${shown().tokens.slice(from, Math.min(to, from + 24))
     .map(glyph).join("")}${to > from + 24 ? "…" : ""}</bdi>”`;
   for (const svg of all("#paths svg")) {
@@ -378,7 +378,7 @@ function write_on() {
       * (start + written.length) }).map(([name, n]) => item(name, many(n))).join("");
   written.length < writer.until ? later("write", fast ? 0 : 25, write_on) : run(false);
 }
-function run(on, from = writer) {  // or stop; on: for as many characters as the field says
+function run(on, from = writer) {  // on: write as many characters as the field says; else stop
   clearTimeout(timers.write); writer = from;
   if (!writer) $("written").textContent = $("counter").textContent = "";
   $("start").textContent = on ? "Stop" : writer ? "Start again" : "Start";
@@ -400,13 +400,13 @@ function load() {
   const known = all("[role=switch]").flatMap(keys);
   box.value = query.get("text") ?? page.text; state.at = Math.floor(query.get("at") ?? page.at) || 0;
   state.off = new Set(query.get("off")?.split(",").filter(key => known.includes(key)));
-  for (const tab of ["layers", query.get("tab")]) form.tab.value = tab;  // if there is such a one
+  for (const tab of ["layers", query.get("tab")]) form.tab.value = tab;  // no effect if there is no such tab
   for (const scale of ["words", query.get("scale")]) form.scale.value = scale;
   read(); touch(); [$("page").hidden, $("broken").hidden] = [false, true];
   if (intact.tokens.length) go_to(state.at);
   if (!location.hash && page.at > 0 && intact.work(Infinity)) tour(0);
 }
-function go_to(t) {  // the character is chosen, its place seen, and the caret behind it
+function go_to(t) {  // choose the character, scroll to it, and put the caret behind it
   const cell = cells.find(cell => cell.t === t);
   box.setSelectionRange(cell.end, cell.end); cell.scrollIntoView({ block: "nearest" });
   choose(t);
@@ -415,7 +415,7 @@ function show() {
   for (const { value } of form.tab) $(value).hidden = value !== form.tab.value;
   refresh();
 }
-function explain({ target }) {  // what a term means, beside it, and where the lesson has more
+function explain({ target }) {  // shows beside a term what it means, and where the lesson has more
   const term = target.closest(".term"), gloss = $("gloss"), [says, lesson] = gloss.children;
   if (!term) return;
   says.textContent = term.title;
@@ -423,7 +423,7 @@ function explain({ target }) {  // what a term means, beside it, and where the l
   gloss.hidePopover(); gloss.showPopover({ source: term });
 }
 
-// ---- a first minute: what a button says; what a click on it does, and what is to be seen then ----
+// ---- a first minute: what a button says; what a click on it does, and what the page says then ----
 const block = () => innerWidth > 860 ? "nearest" : "start";  // a phone has one column
 const see = (tab, id) => { form.tab.value = tab; show(); $(id).scrollIntoView({ block: block() }); };
 const TOUR = [["", () => "New here? Take four clicks, one minute."],
@@ -440,7 +440,7 @@ const TOUR = [["", () => "New here? Take four clicks, one minute."],
   }],
   ["switch the planes off", () => {
     state.off = new Set(model.layers.map((_, i) => `${i + 1}-wedge`)); touch(); see("touch", "switches");
-    return "Nothing comes from the planes now. Under the text stands the loss, before → after.";
+    return "Nothing comes from the planes now. The line under the text shows the loss, before → after.";
   }],
   ["let the model write", () => {
     state.off.clear(); touch(); $("start").click(); see("write", "output");
@@ -465,7 +465,7 @@ function listen() {
   box.onclick = event => { if (alone() && under(event) >= 0) go_to(under(event)); };
   const mouse = event => event.pointerType === "mouse" && !event.buttons;
   box.onpointermove = event => hover(mouse(event) ? under(event) : -1);
-  const step_at = ({ target, x }) => {  // where the step on a path ends that is nearest
+  const step_at = ({ target, x }) => {  // the end of the step on a path that is nearest to the pointer
     const { points } = target, { left, width } = target.getBoundingClientRect();
     const away = p => Math.abs(x_of(p.t) / 1000 - (x - left) / width);
     return points ? points.reduce((p, q) => away(q) < away(p) ? q : p).t : -1;
@@ -494,7 +494,7 @@ try {
   for (const term of all(".term")) term.title = term.title.replace(/\s+/g, " ");
   for (const node of all(".memory")) node.hidden = !model.config.memory;
   build_controls();
-  box.value = page.text.slice(0, LONGEST); page.text = box.value;  // as a text box has it
+  box.value = page.text.slice(0, LONGEST); page.text = box.value;  // with the line ends of a text box
   listen(); load();
   const done = () => [intact, touched].every(reader => !reader?.rows.includes(null));
   const logits = (text, stream = model.stream_init()) =>

@@ -2,7 +2,7 @@
 // The streaming step of grassmann.py, op by op, under the same names. Vectors are rows, W (in, out)
 // lies row after row; an op writes into its last argument.
 
-function accumulate(x, W, y) {  // y += x W; eight rows of W at a time: y is touched seldom
+function accumulate(x, W, y) {  // y += x W; eight rows of W at a time, to read and write y less often
   const n = y.length, whole = x.length - x.length % 8;
   for (let i = 0; i < whole; i += 8) {
     const a = x[i], b = x[i + 1], c = x[i + 2], d = x[i + 3];
@@ -45,7 +45,7 @@ function add_wedge(A, u, v) {  // A += u ∧ v as an antisymmetric matrix (r, r)
     for (let j = 0; j < u.length; j++) A[n++] += u[i] * v[j] - v[i] * u[j];
   }
 }
-function unit_area(u, v) {  // 1 / |u ∧ v|, by which v is multiplied; 0 where there is no plane
+function unit_area(u, v) {  // 1 / |u ∧ v|, the factor of v; 0 if there is no plane
   const tiny = 1.1754943508222875e-38, uu = dot(u, u), vv = dot(v, v), uv = dot(u, v);
   if (uu <= tiny || vv <= tiny) return 0;
   const height = v.reduce((sum, x, i) => sum + (x - uv / uu * u[i]) ** 2, 0);
@@ -115,7 +115,7 @@ class Model {
     linear(x, w.W_1, w.b_1, this.inner); linear(gelu(this.inner), w.W_2, w.b_2, out);
   }
   // h ← h + mix(LN1(h)), h ← h + FFN(LN2(h)); the paper's: h ← LN1(mix(h)), h ← LN2(h + FFN(h)).
-  block(layer, past, position, off) {  // what is kept: also how far mixer and FFN moved the state
+  block(layer, past, position, off) {  // returns what is kept, and how far mixer and FFN moved the state
     const { h, before, normed, mixed, out } = this, prenorm = this.config.block === "prenorm";
     before.set(h);
     if (prenorm) layernorm(h, layer.ln1, normed);
@@ -133,7 +133,7 @@ class Model {
     accumulate(last, this.E_T, this.logits.fill(0));
     return this.logits;
   }
-  forward(state, token, off = []) {  // embed, N blocks; a row: what is kept of the token
+  forward(state, token, off = []) {  // embed, N blocks; returns a row of what is kept of the token
     const { config, h, E, P } = this, d = config.d_model, { position, past } = state;
     for (let i = 0; i < d; i++) h[i] = E[token * d + i];
     if (config.positions) for (let i = 0; i < d; i++) h[i] += P[position * d + i];
@@ -150,7 +150,7 @@ class Model {
   }
   stream_step(state, token, off) {  // off: what is switched off, for each layer
     const { positions, context } = this.config;
-    if (positions && state.position === context) {  // the table ends: the last half again from 0
+    if (positions && state.position === context) {  // positions end: read the last half again from 0
       const again = state.recent.slice(state.recent.length - (context >> 1));
       Object.assign(state, this.stream_init(), { recent: again });
       for (const old of again) this.forward(state, old, off);
@@ -161,7 +161,7 @@ class Model {
   }
 }
 const likeliest = logits => logits.indexOf(Math.max(...logits));
-// Draw from softmax(logits / temperature), among the top_k largest; `sorted` is room for them.
+// Draw from softmax(logits / temperature), among the top_k largest. `sorted` is an array to sort them in.
 function sample(logits, temperature, top_k, random, sorted) {
   const most = likeliest(logits);
   sorted.set(logits);

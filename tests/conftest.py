@@ -1,8 +1,8 @@
 """What the tests share: small models, weights of ordinary size, and gradients by differences.
 
-A derivative that is derived by hand is checked against (f(x + hD) - f(x - hD)) / 2h in float64
-(experiments/layer_checks.py). The rounding of f enters as 1e-16 / h, the third derivative as h².
-With h = 1e-5 both stay near 1e-10.
+A gradient that is derived by hand is compared with (f(x + hD) - f(x - hD)) / 2h in float64
+(experiments/layer_checks.py). Rounding of f adds an error of 1e-16 / h, the third derivative an
+error of h². With h = 1e-5 both stay near 1e-10.
 """
 
 import cli
@@ -18,7 +18,7 @@ import pytest
 from experiments import layer_checks
 from grassmann import Array, Config, Params, param_shapes
 
-# In the background, or under nohup, these are ignored, also by the programs that the tests start.
+# In the background or under nohup, these signals are ignored. The tests' programs would inherit this.
 for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
         signal.signal(getattr(signal, name), usual)
@@ -30,7 +30,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line("worst gradient error {:.1e} ({})".format(*max(errors)))
 
 def helper(function: Callable):
-    """Tests ask for the function as for a fixture, by its name."""
+    """Makes the function a fixture with its own name."""
     return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
 
 @pytest.fixture
@@ -44,19 +44,19 @@ VARIANTS = {
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
 def variant(request) -> dict:
-    """What makes each of the twelve models, as arguments of Config."""
+    """The arguments of Config for each of the twelve kinds of model."""
     return request.param
 
 @helper
 def tiny_config(**changes) -> Config:
-    """As small as a model can be while every size differs from every other."""
+    """The smallest model in which all sizes differ."""
     sizes = {"vocab_size": 11, "context": 9, "n_layer": 2, "d_model": 8, "rank": 4, "d_ff": 10, "dropout": 0.0}
-    attention = changes.get("mixer") == "attention"  # has no offsets: what a test says of them is left out
+    attention = changes.get("mixer") == "attention"  # has no offsets: a test's offsets are left out
     return Config(**sizes | {"offsets": ((1,), (1, 3))} | changes | ({"offsets": ()} if attention else {}))
 
 @helper
 def ordinary_params(config: Config, seed: int = 0, dtype: type = np.float64) -> Params:
-    """Weights as after training: the initial ones, small or 0 or 1, hide mistakes."""
+    """Weights as after training. Initial weights are small, 0 or 1, and hide mistakes."""
     rng, params = np.random.default_rng(seed), {}
     for name, shape in param_shapes(config).items():
         kind = name.split(".")[-1]
@@ -66,7 +66,7 @@ def ordinary_params(config: Config, seed: int = 0, dtype: type = np.float64) -> 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config, ordinary_params) -> Callable[..., tuple[Params, Config]]:
-    """tiny_model(dtype, seed, ...): a model of ordinary weights; the rest as of Config."""
+    """tiny_model(dtype, seed, ...): a small model with ordinary weights; ... are arguments of Config."""
     def tiny_model(dtype: type = np.float64, seed: int = 0, **changes) -> tuple[Params, Config]:
         config = tiny_config(**changes)
         return ordinary_params(config, seed, dtype), config
@@ -74,7 +74,7 @@ def tiny_model(tiny_config, ordinary_params) -> Callable[..., tuple[Params, Conf
 
 @helper
 def batch(B: int, L: int = 9, seed: int = 2) -> tuple[Array, Array]:
-    """Random tokens, with a run of equal ones: without taps their planes are degenerate."""
+    """Random tokens with a run of equal tokens, whose planes are degenerate without taps."""
     text = np.random.default_rng(seed).integers(0, 11, (B, L + 1))
     text[-1, 1:3] = text[-1, 0]
     return text[:, :-1], text[:, 1:]

@@ -1,4 +1,4 @@
-"""How much there is to read, against the limits that this project keeps: python tests/limits.py (exit code 1: too much)"""
+"""Compare numbers of lines with the limits of this project: python tests/limits.py (exit code 1: too many)"""
 
 from pathlib import Path
 

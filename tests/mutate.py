@@ -1,12 +1,12 @@
 """Break the mathematics on purpose, in one place at a time, and see whether the tests notice.
 
     python tests/mutate.py                  every mutation, ten minutes or so
-    python tests/mutate.py plucker          those with "plucker" in their line
+    python tests/mutate.py plucker          mutations with "plucker" in their line
 
-A test that cannot fail proves nothing. MUTATIONS lists mistakes that one could make: for a function or class
-the code as it is, an expression or statement that occurs once there, and that code with a mistake, or with
-several in turn. The tests run with the broken module in place of the right one until one fails.
-Exit code 1 if none does, or the list does not fit, or the tests fail as it is.
+A test that cannot fail proves nothing. MUTATIONS lists possible mistakes. For a function or class it has an
+expression or statement that occurs there once, and one or more versions of it with a mistake. The tests run
+with the broken module in place of the right module until a test fails. Exit code 1 if no test fails, if the
+list does not fit the code, or if a test fails without any mutation.
 """
 
 import ast
@@ -26,7 +26,7 @@ import cli, importlib, pytest, sys
 cli.prepare()
 _, folder, module, *options = sys.argv
 sys.path.insert(0, folder)
-importlib.import_module(module)  # now, so that no test finds the right one first
+importlib.import_module(module)  # now, before a test imports the right module
 sys.exit(pytest.main(options))
 """
 
@@ -176,8 +176,7 @@ def broken(where: str, old: str, new: str) -> tuple[str, str, str]:
         one, other = one.value, other.value
     code = ast.unparse(one)
     scopes = [node for node in ast.walk(tree) if getattr(node, "name", None) == name] or [tree]
-    places = [(parent, field, k) for parent in ast.walk(scopes[0])
-              for field, value in ast.iter_fields(parent)
+    places = [(parent, field, k) for parent in ast.walk(scopes[0]) for field, value in ast.iter_fields(parent)
               for k, node in enumerate(value if isinstance(value, list) else [value])
               if type(node) is type(one) and ast.unparse(node) == code]
     if len(scopes) != 1 or len(places) != 1:
@@ -189,7 +188,7 @@ def broken(where: str, old: str, new: str) -> tuple[str, str, str]:
     return module, name, ast.unparse(ast.fix_missing_locations(tree))
 
 def killer(mutant: tuple[str, str, str]) -> str | None:
-    """The test that fails first, or None. Tests that name the function come first."""
+    """The first test that fails, or None. Test files that name the function run first."""
     module, name, code = mutant
     op = re.sub("_(forward|backward)$", "", name)
     tests = sorted(MATHEMATICS, key=lambda test: op not in (ROOT / test).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The pages: their code runs, their numbers come out, what they name exists."""
+"""The pages: their code runs and prints what they show, and what they name exists."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ def document(page) -> str:
     return page.read_text(encoding="utf-8")
 
 def same(printed: str, shown: str) -> bool:
-    """The same words and numbers, to a unit of the last digit shown; errors, which have an exponent, roughly."""
+    """The same words, and the same numbers to a unit of the last digit; errors, which have an exponent, roughly."""
     def near(a, b):
         if "e" in b:
             return 1 / 30 < float(a) / float(b) < 30
@@ -68,7 +68,7 @@ def test_every_link_picture_and_section_exists(page, document):
             assert section in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, section
 
 def test_what_is_quoted_from_the_code_stands_there(document):
-    """```py and ```cuda quote; a line "# …" stands for what was left out."""
+    """Blocks of ```py and ```cuda are quotes. A line "# …" stands for lines that were left out."""
     for kind, file in (("py", "grassmann.py"), ("cuda", "kernels.cu")):
         source = (ROOT / file).read_text(encoding="utf-8")
         for quoted in re.findall(rf"```{kind}\n(.*?)```", document, re.DOTALL):

@@ -42,7 +42,7 @@ def rmsnorm_forward(x, w, eps=1e-5):
     return w * x / sigma, (x / sigma, w, sigma)
 
 def rmsnorm_backward(dy, cache):
-    """As LayerNorm without the way through the mean: dx = (dx̂ - x̂ mean(dx̂ ⊙ x̂)) / σ."""
+    """LayerNorm's backward without the path through the mean: dx = (dx̂ - x̂ mean(dx̂ ⊙ x̂)) / σ."""
     x_hat, w, sigma = cache
     return (dy * w - x_hat * G.mean(dy * w * x_hat)) / sigma, (dy * x_hat).sum(0)
 
@@ -102,7 +102,7 @@ def test_12_looking_ahead_is_noticed(monkeypatch, tiny_model):
 wedge_forward, wedge_backward = G.plucker_forward, G.plucker_backward
 
 def cosine_forward(u, v):
-    """p with one coordinate more, 0 where a vector is 0, as are its gradients."""
+    """p with the cosine as one more coordinate. It is 0 if a vector is 0, and so are its gradients."""
     p, cache = wedge_forward(u, v)
     lengths = np.sqrt([G.dot(u, u), G.dot(v, v)])
     per_u, per_v = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
@@ -110,7 +110,7 @@ def cosine_forward(u, v):
     return np.concatenate([p, cosine], -1), (u * per_u, per_u, v * per_v, per_v, cosine, cache)
 
 def cosine_backward(dout, cache):
-    """∂cos/∂u = (v/|v| - cos u/|u|) / |u|: what u does not have yet of the unit vector v."""
+    """∂cos/∂u = (v/|v| - cos u/|u|) / |u|: the part of the unit vector v at right angles to u, divided by |u|."""
     e, per_u, f, per_v, cosine, cache = cache
     du, dv = wedge_backward(dout[..., :-1], cache)
     d = dout[..., -1:]

@@ -8,7 +8,7 @@ import grassmann as G
 TOKENS = np.array([[3, 0, 3, 1], [4, 3, 3, 0]])  # of 6: some repeated, two missing
 MEMORY = {"W_ab": (8, 8), "b_ab": (8,), "W_mem": (4, 8)}
 
-# Forward and the shapes of its inputs, in a dict those of parameters. The first word names the op.
+# Forward, and the shapes of its inputs. A dict has shapes of parameters. The first word names the op.
 OPS = {
     "linear": (G.linear_forward, [(2, 3, 5), (5, 4), (4,)]),
     "layernorm": (G.layernorm_forward, [(2, 3, 5), (5,), (5,)]),
@@ -40,7 +40,7 @@ def test_op(rng, check_op, op):
               else draw(one) for one in shapes]
     check_op(op, forward, getattr(G, f"{op.split()[0]}_backward"), *inputs)
 
-@pytest.mark.parametrize("L", [9, 4])  # 4 are fewer tokens than the largest offset or than P has
+@pytest.mark.parametrize("L", [9, 4])  # 4 tokens are fewer than the largest offset, and than P has rows
 def test_model(tiny_model, batch, check_gradients, variant, L, request):
     """With dropout: its masks are a function of the seed, a whole number or several."""
     params, config = tiny_model(**variant, offsets=((1, 2, 8), (1, 3)), positions=True, dropout=0.3)
@@ -53,7 +53,7 @@ def test_model(tiny_model, batch, check_gradients, variant, L, request):
     check_gradients(request.node.name, lambda: loss()[0], params, grads)
 
 def test_gradients_belong_to_the_caller(tiny_model, batch, variant):
-    """A later call, on other data, overwrites neither earlier gradients nor the parameters."""
+    """A later call on other data does not overwrite earlier gradients or the parameters."""
     params, config = tiny_model(**variant, positions=True)
     arrays = [*params.values(), *G.loss_and_grads(params, config, *batch(4))[1].values()]
     before = [a.copy() for a in arrays]

@@ -1,4 +1,4 @@
-"""A layer of one's own: the file to start from is right, and three wrong ones are found, in words."""
+"""A layer of your own: the file to start from is right, and mistakes in it are found and named."""
 
 import hashlib
 from pathlib import Path
@@ -28,13 +28,13 @@ def test_the_models_own_layers_and_the_file_to_start_from_pass():
     ('"W_mix": dW_mix,', '"W_mix": dW_mix * np.nan,', r"the gradient of blocks.\d.mix.W_mix is wrong"),
     ("s = s[:, -length:]", "pass", "mine.py reads a text at once, but not in parts: ValueError: operands"),
     ("-max(config.offsets[layer]) :]", "-1:]",
-     r"mine.py: token by token it gives other logits than all at once, by [\d.]+$"),
+     r"mine.py: token by token it returns other logits than all at once, by [\d.]+$"),
     ("z * s,", "z * s + z.mean(1, keepdims=True),", r"mine.py sees the future: .* by \d"),
     ("def shapes", "def shape", "mine.py defines no function shapes; docs/my_layer.py has all three"),
     ("import numpy", "import nonsense", "mine.py, line 8: ModuleNotFoundError: No module named 'nonsense'"),
     ("z * s,", "z * s *,", r"mine.py: SyntaxError: invalid syntax \(mine.py, line \d+\)")])
 def test_what_is_wrong_is_said(tmp_path, old, new, said):
-    """Of the file with one change."""
+    """Each mistake is one change of the file."""
     source, layer = START.read_text(encoding="utf-8"), tmp_path / "mine.py"
     assert source.count(old) == 1
     layer.write_text(source.replace(old, new), encoding="utf-8")

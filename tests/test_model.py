@@ -17,10 +17,10 @@ def near(a, b, atol=1e-12):
 # ---- the model, written out token by token -------------------------------------------------------
 
 def written_out(params, config, text):
-    """Logits (L, V) of one text, by the paper's equations as plainly as they stand, and what lies between.
+    """Logits (L, V) of one text, directly from the paper's equations, and values inside the layers.
 
-    Per layer: z, p (L, …) and the gate alpha, or with attention the table a (heads, L, L). Without taps
-    p is the mean of a wedge for every offset: the model needs one wedge for all of them.
+    Per layer: z, p (L, …) and the gate alpha, or with attention the table a (heads, L, L). Without taps p is
+    the mean of one wedge per offset. The model computes one wedge for all offsets.
     """
     inside = []
 
@@ -84,8 +84,8 @@ def written_out(params, config, text):
 
 @positions
 def test_the_model_is_its_equations(tiny_model, batch, variant, positions):
-    """Logits, loss, and what the caches show under its name: the numbers that the layer used. Equal
-    tokens make degenerate pairs, and one offset lies beyond the text."""
+    """Logits, loss, and the values that the caches name. Equal tokens make degenerate pairs, and one offset is longer
+    than the text."""
     params, config = tiny_model(**variant, positions=positions, context=12, offsets=((1, 2, 5), (3, 10)))
     texts, y = batch(2)
     found, cache = G.model_forward(params, config, texts)
@@ -119,7 +119,7 @@ def test_streaming_equals_forward_far_beyond_the_context(tiny_model, variant, dt
 
 @pytest.mark.parametrize("context", [8, 9])
 def test_streaming_with_positions_re_reads_half_the_context(tiny_model, variant, context):
-    """At the context's end it goes on from the last context // 2 tokens, at positions 0, 1, …"""
+    """At the end of the context it continues from the last context // 2 tokens, at positions 0, 1, …"""
     model = tiny_model(**variant, positions=True, context=context)
     text, window, state = np.random.default_rng(1).integers(0, 11, 30), [], G.stream_init(*model)
     for token in text:
@@ -144,7 +144,7 @@ def test_greedy_sampling_takes_the_largest_logit(model, how):
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.5, None), (2.0, 4), (3.0, 100)])
 def test_frequencies_are_softmax_of_logits_over_temperature(model, temperature, top_k):
-    """Of the first token after (3, 1), with a thousand seeds: within four standard deviations."""
+    """For the first token after (3, 1), with a thousand seeds, within four standard deviations."""
     n, logits = 1000, G.forward(*model, np.array([[3, 1]]))[0, -1]
     p = np.exp((logits - logits.max()) / temperature)
     p[np.argsort(logits)[: -(top_k or 7)]] = 0
@@ -154,7 +154,7 @@ def test_frequencies_are_softmax_of_logits_over_temperature(model, temperature, 
 
 @positions
 def test_prompts(tiny_model, positions):
-    """None, any iterable, every token, longer than the context; nothing to write; seeds."""
+    """An empty prompt, any iterable, every token, longer than the context; nothing to write; seeds."""
     model = tiny_model(positions=positions)
     write = lambda prompt, n=30, **how: list(G.generate(*model, prompt, n, **how))  # noqa: E731
     assert write([1, 2]) == write(iter([1, 2])) == write(np.array([1, 2])) != write([1, 2], seed=1)
@@ -195,39 +195,39 @@ WRONG = {  # of tiny_config
     "rank must be at least 2, not 1": [{"rank": 1}],
     "n_layer must be at least 1, not 0": [{"n_layer": 0}],
     "dropout must be at least 0 and below 1": [{"dropout": rate} for rate in (1, -0.1, math.nan)],
-    "2 layers need 2 groups of offsets, 3 given": [{"offsets": ((1,),) * 3}],
+    "offsets need 2 groups, not 3": [{"offsets": ((1,),) * 3}],
     "must be distinct": [{"offsets": ((1, 1), (2,))}, {"offsets": ((), (1,))}],
     "1 to context - 1, here 8": [{"offsets": ((1,), (wrong,))} for wrong in (0, 9)],
-    "n_head must divide": [{"mixer": "attention", "n_head": 3}],
+    "n_head, 3, must divide d_model, 8": [{"mixer": "attention", "n_head": 3}],
     "neither memory nor offsets": [{"mixer": "attention"} | x for x in ({"memory": True}, {"offsets": ((1,),) * 2})],
-    "block must be one of": [{"block": "postnorm"}],
-    "mixer must be one of": [{"mixer": "lstm"}],
+    "block must be one of": [{"block": "postnorm"}, {"block": ["paper"]}],
+    "mixer must be one of": [{"mixer": "lstm"}, {"mixer": {}}],
 }
 
 @pytest.mark.parametrize(("rule", "changes"), [(r, c) for r in WRONG for c in WRONG[r]], ids=str)
 def test_a_wrong_configuration_gets_a_sentence(rule, changes):
-    """A short one: not the whole configuration."""
+    """The sentence does not show the whole configuration."""
     sizes = {"context": 9, "n_layer": 2, "d_model": 8, "offsets": None if "mixer" in changes else ((1,), (1, 3))}
     with pytest.raises(G.UserError, match=rule) as error:
         G.Config(11, **sizes | changes)
     assert "\n" not in str(error.value) and "Config(" not in str(error.value)
 
 TEXT, TABLE = np.array([[1, 2, 3]]), {"P": np.zeros((9, 8))}
-DOORS = {  # what is said, and of what: params, config
+DOORS = {  # the message, and the call that raises it
     r"\(B, L\), not int64 of shape \(3,\)": lambda p, c: G.forward(p, c, TEXT[0]),
     r"\(B, L\), not int64 of shape \(1, 0\)": lambda p, c: G.forward(p, c, TEXT[:, :0]),
     "whole numbers.* not float64": lambda p, c: G.forward(p, c, TEXT / 1),
     "from 0 to 6, not from -1 to 1": lambda p, c: G.forward(p, c, TEXT - 2),
     "from 0 to 6, not from 5 to 7": lambda p, c: G.loss_and_grads(p, c, TEXT, TEXT + 4),
     "from 0 to 6, not from 6 to 8": lambda p, c: G.loss_and_grads(p, c, TEXT + 5, TEXT),
-    "one shape": lambda p, c: G.loss_and_grads(p, c, TEXT, TEXT[:, 1:]),
+    "same shape": lambda p, c: G.loss_and_grads(p, c, TEXT, TEXT[:, 1:]),
     "P is missing": lambda p, c: G.stream_init(p, dataclasses.replace(c, positions=True)),
     "P is .* no such parameter": lambda p, c: G.forward(p | TABLE, c, TEXT),
     "E is": lambda p, c: G.loss_and_grads(p | {"E": TEXT}, c, TEXT, TEXT),
     "10 tokens exceed the context of 9":
         lambda p, c: G.forward(p | TABLE, dataclasses.replace(c, positions=True), np.zeros((1, 10), int)),
     "nothing to read": lambda p, c: G.stream_read(p, c, G.stream_init(p, c), []),
-    "tokens go from 0 to 6$": lambda p, c: G.stream_step(p, c, G.stream_init(p, c), -1),
+    "tokens must be from 0 to 6$": lambda p, c: G.stream_step(p, c, G.stream_init(p, c), -1),
     "from 0 to 6$": lambda p, c: G.stream_step(p, c, G.stream_init(p, c), 7),
     "not from 7 to 7": lambda p, c: G.generate(p, c, [7], 1),
     "temperature must": lambda p, c: G.generate(p, c, [1], 1, temperature=-1),
@@ -242,7 +242,7 @@ def test_what_makes_no_sense_gets_a_sentence(model, rule):
         DOORS[rule](*model)
 
 def test_mistakes_of_the_program_keep_their_traceback():
-    """x (4, 6) has as many numbers as 8 rows of W (3, 5) take. Sizes have another type."""
+    """x (4, 6) has as many numbers as 8 rows for W (3, 5). Sizes of a wrong type are a TypeError."""
     with pytest.raises(ValueError, match=r"x \(4, 6\) has rows of 6, but W \(3, 5\) takes rows of 3") as error:
         G.linear_forward(np.ones((4, 6)), np.ones((3, 5)), np.ones(5))
     assert error.type is ValueError  # not a UserError

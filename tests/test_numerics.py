@@ -1,6 +1,6 @@
-"""Extreme inputs: where the exact result fits into float32, the float32 result is finite and right.
+"""Extreme inputs: if the exact result fits into float32, the float32 result is finite and right.
 
-The exact result is that of float64, on the same (float32) inputs. NumPy's warnings are errors (pyproject.toml).
+The exact result is computed in float64 from the same float32 inputs. NumPy's warnings are errors (pyproject.toml).
 """
 
 import itertools
@@ -19,14 +19,14 @@ def draw(rng):
     return draw
 
 def both_ways(op, *inputs, other=()):
-    """The op on all inputs but the last, its backward on that: [out, *gradients]."""
+    """[out, *gradients] of an op. The last input is the gradient that the backward takes."""
     *inputs, dout = [x.copy() for x in inputs]
     out, cache = getattr(G, f"{op}_forward")(*inputs, *other)
     grads = getattr(G, f"{op}_backward")(dout, cache)
     return [out, *(grads if isinstance(grads, tuple) else [grads])]
 
 def check(op, *inputs, other=(), scale=0):
-    """float32 differs from float64 by little beside the largest number of a row, or beside `scale`."""
+    """float32 differs little from float64, compared with the largest number of a row, or with `scale`."""
     wide = both_ways(op, *(x.astype(np.float64) for x in inputs), other=other)
     for got, exact in zip(both_ways(op, *inputs, other=other), wide, strict=True):
         assert got.dtype == np.float32
@@ -44,7 +44,7 @@ def test_products_and_unit_areas(draw, a, b):
 
 @pytest.mark.parametrize(("a", "b"), [*itertools.product([1e-20, 1e-40, 0], [1e15, 1e-25])])
 def test_a_vector_whose_square_underflows_counts_as_zero(draw, a, b):
-    """Below 1e-19: no plane and no gradient. float64 would still see one."""
+    """Below 1e-19 there is no plane and no gradient. float64 would still see a plane."""
     u, v = draw(a, 20, 5), draw(b, 20, 5)
     for pair in ((u, v), (v, u)):
         np.testing.assert_array_equal(both_ways("unit_area", *pair, draw(1, 20, 5)), 0)
@@ -61,7 +61,7 @@ def test_layernorm_gelu_and_cross_entropy(rng, draw, size):
     {}, {"E": 0}, {"E": 1e4}, {"W_gate": 1e4}, {"W_red": 1e-15, "b_red": 1e-15}, {"W_red": 1e6}, {"W_qkv": 1e6},
     {"W_1": 1e6}], ids=str)
 def test_models_are_finite_and_right(tiny_model, variant, change):
-    """Equal letters, and some of the weights far too large, far too small or zero."""
+    """With equal letters, and with some weights far too large, far too small or zero."""
     params, config = tiny_model(np.float32, **variant)
     for name in params:
         for end, factor in change.items():

@@ -31,7 +31,7 @@ def test_adamw_is_the_formula(rng, given):
 
 @pytest.mark.parametrize(("size", "max_norm", "clipped"), [(1, 5, 5), (1, 20, 13), (1e-30, 5, 5), (1e30, 20, 13)])
 def test_clip_grads(size, max_norm, clipped):
-    """(3, 4) and 12 have together the norm 13; all are scaled alike, in place, or not at all."""
+    """(3, 4) and (12, 0) together have the norm 13. All are scaled by one factor, in place, or not at all."""
     same = [np.float32([[3, 4]]) * size, np.float32([12, 0]) * size]
     grads = dict(enumerate(same))
     assert G.clip_grads(grads, size * max_norm) == pytest.approx(size * 13, rel=1e-6)
@@ -40,7 +40,7 @@ def test_clip_grads(size, max_norm, clipped):
     np.testing.assert_allclose(found, size * np.array([3, 4, 12, 0]) * (clipped / 13), rtol=1e-6)
 
 def test_learning_rate():
-    """Up in equal steps, the peak right after the warm-up, half a cosine down to min_lr."""
+    """Equal steps up, the peak right after the warm-up, then half a cosine down to min_lr."""
     t = Training(iters=100, lr=1.0, min_lr=0.1, warmup_iters=10)
     up, down = range(1, 11), [0.1 + 0.45 * (1 + math.cos(math.pi * k / 90)) for k in range(91)]
     expected = [*(k / 11 for k in up), *down, 0.1, 0.1]
@@ -49,7 +49,7 @@ def test_learning_rate():
     assert Training(iters=200, lr=2.0).rate(200) == pytest.approx(0.2)  # a tenth, unless given
 
 def test_a_batch_is_windows_of_the_text_drawn_from_seed_and_step():
-    """20 tokens have windows of 6 (with targets) at 0 … 14, drawn equally often; 6 have one, 5 none."""
+    """In 20 tokens, windows of 6 (with targets) start at 0 … 14, equally often. 6 tokens have one window, 5 none."""
     x, y = G.get_batch(np.arange(20) * 3, 3000, 5, seed=5, step=2)
     assert x.shape == (3000, 5) and (np.diff(x) == 3).all() and (y == x + 3).all()
     counts = np.bincount(x[:, 0] // 3)
@@ -57,7 +57,7 @@ def test_a_batch_is_windows_of_the_text_drawn_from_seed_and_step():
     for seed, step in [(5, 3), (6, 2), (2, 5), (4, 3)]:
         assert (x != G.get_batch(np.arange(20) * 3, 3000, 5, seed, step)[0]).any()
     assert (G.get_batch(np.arange(6), 3, 5, 0, 0)[0] == range(5)).all()
-    with pytest.raises(G.UserError, match="5 tokens are too few: a window takes 5 and one more"):
+    with pytest.raises(G.UserError, match="5 tokens are too few: a context of 5 needs 6"):
         G.get_batch(np.arange(5), 3, 5, 0, 0)
 
 def test_dropout_keeps_the_mean(rng):
@@ -70,7 +70,7 @@ def test_dropout_keeps_the_mean(rng):
 
 @pytest.mark.parametrize("length", [2, 10, 20, 29, 2000])
 def test_validation_takes_every_target_once(tiny_model, length):
-    """Consecutive windows of the context (9), the last as short as it is; their weighted mean."""
+    """Consecutive windows of the context (9), the last one shorter, and their weighted mean."""
     model, text = tiny_model(positions=True), np.random.default_rng(1).integers(0, 11, length)
     total = 0.0
     for start in range(0, length - 1, 9):
@@ -78,18 +78,18 @@ def test_validation_takes_every_target_once(tiny_model, length):
         total += y.size * G.loss_and_grads(*model, x, y)[0]
     found = G.validation_loss(*model, text, lambda f, items: training.in_threads(f, items, 2))
     assert found == pytest.approx(total / (length - 1), rel=1e-12)
-    with pytest.raises(G.UserError, match="1 tokens are too few"):
+    with pytest.raises(G.UserError, match="at least 2 tokens, not 1"):
         G.validation_loss(*model, text[:1])
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 @pytest.mark.parametrize(("B", "shard_tokens"), [(1, 1), (1, 4096), (5, 1), (5, 20), (5, 4096)])
 def test_shards_and_threads_change_nothing_but_rounding(
         tiny_model, batch, relative_error, monkeypatch, threads, B, shard_tokens):
-    """The masks are the whole batch's. And with as many threads it repeats bit for bit."""
+    """The masks are those of the whole batch. With the same number of threads, results repeat bit for bit."""
     monkeypatch.setattr(training, "SHARD_TOKENS", shard_tokens)
     model = tiny_model(dropout=0.3, d_model=7)
     loss, grads = G.loss_and_grads(*model, *batch(B), (1, 2, 1))
-    assert loss != G.loss_and_grads(*model, *batch(B), (1, 2))[0]  # the numbers that draw the batch are others
+    assert loss != G.loss_and_grads(*model, *batch(B), (1, 2))[0]  # the batch is drawn with other numbers
     loss_2, grads_2 = training.loss_and_grads(G, *model, *batch(B), (1, 2), threads)
     assert loss_2 == pytest.approx(loss, rel=1e-12)
     assert max(relative_error(grads[name], grads_2[name]) for name in grads) < 1e-12
@@ -114,7 +114,7 @@ def test_a_step_is_batch_rate_gradients_clipping_adamw(tiny_model, changes, step
     for name in params:
         np.testing.assert_array_equal(params[name], expected[name])
         np.testing.assert_array_equal(optimizer["adam_v"][name], other_optimizer["adam_v"][name])
-    own = SimpleNamespace(train_step=lambda *args: args)  # a module with a step of its own makes it
+    own = SimpleNamespace(train_step=lambda *args: args)  # a module's own train_step is used
     assert training.train_step(own, params, config, t, optimizer, 3, text) == (params, config, t, optimizer, 3, text)
 
 def test_wrong_settings_get_a_sentence(tiny_model, batch):

@@ -8,7 +8,7 @@ import pytest
 from grassmann import plucker, unit_area_backward, unit_area_forward
 
 def wedge(u, v):
-    """u ∧ v by its definition, one coordinate after the other: (0,1), (0,2), …, (1,2), …"""
+    """u ∧ v by its definition, coordinate by coordinate: (0,1), (0,2), …, (1,2), …"""
     return np.array([u[i] * v[j] - u[j] * v[i] for i, j in itertools.combinations(range(len(u)), 2)])
 
 def length(x):
@@ -35,9 +35,9 @@ def pair_at_angle(rng, angle, dtype, r=5):
 
 @pytest.mark.parametrize(("dtype", "near"), [(np.float32, 0.1), (np.float64, 1e-6)])
 def test_unit_area(rng, dtype, near):
-    """q is v, shortened or stretched, so that |u ∧ q| = 1, as exactly as it can be: where u and v are nearly
-    parallel they are rounded to eps, and their area is known to eps / angle. Up to an angle of 1e-5, as near
-    as rounding allows, or if a vector is zero, there is no plane and no gradient."""
+    """q is v, rescaled so that |u ∧ q| = 1, as exactly as possible: if u and v are nearly parallel, rounding them
+    to eps changes their area by eps / angle. Up to an angle of 1e-5, as exactly as rounding allows, or if a
+    vector is zero, there is no plane and no gradient."""
     eps = np.finfo(dtype).eps
     for angle in (1.5, 1e-2, 1e-5 * (1 + near)):
         pair = pair_at_angle(rng, angle, dtype)

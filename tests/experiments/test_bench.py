@@ -42,7 +42,7 @@ def in_torch(params: dict) -> dict:
             for *path, last, value in ((*name.split("."), value) for name, value in params.items())}
 
 def test_the_clock_takes_turns(monkeypatch):
-    """And leaves out the first round, the first call of a turn, and what is missing."""
+    """It leaves out the first round, the first call of a turn, and missing runs."""
     now, turns = [0.0], []
 
     def run(name: str, seconds: float) -> None:
@@ -125,7 +125,7 @@ def test_both_sides_train_alike(ordinary_params, offsets, changes, grad_clip, er
     assert theirs.validate() == pytest.approx(ours.validate(), abs=error)
 
 def test_gpt_writer_reads_its_context(monkeypatch):
-    """A context of 24: its last half, then one by one."""
+    """Of a context of 24, the last half at once, then one by one."""
     torch, read, cycle = need_torch(), [], [(0, 12), *((position, 1) for position in range(12, 24))]
     monkeypatch.setattr(bench, "Model", lambda config: lambda x, past=None, start=0: (
         read.append((start, x.shape[1])) or torch.zeros(*x.shape, 7)))
@@ -142,7 +142,7 @@ def test_sections_that_compare(section, n_rows, dashes, has_torch):
     assert len(rows) == n_rows and common.markdown(rows).count("–") == (0 if has_torch else dashes)
 
 def test_race(has_torch):
-    """The loss is that of a training run."""
+    """The loss equals a training run's."""
     ours, *others = bench.race(tiny(), iters=60)
     run = bench.Ours(tiny(iters=60), tiny().config())
     for _ in range(60):
@@ -150,7 +150,7 @@ def test_race(has_torch):
     assert ours["loss"] == run.validate() and len(others) == (2 if has_torch else 0)
 
 def test_length(monkeypatch):
-    """Lengths of 64 and 256 in 1,024 tokens, all of them read, with attention only as far as its tables go."""
+    """Lengths of 64 and 256 in 1,024 tokens, which are all read; attention only up to its longest table."""
     read, stream_read = Counter(), grassmann.stream_read
     monkeypatch.setattr(grassmann, "stream_read", lambda *args: read.update([len(args[-1])]) or stream_read(*args))
     rows = bench.length(tiny(threads=3), tokens=1024, longest_table=128)
@@ -164,7 +164,7 @@ def test_length(monkeypatch):
     ("--gpu", "CuPy"), ("--gpu --only race", "not all are sections"), ("--report", "need --gpu"),
     ("--only race --quick", None)])
 def test_command_line(options, error, tmp_path, monkeypatch, capsys):
-    """Tables, or one line that says what is wrong."""
+    """Prints tables, or one line that says what is wrong."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # there is no GPU
     monkeypatch.setattr(sys, "argv", ["bench.py", *options.split()])

@@ -17,7 +17,7 @@ SETUP = Setup(Corpus("", [*range(11)], TEXT, TEXT, 0), 1, True, sizes=SIZES)
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_pytorch_in_every_precision(broken, monkeypatch, capsys):
-    """What is compiled runs as traced, or fails, which is noted. Its batches are ours."""
+    """Compiled models run as traced, or fail, which is noted. Their batches are ours."""
     torch = pytest.importorskip("torch", reason="no PyTorch: experiments/requirements.txt has it")
     trace, how = torch.compile, {"backend": "eager", "fullgraph": True}
     monkeypatch.setattr(torch, "compile", lambda f, **_: trace(None if broken else f, **how))
@@ -34,7 +34,7 @@ def test_pytorch_in_every_precision(broken, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_how_much_a_step_starts():
-    """Of train_char.py's model, and the larger one: nodes of the graph, calls of the host."""
+    """For train_char.py's model and the larger model: nodes of the graph, calls of the host."""
     rows, notes = bench_gpu.run("floor", None, False, {"GB/s": 1e9, "TFLOP/s": 1e9, "us a node": 2.0})
     assert [(row["nodes"], row["calls of the host"]) for row in rows] == [(112, 3), (114, 3), (160, 3), (162, 3)], notes
     assert 180 < rows[0]["MB"] < 200 and 3.0 < rows[0]["GFLOP"] < 3.2 and rows[0]["floor, ms"] == pytest.approx(0.224)
@@ -42,7 +42,7 @@ def test_how_much_a_step_starts():
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++") or platform.libc_ver()[0] != "glibc", reason="no g++ with glibc")
 def test_a_report(tmp_path, monkeypatch, capsys):
-    """Rehearsed: every section is printed and written when it is done, and one that lasts too long ends."""
+    """In a rehearsal: every section is printed and written when it is done, and a section that is too slow ends."""
     for name, (function, _) in bench_gpu.SECTIONS.items():
         monkeypatch.setitem(bench_gpu.SECTIONS, name, (function, 0.1 if name == "laptop-ours" else 600))
     bench_gpu.main(["rates", "laptop-ours", "training"], None, tmp_path, True)

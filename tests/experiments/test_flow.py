@@ -121,7 +121,7 @@ def test_kinds_of_characters():
     ({"block": "paper", "taps": False, "normalize": True, "positions": True}, [(0, 0, 8), (4, 8, 12), (16, 20, 24)]),
     ({"memory": True}, [(0, 0, 2500)])], ids=["prenorm", "average", "paper", "memory"])
 def test_the_flow_is_what_the_layers_compute(variant, windows):
-    """A long text in pieces as if in one; with positions, a token sees half a context at least."""
+    """A long text is read in pieces as if in one piece. With positions, a token sees at least half a context."""
     params, config = model(**variant)
     flow = F.read_flow(params, config, TEXT[: windows[-1][-1]], VOCAB)
     for start, first, end in windows:
@@ -144,7 +144,7 @@ def run_flow(*args):
     return subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", timeout=300)
 
 def printed_row(printed, name):
-    """The numbers of each layer in the row of that name, of the first table that has one."""
+    """The numbers of each layer in the first row with this name."""
     row = next(line for line in printed.splitlines() if line.startswith(f"| {name} |"))
     return [[float(x) for x in cell.split(" / ")] for cell in row.split("|")[2:-1]]
 

@@ -13,24 +13,24 @@ from experiments.ngram import ngram_loss, orders
 
 mixers.install()
 
-@pytest.fixture(params=[name for name in mixers.MIXERS if name != "rescaled by 76"])  # 31 has its gradient, less steep
+@pytest.fixture(params=[name for name in mixers.MIXERS if name != "rescaled by 76"])  # 31 tests its gradient
 def mixer(request):
     return request.param
 
 def test_gradients_are_right_and_nothing_sees_the_future(mixer):
-    """Both are asked before the layer must go on where a text ended, which all but one refuse."""
+    """check_layer asks this before it asks for streaming, which all mixers except one refuse."""
     refused = pytest.raises(grassmann.UserError, match=r"not in parts: UserError: .* reads texts whole")
     with nullcontext() if mixer == "rotary attention" else refused:
         check_layer(mixer)
 
 def test_offsets_differ_from_the_first_step(mixer):
-    """Taps start with 0.5; the 0.02 of matrices would hide what they multiply."""
+    """Taps start from N(0, 0.5²). The 0.02 of matrices would hide what they multiply."""
     config = grassmann.Config(65, mixer=mixer)
     taps = [value for name, value in grassmann.init_params(config).items() if "taps" in name]
     assert all(value.std() > 0.25 for value in taps)
 
 def test_how_large_features_are_at_first(monkeypatch, rng):
-    """Beside the wedge's, in the last layer; the objections in experiments/README.md name it."""
+    """Compared with the wedge, in the last layer. The objections in experiments/README.md name this."""
     gate, tokens, sizes = grassmann.gate_forward, rng.integers(0, 65, (12, 64)), {}
     ranks = {"grassmann": 32, "outer product": 32, "sum": 64, "learned planes": 64, "one-sided product": 64}
     for name, rank in ranks.items():
@@ -44,7 +44,7 @@ def test_how_large_features_are_at_first(monkeypatch, rng):
     assert max(sizes.values()) < 1.5 * wedge
 
 def test_features_are_what_they_are_called(rng):
-    """Learned planes are dot products with planes, and the one-sided product is the first of their two terms."""
+    """Learned planes are dot products with planes. The one-sided product is the first of their two terms."""
     z, s, x, y = rng.standard_normal((4, 1, 1, 5))
     w = grassmann.Scope({"X": x[0].T, "Y": y[0].T, "b_plu": np.array([0.5])})
     planes, one_sided = (mixers.learned(antisymmetric)[0](z, s, w)[0].item() - 0.5 for antisymmetric in (True, False))
@@ -65,7 +65,7 @@ def test_rescaled_is_the_layer_with_larger_projections(tiny_model, batch):
 
 @pytest.mark.parametrize("offsets, factor", [(None, 31), (((1, 2, 4, 8, 12, 16),) * 4, 76)])
 def test_messages_that_are_rescaled_are_as_long_as_without_normalising(rng, offsets, factor):
-    """At first, within a quarter: that of one offset a layer; the first layer of the default model."""
+    """At the start, within a quarter: as long as with one offset a layer, in the second layer of the default model."""
     sizes, x = {}, rng.integers(0, 65, (12, 64))
     for normalize, where in ((False, None), (True, offsets)):
         config = grassmann.Config(65, offsets=where, taps=False, normalize=normalize)
@@ -76,7 +76,7 @@ def test_messages_that_are_rescaled_are_as_long_as_without_normalising(rng, offs
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("order", [1, 2, 4])
 def test_ngrams_are_the_formula(rng, order, window):
-    """Witten and Bell, counted one by one; and what a network in windows would see of the past."""
+    """Witten and Bell, counted one by one; with windows, from the past that a network in windows sees."""
     train, test, V = rng.integers(0, 3, 60), rng.integers(0, 4, 30), 4
     text, losses = train.tolist(), []
 
@@ -96,7 +96,7 @@ def test_ngrams_are_the_formula(rng, order, window):
 
 @pytest.mark.parametrize("width", [1, 4, 5])
 def test_a_rotation_multiplies_complex_numbers(rng, width):
-    """By e^(it f), f = 10000^(-k / n) for the k-th of n; of an odd width the last coordinate stays."""
+    """By e^(it f), f = 10000^(-k / n) for the k-th of n. With an odd width the last coordinate stays."""
     x, n = rng.standard_normal((2, 3, 7, width)), width // 2
     turned = (x[..., :n] + 1j * x[..., n : 2 * n]) * np.exp(1j * np.outer(range(7), 10000.0 ** (-np.arange(n) / n)))
     np.testing.assert_allclose(mixers.rotate(x), np.concatenate([turned.real, turned.imag, x[..., 2 * n :]], -1))

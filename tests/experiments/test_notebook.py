@@ -1,4 +1,4 @@
-"""The notebook is the page, and on any page a Markdown renderer hands on each formula as it is written."""
+"""The notebook equals the page. On every page, a Markdown renderer leaves each formula as it is written."""
 
 import re
 from html import unescape
@@ -22,7 +22,7 @@ def test_it_is_in_step_with_the_page_and_has_outputs():
     assert len(printing) > 10 and all(cell.outputs for cell in printing)
 
 def test_it_runs_cell_by_cell():
-    """And prints what is saved (numbers once more: test_documents.py)."""
+    """It prints the saved kinds of output (test_documents.py compares the numbers)."""
     ran = notebook.run(notebook.notebook())
     for cell, saved in zip(ran.cells, jupytext.read(SAVED).cells, strict=True):
         if cell.cell_type == "code":

@@ -8,7 +8,7 @@ from experiments import tasks
 from experiments.compare import BASE, Trial, evaluate, learner
 
 def test_recall_asks_for_what_lies_so_far_back(rng):
-    """Whoever asks says nothing else; nothing nearer tells the answer; every distance occurs."""
+    """A token that asks says nothing else. No nearer token tells the answer. Every distance occurs."""
     x, y, distance = tasks.recall(rng, 512, 256)
     asks, far = distance > 0, distance > 20
     np.testing.assert_array_equal(asks, x == tasks.ASK)
@@ -22,7 +22,7 @@ def test_recall_asks_for_what_lies_so_far_back(rng):
         assert ((low <= distance) & (distance <= high)).sum() >= 80
 
 def test_accuracy_is_sorted_by_distance(monkeypatch, rng):
-    """Of answers that are right from 2 to 16 tokens back, and nowhere else."""
+    """For answers that are right from 2 to 16 tokens back, and wrong elsewhere."""
     _, y, distance = sample = tasks.recall(rng, 600, 64)
     says = np.where((distance > 1) & (distance <= 16), y, (y + 1) % tasks.ANSWERS)
     rows = iter(np.array_split(says, 75))
@@ -31,7 +31,7 @@ def test_accuracy_is_sorted_by_distance(monkeypatch, rng):
     assert 0 < first < 1 and others[:5] == [1, 1, 1, 0, 0]
 
 def test_keys_are_announced_before_they_are_asked_for(rng):
-    """As many as the group says, each slot once; an answer is the key that its slot was given."""
+    """As many keys as the group says, each slot once. An answer is the key of its slot."""
     x, y, many = tasks.keys(rng, 64, 256)
     for row in range(64):
         slots = {}

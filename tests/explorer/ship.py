@@ -1,4 +1,4 @@
-"""Make what lies in the repository from a run of one's own: shakespeare.npz and explorer/explorer.html.
+"""Make the files of the repository from a run of your own: shakespeare.npz and explorer/explorer.html.
 
   python train_char.py --data shakespeare && python tests/explorer/ship.py out/best.npz
 

@@ -22,7 +22,7 @@ def make(folder, *args, stdout=subprocess.PIPE, **how):
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, cwd=folder, env=env, encoding="utf-8", **how)
 
 def save(path, text=LINES, mixer="grassmann", **extra):
-    """A checkpoint of a small model, as of a run on LINES, and beside it its text as it is now."""
+    """A checkpoint of a small model, as after a run on LINES, and next to it the text as it is now."""
     config = G.Config(len(vocabulary(LINES)), n_layer=1, d_model=8, rank=4, context=8, n_head=2, mixer=mixer)
     (data := path.with_name("text.txt")).write_text(text, encoding="utf-8")
     run = {"vocab": vocabulary(LINES), "most_common": 0, "best": [10, 1.5], "settings": {"data": [str(data)]}}
@@ -75,7 +75,7 @@ def test_what_is_refused_leaves_everything_as_it_was(tmp_path, monkeypatch):
     assert page.read_text() == "old" and path.read_bytes() == before and not [*tmp_path.glob("*.tmp")]
 
 def test_another_mixer_and_a_full_or_closed_standard_output_are_a_sentence_at_most(tmp_path, monkeypatch):
-    for mixer, name in (("attention", "attention"), ("mine.py", "a layer of one's own")):
+    for mixer, name in (("attention", "attention"), ("mine.py", "a layer of your own")):
         with monkeypatch.context() as own:
             own.setitem(G.MIXERS, mixer, G.MIXERS.get(mixer, G.MIXERS["grassmann"]))
             save(tmp_path / "best.npz", mixer=mixer)
@@ -85,7 +85,7 @@ def test_another_mixer_and_a_full_or_closed_standard_output_are_a_sentence_at_mo
     (tmp_path / "out").mkdir()
     save(tmp_path / "out" / "last.npz")  # of a run that was stopped
     done = make(tmp_path, stdout=None, preexec_fn=lambda: os.close(1))
-    assert (done.returncode, done.stderr) == (0, "there is no out/best.npz yet, so this is out/last.npz\n")
+    assert (done.returncode, done.stderr) == (0, "there is no out/best.npz yet; using out/last.npz\n")
     assert model_in(tmp_path / "out" / "explorer.html")["about"].startswith("last.npz: ")
     if os.path.exists("/dev/full"):
         with open("/dev/full", "w") as full:

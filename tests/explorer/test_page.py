@@ -1,4 +1,4 @@
-"""The page: what it draws, what its controls do, what it survives. How a page is made is in test_maker.py."""
+"""The page: what it draws, what its controls do, what it survives. test_maker.py tests how a page is made."""
 
 import itertools
 import re
@@ -20,7 +20,7 @@ TEXT = "MENENIUS:\nYou are a fair viol, your sense the strings,\nWho, fingered, 
 ON_TEXT = f"#text={quote(TEXT)}"
 
 def seen(params, config, text, vocab):
-    """What Python sees: cache of the blocks, surprise in bits (T-1), logits (T, V)."""
+    """What Python computes: cache of the blocks, surprise in bits (T-1), logits (T, V)."""
     logits, cache = G.model_forward(params, config, (tokens := encode(text, vocab))[None])
     log_p = logits[0] - np.log(np.exp(logits[0]).sum(-1, keepdims=True))
     return cache["blocks"], -log_p[np.arange(len(tokens) - 1), tokens[1:]] / np.log(2), logits[0]
@@ -297,13 +297,13 @@ def test_a_damaged_page_says_so(explore, tmp_path, pattern, damage):
     assert changes and shown == [True, False] and "python -m explorer" in page.text("#broken")
 
 def busy(browser):
-    """Seconds that the page's own thread was busy so far: others may be busy here."""
+    """Seconds that the page's own thread was busy so far, since other processes may be busy, too."""
     browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
     found = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
     return next(entry["value"] for entry in found if entry["name"] == "TaskDuration")
 
 def least_seconds(browser, code, tries=5):
-    """The least of several, each until all is drawn."""
+    """The least seconds of several tries, each until everything is drawn."""
     times = [busy(browser)]
     for _ in range(tries):
         browser.execute_script(f"{code}; document.body.offsetHeight")
@@ -311,7 +311,7 @@ def least_seconds(browser, code, tries=5):
     return np.diff(times).min()
 
 def seconds_of_a_loop(browser):
-    """What 200 times the default model's multiply-adds take in a plain loop: so fast is this machine."""
+    """The speed of this machine: seconds for 200 times the default model's multiply-adds in a plain loop."""
     browser.execute_script("""W = new Float32Array(677440).fill(0.5); v = new Float32Array(128).fill(0.25);
         loop = () => { let sum = 0; for (let t = 0; t < 200; t++) for (let i = 0; i < W.length; i++)
             sum += W[i] * v[i & 127]; return sum; }; loop()""")
@@ -326,7 +326,7 @@ def test_a_page_is_there_and_writes_in_good_time(explore, browser):
 @pytest.mark.parametrize("place, edit", [
     (0, "letter + text"), (250, "text.slice(0, 250) + letter + text.slice(250)"), (498, "text + letter")], ids=str)
 def test_a_new_picture_at_once(explore, browser, kind, place, edit):
-    """Where all depends on what came before, the changed place is drawn first, and the rest follows."""
+    """If everything depends on earlier characters, the changed place is drawn first, and the rest follows."""
     page = explore(random_model(TEXT, n_layer=4, d_model=128, rank=32, **kind), (TEXT * 5)[:500])
     choose = f"steps = 0; choose({place});"
     page.js(f"step = model.stream_step; model.stream_step = (...x) => (steps++, step.apply(model, x)); {choose}")

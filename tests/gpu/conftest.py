@@ -57,8 +57,8 @@ def model_and_batch(tiny_model, batch):
 
 @pytest.fixture
 def trained(rng):
-    """Losses of a few steps of training, in place, on either side, and the optimiser's state."""
-    text = np.resize(rng.integers(0, 11, 17), 500).astype(np.uint8)  # words over and over again
+    """Train for a few steps, in place, on the CPU or the GPU. Returns the losses and the optimiser's state."""
+    text = np.resize(rng.integers(0, 11, 17), 500).astype(np.uint8)  # the same words again and again
     text[::10] = rng.integers(0, 11, 50)  # with noise
 
     def train(model, config, params, steps, lr=1e-2, **more):

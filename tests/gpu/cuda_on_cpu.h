@@ -1,9 +1,9 @@
-// Enough of CUDA to run kernels.cu on a CPU, for the tests: what a GPU does, or why it would not.
+// Enough of CUDA to run kernels.cu on a CPU, for the tests. It does what a GPU does, or names what is undefined there.
 //
-// Blocks run one after another. The threads of a block are fibers (stacks of their own, one runs at a time): each runs
-// until it waits in __syncthreads, __syncwarp or a warp operation, and goes on when all the others are there too. The
-// order changes from block to block: what works by luck in one order fails in the other. A warp operation that not all
-// 32 lanes reach, or a barrier that not all threads of a block reach, is an error; on a GPU it is undefined.
+// Blocks run one after another. The threads of a block are fibers: each has a stack, and one runs at a time, until it
+// waits in __syncthreads, __syncwarp or a warp operation. It goes on when all other fibers wait there, too. The
+// order changes from block to block: code that works by luck in one order fails in the other. A warp operation that not
+// all 32 lanes reach, or a barrier that not all threads of a block reach, is an error; on a GPU it is undefined.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -31,12 +31,12 @@ enum State { NEW, READY, AT_WARP, AT_BLOCK, DONE };
 struct Fiber {
     char stack[1 << 16];
     ucontext_t start;                       // on this stack
-    jmp_buf here;                           // where it waits (faster to go to than a ucontext)
+    jmp_buf here;                           // where it waits (a jump here is faster than to a ucontext)
     Size index;
     State state;
     unsigned round;                         // warp operations so far
-    unsigned char value[2][8];              // what this lane gives to the last two of them
-    std::pair<const char*, int> operation;  // the last one, and its argument
+    unsigned char value[2][8];              // this lane's values in the last two of them
+    std::pair<const char*, int> operation;  // the last operation, and its argument
 };
 
 static std::deque<Fiber> fibers;  // reused from launch to launch
@@ -62,7 +62,7 @@ __attribute__((noinline)) static void run_until_it_waits(Fiber& fiber) {
     setcontext(&fiber.start);
 }
 
-// All 32 lanes give a value and go on when all are there, with the values of all.
+// Every lane gives a value, waits for all 32 lanes, and gets the values of all lanes.
 template <class T>
 std::array<T, 32> meet(unsigned mask, const char* operation, int argument, T value) {
     Fiber& me = fibers[current];
@@ -77,7 +77,7 @@ std::array<T, 32> meet(unsigned mask, const char* operation, int argument, T val
     return all;
 }
 
-// Let those go on that all wait for each other; false if there are none.
+// Let fibers go on that all wait for each other. Returns false if there are none.
 static bool release() {
     bool released = false;
     const auto ready = [&](size_t first, size_t size, State state) {

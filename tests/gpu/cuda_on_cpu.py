@@ -1,10 +1,10 @@
 """A stand-in for CuPy that computes on the CPU, so that gpu.py and kernels.cu run without a GPU.
 
-Its arrays are NumPy's inside, but like CuPy's they refuse to meet an array of the host. New memory holds NaN, in a
-recording at every launch, and kernels see their arguments between guards: what is not written, or beside an array, does
-not go unnoticed. Kernels are the same file, compiled by the host's C++ compiler behind cuda_on_cpu.h. What runs while a
-stream captures is remembered and done again at each launch of the graph; copies between the sides raise, as on a GPU.
-And it counts what is started (`started`). Only what gpu.py and gpu_cuda.py use is here.
+Its arrays hold NumPy arrays, but like CuPy arrays they refuse to meet an array of the host. New memory holds NaN (in a
+recording, at every launch), and kernels see their arguments between guards. So the tests notice numbers that were never
+written, and numbers written beside an array. Kernels come from kernels.cu, compiled by the host's C++ compiler after
+cuda_on_cpu.h. A graph repeats at each launch what ran while its stream captured; copies between host and device then
+raise, as on a GPU. `started` lists what was started. Only what gpu.py and gpu_cuda.py use is here.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def gpu_on_cpu() -> ModuleType:
 # ---- arrays --------------------------------------------------------------------------------------
 
 class Base:
-    """What an array that lies "on the device" has from CuPy's C code; its class is below, as in CuPy."""
+    """The part of a device array that CuPy has in C code. Its subclass is below, as in CuPy."""
 
     __hash__ = __array_ufunc__ = None  # np.float32(2) * array comes here, np.exp(array) fails
 
@@ -49,7 +49,7 @@ class Base:
         raise TypeError("implicit conversion to a NumPy array is not allowed; use get")
 
     def __getattr__(self, name):
-        if name.startswith("__"):  # above all __array_interface__, a way around __array__
+        if name.startswith("__"):  # above all __array_interface__, which would bypass __array__
             raise AttributeError(name)
         found = getattr(self.host, name)
         return function(found) if callable(found) else device(found)
@@ -71,7 +71,7 @@ class ndarray(Base):
     pass
 
 def host(value):
-    """What is inside a device array, in lists and tuples too; arrays of the host are refused."""
+    """The NumPy array inside a device array, also in lists and tuples. Arrays of the host are refused."""
     if isinstance(value, np.ndarray):
         raise TypeError("an array of the host meets one of the device")
     if isinstance(value, (tuple, list)):
@@ -79,7 +79,7 @@ def host(value):
     return value.host if isinstance(value, ndarray) else value
 
 def device(value):
-    """The reverse; what NumPy returns as a scalar is a 0-d array in CuPy."""
+    """The inverse of `host`. What NumPy returns as a scalar is a 0-d array in CuPy."""
     return ndarray(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
 
 OPERATORS = ("add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd isub imul itruediv rpow and neg invert "
@@ -87,14 +87,14 @@ OPERATORS = ("add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd is
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem", "copyto")
 
 def function(of_numpy):
-    """The same on the device. A view is only Python's; all else is started there."""
+    """A function of NumPy for device arrays. Making a view starts nothing; everything else is started on the device."""
     name = of_numpy.__name__.strip("_")
 
     def of_device(*args, **kwargs):
         args, kwargs = host(args), {name: host(value) for name, value in kwargs.items()}
         given = [getattr(of_numpy, "__self__", None), *args, *kwargs.values()]
         read = [a for x in given for a in (x if isinstance(x, (tuple, list)) else [x]) if isinstance(a, np.ndarray)]
-        if name in ("getitem", "setitem"):  # of what is inside that place alone
+        if name in ("getitem", "setitem"):  # counts only the bytes of that place
             read[0] = read[0][args[0]]
         moved = sum(a.nbytes for a in read)
         if name in IN_PLACE:
@@ -107,14 +107,14 @@ def function(of_numpy):
 
     return of_device
 
-started = []  # what was: (name, bytes that it reads and writes, multiply-adds)
-captured = None  # while a stream captures: the same and how; None in it: it is spoilt
-kept = []  # and the arrays,
-blanks = []  # those that are new memory at each launch of the graph
-dry = False  # if so nothing is computed, only counted
+started = []  # (name, bytes read and written, multiply-adds, …) of everything that was started
+captured = None  # while a stream captures: a list as `started`, with functions; a None in it: it is spoilt
+kept = []  # arrays of the graph
+blanks = []  # arrays that are new memory at each launch of the graph
+dry = False  # if True, nothing is computed, only counted
 
 def launched(name, compute, moved, multiply_adds=0):
-    """Start compute(), which writes where it is told; what a stream captures is done when its graph is launched."""
+    """Start compute(). While a stream captures, compute() runs only when the graph is launched."""
     (started if captured is None else captured).append((name, moved, multiply_adds, compute))
     if captured is None and not dry:
         compute()
@@ -148,16 +148,16 @@ for _name in NAMES.split():
 inf, finfo = np.inf, np.finfo
 
 def asarray(value, dtype=None):
-    """From either side, without a copy if it is on the device already."""
+    """From host or device, without a copy if it is on the device already."""
     if isinstance(value, ndarray):
         return value if dtype in (None, value.dtype) else value.astype(dtype)
     copy = ndarray(np.array(value, dtype))
     crossing("from the host", copy.nbytes)
     return copy
-array = asarray  # of what lies on the host
+array = asarray  # for arrays of the host
 
 def empty(shape, dtype=float):
-    """Holds what shows if it is read: NaN, or a token that texts have."""
+    """New memory. It holds NaN, or for whole numbers a token, so that a test notices if it is read."""
     blank = ndarray(np.empty(shape, dtype))
     if not dry or np.dtype(dtype).kind != "f":
         blank.host[...] = np.nan if np.dtype(dtype).kind == "f" else 1
@@ -173,7 +173,7 @@ class RawModule:
     """CUDA source, compiled for the CPU."""
 
     def __init__(self, code: str, options: tuple[str, ...] = ()):
-        """The library is made once for a source and kept beside the compiled Python files."""
+        """The library is compiled once for a source and kept in __pycache__."""
         real = {"float": "f4", "double": "f8"}[options[0].removeprefix("-Dreal=")]
         self.dtypes = {  # of C types, and of kernels.cu's names of pointers
             "int": "i4", "long long": "i8", "double*": "f8", "int*": "i4", "bytes": "u1", "real": real,
@@ -207,7 +207,7 @@ class RawModule:
                     whole = value.host if value.flags.c_contiguous else value.host.base
                     rows_contiguous = value.strides[-1:] in ((), (value.itemsize,))
                     fine = value.dtype == dtype and whole.flags.c_contiguous and rows_contiguous
-                    beside = -77.25 if dtype.kind == "f" else 1  # shows if it is read or changed
+                    beside = -77.25 if dtype.kind == "f" else 1  # a test notices if this is read or changed
                     room = np.pad(whole.ravel(), GUARD, constant_values=beside)
                     room, *_ = guarded.setdefault(whole.ctypes.data, (room, whole, beside))
                     place = value.data.ptr - whole.ctypes.data + GUARD * dtype.itemsize
@@ -232,7 +232,7 @@ class RawModule:
 
 # ---- cuBLAS --------------------------------------------------------------------------------------
 
-VERSION = 99  # of a libcublas.so that nobody has
+VERSION = 99  # of a libcublas.so that does not exist
 REALS = {0: np.float32, 1: np.float64}  # CUDA_R_32F, CUDA_R_64F
 F32, F64, TF32 = 68, 70, 77  # how cuBLAS computes, and for which types:
 PRODUCTS = {(0, 0, 0, F32), (0, 0, 0, TF32), (1, 1, 1, F64)}
@@ -247,7 +247,7 @@ def matrix(memory: ctypes.c_void_p, kind: int, rows: int, columns: int, ld: int,
     return np.ndarray((rows, columns), REALS[kind], memory, strides=(size, size * ld))
 
 def rounded(x: np.ndarray) -> np.ndarray:
-    """What a tensor core sees of a matrix in TF32: the nearest of 10 bits after the point."""
+    """A matrix as a tensor core sees it in TF32: rounded to 10 bits after the point."""
     return ((np.ascontiguousarray(x).view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
 
 class Cublas:
@@ -261,13 +261,13 @@ class Cublas:
         return 0 if workspace.value and size.value > 4096 else 7
 
     def cublasGemmEx(self, *args):
-        """C = alpha op(A) op(B) + beta C: as below, without the strides and the count."""
+        """C = alpha op(A) op(B) + beta C: a stack of one matrix."""
         no = ctypes.c_longlong(0)
         return self.cublasGemmStridedBatchedEx(*args[:10], no, *args[10:13], no, *args[13:17], no, 1, *args[17:])
 
     def cublasGemmStridedBatchedEx(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA,
                                    B, Btype, ldb, strideB, beta, C, Ctype, ldc, strideC, count, compute, algo):
-        """The same for each of `count` matrices. A matrix lies `stride` numbers behind the one before."""
+        """C = alpha op(A) op(B) + beta C for each of `count` matrices, which lie `stride` numbers apart."""
         if (Atype, Btype, Ctype, compute) not in PRODUCTS:
             return 15  # CUBLAS_STATUS_NOT_SUPPORTED
         assert self.stream == get_current_stream().ptr and handle.value
@@ -282,7 +282,7 @@ class Cublas:
         As, Bs = stack(A, strideA, m, k, lda, transa), stack(B, strideB, k, n, ldb, transb)
         Cs = stack(C, strideC, m, n, ldc)
 
-        @np.errstate(all="ignore")  # a BLAS may compute with what lies beside a small matrix
+        @np.errstate(all="ignore")  # a BLAS may compute with numbers beside a small matrix
         def multiply():
             for a, b, c in zip(As, Bs, Cs, strict=True):
                 product = rounded(a) @ rounded(b) if compute == TF32 else a @ b

@@ -21,7 +21,7 @@ parametrize = pytest.mark.parametrize
 # ---- names, and the stand-in -----------------------------------------------------------------------------------------
 
 def test_names_of_the_model(stand_in):
-    """From the FFN up, the functions are those of grassmann.py, with their arguments; all are in its order."""
+    """From the FFN up, gpu.py has the functions of grassmann.py, with the same arguments and in the same order."""
     theirs = {name: value for name, value in vars(grassmann).items()
               if name[0] != "_" and getattr(value, "__module__", "") == "grassmann"}
     names, ours = [*theirs], vars(stand_in)
@@ -46,7 +46,7 @@ def test_every_name_is_one_of_cupy():
     assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)  # which the programs report
 
 def test_the_stand_in_waits_as_a_gpu_does_and_refuses_what_cuda_does_not_define(stand_in):
-    """y[i + shift] = x[63 - i] + 1000 i' for i from `first` on, i' being the lane beside i."""
+    """y[i + shift] = x[63 - i] + 1000 i' for i from `first` on, where i' is the lane beside i."""
     toy = cuda_on_cpu.RawModule(r"""
         extern "C" __global__ void toy(int first, int wait, int shift, const int* x, int* y) {
             __shared__ int all[64];
@@ -71,7 +71,7 @@ def test_the_stand_in_waits_as_a_gpu_does_and_refuses_what_cuda_does_not_define(
             toy((3,), (block,), args)
 
 def test_arrays_keep_to_their_side_and_new_memory_is_nan(stand_in):
-    """What a recording allocates is new at every launch."""
+    """Memory that a recording allocates is new at every launch."""
     here, there = np.ones(3), cuda_on_cpu.ones(3)
     for mix in [lambda: here + there, lambda: there + here, lambda: np.asarray(there), lambda: np.exp(there),
                 lambda: cuda_on_cpu.stack([here, there]), lambda: there[here > 0], lambda: there.__setitem__(0, here)]:
@@ -84,7 +84,7 @@ def test_arrays_keep_to_their_side_and_new_memory_is_nan(stand_in):
 
 # ---- op by op --------------------------------------------------------------------------------------------------------
 
-T, D, V = (3, 23), 37, 70  # no size is a multiple of a block's, two need more than a warp
+T, D, V = (3, 23), 37, 70  # no size divides evenly into blocks; two need more than a warp
 RNG = np.random.default_rng(2)
 TOKENS = RNG.integers(0, V, (9, 131)) % 60  # some are missing
 TOKENS[0] = 3
@@ -110,7 +110,7 @@ def drawn(what, dtype, rng):
     return rng.standard_normal(what).astype(dtype)
 
 def on_device(gpu, a, strided=False):
-    """On the GPU, if so in every other place: arrays need not be contiguous."""
+    """The array on the GPU; with `strided`, in every other place, since arrays need not be contiguous."""
     if isinstance(a, float):
         return a
     return gpu.cp.asarray(np.repeat(a, 2, -1))[..., ::2] if strided else gpu.cp.asarray(a)
@@ -131,7 +131,7 @@ def test_op(gpu, same, rng, op, dtype, bound):
 @parametrize("chunk", [8, 24])
 @parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_block(gpu, same, rng, monkeypatch, layer, chunk, dtype, bound):
-    """The mixing layer and the FFN, between the LayerNorms that add up what they give. A warp has one token or, as in
+    """The mixing layer and the FFN, between the LayerNorms that add up their outputs. A warp has one token or, as in
     long batches, three."""
     monkeypatch.setattr(gpu.gpu_cuda, "chunks", lambda T: (-(-T // chunk), chunk))
     config = Config(2, **{"context": 23, "n_layer": 1, "d_model": D, "d_ff": 70, "offsets": ((1, 2, 7, 22),)} | layer)
@@ -172,14 +172,14 @@ def test_dropout(gpu, same, rng, dtype, bound):
 @parametrize("precision, bound", [("float64", 1e-15), ("float32", 1e-6), ("tf32", 1e-3)])
 @parametrize("sizes", [(3, 5, 7), (1, 5, 1), (64, 1, 2), (384, 512, 256)])
 def test_products(gpu, same, set_precision, rng, precision, bound, sizes):
-    """Of matrices however they lie, and of stacks of them; into a part of another, added to what is there."""
+    """Products of matrices in any memory layout, and of stacks; into a part of another array, or added to it."""
     real = np.float64 if precision == "float64" else np.float32
     set_precision("float32" if precision == "float32" else "tf32")  # which is for float32 alone
     a, b = (rng.standard_normal(shape).astype(real) for shape in (sizes[:2], sizes[1:]))
     exact = (a.astype(np.float64) @ b).astype(real)
 
     def laid_out(host):
-        """As it is, as the transpose of what lies in memory, every other column, half of them."""
+        """The array as it is, as a transpose, as every other column, and as half of the columns."""
         x = on_device(gpu, host)
         half = gpu.cp.concatenate([x, x], 1)[:, x.shape[1] :]
         return x, gpu.cp.ascontiguousarray(x.T).T, on_device(gpu, host, strided=True), half
@@ -199,7 +199,7 @@ def test_products(gpu, same, set_precision, rng, precision, bound, sizes):
 
 def test_a_product_that_is_refused(gpu):
     a, b, c = (on_device(gpu, np.ones((3, 3), dtype)) for dtype in (np.float64, np.float32, int))
-    with pytest.raises(ValueError, match="stacks of as many"):
+    with pytest.raises(ValueError, match="same number of matrices"):
         gpu.product(a[None], gpu.cp.stack([a, a]))
     for one, other, error in [(a, b, "float64 and float32"), (b, a, "float32 and float64"), (c, c, "int")]:
         with pytest.raises((RuntimeError, KeyError), match=error):
@@ -222,7 +222,7 @@ def test_model(gpu, same, model):
     assert list(grads) == list(params)
     same((loss, grads), grassmann.loss_and_grads(params, config, x, y), 1e-12)
     same(part, grassmann.loss_and_grads(params, config, x, y, rows=(5, 20)), 1e-12)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="same shape"):
         gpu.loss_and_grads(ours, config, x, y[:4])
 
 def test_an_older_gpu_is_refused(stand_in, monkeypatch):
@@ -233,7 +233,7 @@ def test_an_older_gpu_is_refused(stand_in, monkeypatch):
 
 @parametrize("block", grassmann.BLOCKS)
 def test_gradients_with_dropout_are_slopes(gpu, same, rng, model_and_batch, slope, block):
-    """And the masks do not depend on who computes which rows."""
+    """The masks do not depend on how the rows are split."""
     params, config, x, y = model_and_batch(dropout=0.2, block=block)
 
     def result(part=slice(None), **more):
@@ -257,7 +257,7 @@ def test_gradients_with_dropout_are_slopes(gpu, same, rng, model_and_batch, slop
     {"taps": False, "normalize": True}, {"block": "paper", "taps": False, "normalize": True, "positions": True},
 ], ids=lambda changes: " ".join(changes))
 def test_training_follows_the_cpu(gpu, same, tiny_config, trained, recwarn, changes, dtype, bound):
-    """Every model is recorded, in silence; its steps are those of grassmann.py."""
+    """Every model is recorded, without a warning, and its steps equal grassmann.py's."""
     config = tiny_config(**changes)
     params, ours = (m.init_params(config, dtype=dtype) for m in (grassmann, gpu))
     same(ours, params)
@@ -268,7 +268,7 @@ def test_training_follows_the_cpu(gpu, same, tiny_config, trained, recwarn, chan
     assert isinstance(ours.step.graphs["step"], gpu.gpu_cuda.Graph) and not recwarn.list
 
 def test_the_graph_does_what_its_kernels_do(gpu, same, tiny_config, trained, monkeypatch):
-    """With dropout, which draws other numbers than on the CPU. From the third step on no function is called."""
+    """With dropout, whose numbers differ from the CPU's. From the third step on no function is called."""
     config, calls, function = tiny_config(dropout=0.3), itertools.count(), gpu._differentiate
     params, ours = (gpu.init_params(config, dtype=np.float64) for _ in "ab")
     with monkeypatch.context() as patch:
@@ -298,8 +298,8 @@ def test_all_that_a_step_depends_on(gpu, set_precision, tiny_config):
     ("W_plu", lambda cp, g: cp.ascontiguousarray(g.T), r"W_plu must have shape \(6, 8\) .* \(8, 6\)"),
 ], ids=["strided", "another dtype", "transposed"])
 def test_gradients_of_a_layer_of_ones_own(gpu, same, tiny_config, trained, monkeypatch, name, change, error):
-    """A strided one is copied at every step, within what is recorded: a copy beside the graph would hold the gradients
-    of one step for ever. Others are refused."""
+    """A strided gradient is copied at every step, inside the recording: a copy outside the graph would hold the
+    gradients of one step for ever. Other shapes and dtypes are refused."""
     def backward(dmix, cache):
         dh, grads = gpu.mix_backward(dmix, cache)
         return dh, grads | {name: change(gpu.cp, grads[name])}
@@ -314,8 +314,8 @@ def test_gradients_of_a_layer_of_ones_own(gpu, same, tiny_config, trained, monke
 
 @parametrize("when", ["early", "spoilt", "Ctrl-C"])
 def test_without_a_graph(gpu, same, tiny_config, trained, monkeypatch, when):
-    """A failure of the recording is told once, in its own words, its memory is given back, the numbers are the same;
-    after Ctrl-C the next step records."""
+    """If recording fails, one warning gives the reason, the memory is given back, and the numbers are the same. After
+    Ctrl-C the next step records."""
     config, empty, released, release = tiny_config(), gpu.cp.empty, [], gpu.gpu_cuda.Graph.__del__
     params, ours = (m.init_params(config, dtype=np.float64) for m in (grassmann, gpu))
 
@@ -358,7 +358,7 @@ def test_memory_of_graphs_is_given_back(on_gpu, tiny_config):
 # ---- arrays, validation, sampling, checkpoints -----------------------------------------------------------------------
 
 def test_arrays_in_one_buffer(gpu, rng):
-    """Each begins at a multiple of 256 bytes, matrices first; between them nothing ever changes."""
+    """Each array begins at a multiple of 256 bytes, matrices first. The bytes between arrays never change."""
     shapes = {"b": (5,), "W": (3, 25), "c": (64,), "V": (2, 2)}
     theirs = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     ours, grads = gpu.Flat(theirs), gpu.Flat(theirs)
@@ -370,7 +370,7 @@ def test_arrays_in_one_buffer(gpu, rng):
 
 @parametrize("at_once, tokens, chunks", [(2048, 103, 2), (20, 100, 6), (20, 103, 7), (20, 2, 1)])
 def test_validation(gpu, rng, model_and_batch, monkeypatch, at_once, tokens, chunks):
-    """Whole windows and the rest, from either side; `each` sees every chunk."""
+    """Whole windows and the rest, with tokens on the CPU or the GPU. `each` sees every chunk."""
     monkeypatch.setattr(gpu, "AT_ONCE", at_once)
     (params, config, *_), text, seen = model_and_batch(), rng.integers(0, 11, 200), []
     loss = grassmann.validation_loss(params, config, text[:tokens])
@@ -399,7 +399,7 @@ def test_streams_and_generated_texts(gpu, same, model, monkeypatch):
             patch.setattr(gpu, "ON_HOST", on_host)
             patch.setattr(*other, None)  # not by the GPU, not by NumPy
             assert list(gpu.generate(ours, config, [1, 2, 3], 20, **how)) == text
-            with pytest.raises(ValueError, match="tokens go from 0"):
+            with pytest.raises(ValueError, match="tokens must be from 0"):
                 next(gpu.generate(ours, config, [config.vocab_size], 1))
 
 def test_checkpoints_of_either_load_in_the_other(gpu, same, tiny_config, trained, tmp_path):

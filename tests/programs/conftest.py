@@ -1,4 +1,4 @@
-"""The programs as their users meet them: real processes, or main() in this one, on tiny models."""
+"""The programs as users run them: as real processes, or as main() in this process, on tiny models."""
 
 import contextlib
 import importlib
@@ -25,7 +25,7 @@ import train_char
 Process = subprocess.CompletedProcess
 
 def helper(function: Callable) -> Callable:
-    """Tests ask for the function as for a fixture, by its name."""
+    """Makes the function a fixture with its own name."""
     return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,7 @@ def start(plain) -> Callable:
 
 @helper
 def ended(process: subprocess.Popen) -> Process:
-    """Wait for a process; what it printed since."""
+    """Wait for a process. Returns what it printed."""
     out, errors = process.communicate(timeout=300)
     return Process(process.args, process.returncode, out, errors)
 
@@ -63,7 +63,7 @@ def program(start, ended) -> Callable:
 
 @pytest.fixture
 def call(monkeypatch, text) -> Callable:
-    def call(name: str, *args, stdin: str = "") -> Process:
+    def call(name: str, *args, stdin: bytes = b"") -> Process:
         """main() of a program, here, without plot, lock and signals. train_char.py gets a tiny model and a text."""
         if name == "train_char.py" and "--resume" not in args:
             args = (*MODEL, "--threads", 1, "--data", text, *args)
@@ -71,7 +71,7 @@ def call(monkeypatch, text) -> Callable:
         out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [str(ROOT / name), *map(str, args)])
-            for stream in (("stdin", io.StringIO(stdin)), ("stdout", out), ("stderr", errors)):
+            for stream in (("stdin", io.TextIOWrapper(io.BytesIO(stdin))), ("stdout", out), ("stderr", errors)):
                 patch.setattr(sys, *stream)
             patch.setattr(train_char, "lock", lambda out: None)
             patch.setattr(train_char, "catch_signals", lambda: None)
@@ -87,7 +87,7 @@ def call(monkeypatch, text) -> Callable:
 
 @helper
 def succeeded(process: Process) -> str:
-    """The standard output of a program that had nothing to complain about."""
+    """The standard output of a program that ended without an error."""
     assert (process.returncode, process.stderr) == (0, ""), process
     return process.stdout
 
@@ -107,7 +107,7 @@ def trained(program, text, succeeded, tmp_path_factory) -> tuple[Path, str]:
 
 @helper
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
-    """Until log.csv has that step or a later one. The run must have more to do than that."""
+    """Wait until log.csv has this step or a later step. The run must be longer than that."""
     while process.poll() is None:
         with contextlib.suppress(FileNotFoundError):
             if int(kill_and_resume.log_lines(out)[-1].split(",")[0].replace("step", "0")) >= step:
@@ -117,7 +117,7 @@ def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
 
 @helper
 def with_meta(checkpoint: Path, place: str, value: object) -> dict:
-    """Its arrays, with another value in the description, at a place such as "extra.settings.lr"."""
+    """The checkpoint's arrays, with another value at a place of its description, such as "extra.settings.lr"."""
     with np.load(checkpoint) as file:
         arrays = dict(file)
     meta, (*groups, key) = json.loads(arrays["meta"].tobytes()), place.split(".")

@@ -2,7 +2,7 @@
 
     python tests/programs/fuzz_checkpoints.py 1000
 
-A part that is damaged is packed anew, with the right CRC: such a file may load with other contents.
+A damaged part is packed again with the right CRC. Such a file may load with other contents.
 """
 
 import io
@@ -29,7 +29,7 @@ VALUES = [None, True, 0, 1, -1, 3, 1.5, 1e308, 10**9, 10**30, "", "x\ny", [], {}
           [[1], [2]], [[1, 2], [4], [1]], {"a": 1}, float("nan"), float("inf"), ["x"]]
 
 def damaged(rng: random.Random, content: bytes) -> bytes:
-    """A bit flipped, or a stretch of bytes removed, repeated, or replaced by others; or cut off."""
+    """The content with a bit flipped; or with bytes removed, repeated or replaced; or cut off."""
     start = rng.randrange(len(content))
     end = min(len(content), start + rng.choice([1, 1, 2, 8, 100, 5000]))
     stretch = content[start:end]
@@ -57,7 +57,7 @@ def description(rng, members):
     return (members | {"meta.npy": file.getvalue()}).items()
 
 def verdict(path: Path, expected: str | None) -> str:
-    """"refused" or "loaded". Whatever is wrong is raised."""
+    """"refused" or "loaded". Raises an error if anything is wrong."""
     tracemalloc.start()
     try:
         params, config, extra = load_checkpoint(path)

@@ -1,9 +1,9 @@
-"""Kill a training run again and again, resume it each time; does it equal one that was left alone?
+"""Kill a training run again and again, and resume it each time. Does it equal a run that was left alone?
 
   python tests/programs/kill_and_resume.py 50
 
-The kills fall into the start of the program, anywhere into its work, and into the writing of a checkpoint. After
-each, the checkpoints must load, and the run must not have gone back. In the end both runs agree bit for bit.
+Kills come at the start of the program, anywhere in its work, and while it writes a checkpoint. After each kill
+the checkpoints must load, and the run must not have gone back. At the end both runs agree bit for bit.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def log_lines(folder: Path) -> list[str]:
     return [line.rpartition(",")[0] for line in (folder / "log.csv").read_text().splitlines()]
 
 def contents(checkpoint: Path) -> dict:
-    """All that is in a checkpoint, arrays as bytes, without the seconds."""
+    """Everything in a checkpoint except the seconds, with arrays as bytes."""
     params, config, extra = load_checkpoint(checkpoint)
     everything = extra | {"param": params, "config": config, "seconds": None}
     everything["log"] = [row[:-1] for row in extra.get("log", [])]
@@ -41,7 +41,7 @@ def contents(checkpoint: Path) -> dict:
     return everything
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What two finished runs don't have in common, bit for bit. Only the seconds may differ."""
+    """The files and keys in which two finished runs differ by a bit. Only the seconds may differ."""
     found = [] if log_lines(one) == log_lines(other) else ["log.csv"]
     for name in ("best.npz", "last.npz"):
         a, b = contents(one / name), contents(other / name)
@@ -87,7 +87,7 @@ def main(wanted: int = 50) -> None:
             assert [load_checkpoint(file) for file in out.glob("best.npz")] or not step
         assert not (wrong := differences(alone, out)), f"after {kills} kills, the run differs in {wrong}"
         assert kills == wanted, f"the run ended after {kills} kills"
-    print(f"{kills} kills up to step {step}: the run equals, bit for bit, one that was left alone")
+    print(f"{kills} kills up to step {step}: the run equals, bit for bit, a run that was left alone")
 
 if __name__ == "__main__":
     main(*map(int, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back; what is damaged or hostile is refused with one line."""
+"""Checkpoints: what is saved comes back; a damaged or hostile file is refused with one line."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def arrays(path):
 @pytest.fixture
 def refused(path):
     def refused(arrays=None):
-        """The file, or one of these arrays, is refused with one line, without much memory."""
+        """The file, or a file with these arrays, is refused with one line, without much memory."""
         if arrays:
             np.savez(path, **arrays)
         assert fuzz_checkpoints.verdict(path, None) == "refused"
@@ -46,7 +46,7 @@ def refused(path):
 @pytest.fixture
 def not_saved(path):
     def not_saved(arrays, **extra):
-        """save_checkpoint refuses that, and the good file stays."""
+        """save_checkpoint refuses these arrays, and the good file stays."""
         good = path.read_bytes()
         with pytest.raises(ValueError):
             save_checkpoint(path, arrays, model()[1], **extra)
@@ -55,7 +55,7 @@ def not_saved(path):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_round_trip(tmp_path, dtype):
-    """Twice: the second file replaces the first. `place` puts the arrays where they shall lie."""
+    """Twice: the second file replaces the first. `place` makes the dicts of arrays."""
     params, config = model(dtype, positions=True, dropout=0.25, memory=True)
     params["E"][0] = -0.0, np.finfo(dtype).tiny / 4, np.finfo(dtype).max, -np.finfo(dtype).max
     params["P"], adam = np.asfortranarray(params["P"]), G.adamw_init(params)
@@ -74,7 +74,7 @@ def test_round_trip(tmp_path, dtype):
 @pytest.mark.parametrize("accident", ["os.fsync = lambda file: os.kill(os.getpid(), 9)",  # written, not yet named
                                       "resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (5000,))"])
 def test_an_accident_while_writing_leaves_the_old_file(path, accident):
-    """Killed, or on a full disk, without a warning; the next save works and leaves nothing else."""
+    """If it is killed, or if the disk is full. The next save works and leaves no other file."""
     folder = os.path.dirname(load_checkpoint.__code__.co_filename)
     good, script = path.read_bytes(), f"""
 import os, resource, checkpoint
@@ -90,7 +90,7 @@ except OSError: print("failed", os.listdir())"""
     assert contents(path)["step"] == 9 and os.listdir(path.parent) == [path.name]
 
 def test_wrong_arrays_are_neither_saved_nor_loaded(refused, not_saved, arrays):
-    """By shape, dtype, or values; of the model, or of the optimiser. Nor what JSON would not give back."""
+    """Wrong shapes, dtypes or values, of the model or of the optimiser; and values that JSON would change."""
     good = model()[0]
     for array in [good["E"].T.copy(), good["E"][:-1], *map(good["E"].astype, ("float64", "int32", "O", ">f4")),
                   *(np.where(good["E"] == good["E"][2, 3], np.float32(bad), good["E"]) for bad in ("nan", "-inf"))]:
@@ -120,7 +120,7 @@ def test_wrong_descriptions(refused, not_saved, path, with_meta, arrays):
         refused(arrays | {"meta": np.frombuffer(document, np.uint8)})
 
 def test_wrong_members(path, refused, arrays, capfd):
-    """Missing, one too many, compressed, so that no bomb is inflated; pickled; gigabytes that are not there."""
+    """Missing or extra arrays; compressed arrays, which could be bombs; pickles; headers that promise gigabytes."""
     whole, taps = dict(arrays), arrays.pop(name := "adam_v/blocks.1.mix.taps")
     for wrong in (arrays, whole | {"param/Q": taps}, whole | {name: np.array([[print] * 4] * 5)}):
         refused(wrong)

@@ -1,4 +1,4 @@
-"""mpiexec: however many processes train, they do what one does; however one ends, all end."""
+"""mpiexec: any number of processes train like one process; if one process ends, all end."""
 
 import contextlib
 import os
@@ -38,7 +38,7 @@ def launch(plain, text, tmp_path):
         os.kill(pid, signal.SIGKILL)
 
 def ranks(folder, rank=""):
-    """The living processes that a test has started: all ranks, or one."""
+    """The living processes that a test has started: all ranks, or one rank."""
     found, of_test = [], (f"PMI_RANK={rank}", f"OMPI_COMM_WORLD_RANK={rank}")
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -48,7 +48,7 @@ def ranks(folder, rank=""):
     return found
 
 def all_ended(job, folder):
-    """Its exit code, what it printed and its own errors; within 15 seconds no rank is left."""
+    """The exit code, the output, and the program's own errors. Within 15 seconds no rank is left."""
     start = time.perf_counter()
     out, errors = job.communicate(timeout=60)
     while ranks(folder):
@@ -56,7 +56,7 @@ def all_ended(job, folder):
     return job.returncode, out, [line for line in errors.splitlines() if line.startswith("train_char.py: ")]
 
 def test_ranks_follow_one_process_also_when_one_is_killed(program, launch, text, wait_for_step, tmp_path):
-    """13 windows a step, which three ranks do not divide; then two go on. Losses and weights are equal to rounding."""
+    """13 windows a step, no multiple of three ranks; then two ranks go on. Results are equal up to rounding."""
     alone = tmp_path / "alone"
     assert program("train_char.py", *OPTIONS, "--iters", 200, "--data", text, "--out", alone).returncode == 0
     wait_for_step(job := launch(3, "--iters", 200), tmp_path / "out", 50)
@@ -73,7 +73,7 @@ def test_ranks_follow_one_process_also_when_one_is_killed(program, launch, text,
 
 @pytest.mark.parametrize("which", ["mpiexec", 2])
 def test_a_signal_stops_all_after_the_same_step(launch, wait_for_step, tmp_path, which):
-    """Ctrl-C, which mpiexec hands on (Open MPI's then shows nothing more), or one that a single rank gets."""
+    """Ctrl-C, which mpiexec passes on (Open MPI then shows nothing more), or a signal to a single rank."""
     wait_for_step(job := launch(3, "--iters", 100_000), tmp_path / "out", 50)
     if which == "mpiexec":
         job.send_signal(signal.SIGINT)
@@ -91,7 +91,7 @@ train_char.main()
 """
 
 def test_an_error_ends_all(launch, tmp_path):
-    """Also where only one rank has it. Each rank may print it."""
-    for how, message in (({"program": ("-c", ONE_FAILS)}, "lr must be"), ({}, "too small")):
+    """Also if only one rank has the error. Each rank may print it."""
+    for how, message in (({"program": ("-c", ONE_FAILS)}, "lr must be"), ({}, "raise --batch-size")):
         code, _, errors = all_ended(launch(3, *["--batch-size", 2] * (not how), **how), tmp_path)
         assert code and errors and all(message in line for line in errors)

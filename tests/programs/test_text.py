@@ -14,7 +14,7 @@ from text import decode, encode, load_text, vocabulary
 ODD = "\r\n\0\t e\u0301\u0308\ufeff\u2028\u200d\x85🙂👩\U0001f3fd\ud800\udbff\udfff\ufffe\U0010ffff"
 
 def test_every_text_survives_the_round_trip():
-    """With vocabularies of all sizes; where pieces of a long text meet."""
+    """With vocabularies of all sizes, and in a long text."""
     for string in [ODD, "a" * (2**20 - 1) + ODD, *("".join(map(chr, range(n))) for n in (255, 256, 257, 65537))]:
         vocab, other = vocabulary(string), "\U000e0001"
         assert vocab == sorted({ord(c) for c in string})
@@ -22,31 +22,33 @@ def test_every_text_survives_the_round_trip():
         assert np.issubdtype(tokens.dtype, np.integer) and decode(tokens, vocab) == string
         with pytest.raises(ValueError, match=r"not in the model's vocabulary: '.U000e0001'$"):
             encode(string + other, vocab)
+    with pytest.raises(ValueError, match="NFC"):
+        encode("fu\u0308r", vocabulary("f\u00fcr"))
 
 def test_several_files_and_folders(tmp_path, capsys, monkeypatch):
     """In order; of a folder all text below it, by name, except hidden files and those of a run. What is too
-    large or cannot be read is left out, and a line says so. A byte order mark in front goes, CRLF is LF."""
-    mark = b"\xef\xbb\xbf"
-    files = {"in/b.txt": b"b", "in/a/z.txt": b"z\n", "in/a/c.md": mark + b"c\r\n" + mark + b"\rd", "one.txt": b"1",
+    large or not UTF-8 is left out, and a line says so. A byte order mark in front goes, CRLF is LF."""
+    files = {"in/b.txt": b"b", "in/a/z.txt": b"z\n", "in/a/c.md": "\ufeffc\r\n\ufeff\rd".encode(), "one.txt": b"1",
              "in/.git/config": b"no", "in/picture.png": b"\x89PNG", "in/log.csv": b"l", "in/large": bytes(99),
              "in/out/last.npz": b"PK\xff", "in/out/log.csv": b"no", "in/out/log.csv.tmp": b"no",
              "in/out/previous-1/best.npz": b"", "in/out/previous-1/log.csv": b"no"}
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "in" / "endless").symlink_to("/dev/zero")
     monkeypatch.setattr(text, "MOST_BYTES", 19)
-    read_file = text.read_file
-    unreadable = lambda path: read_file(path / "unreadable" if path.name == "b.txt" else path)  # noqa: E731
-    monkeypatch.setattr(text, "read_file", unreadable)
     one, folder = str(tmp_path / "one.txt"), str(tmp_path / "in")
-    assert load_text([one, folder]) == "1\nc\n\ufeff\rd\nz\nl\n" and load_text([one]) == load_text(one) == "1"
+    assert load_text([one, folder]) == "1\nc\n\ufeff\rd\nz\nb\nl\n" and load_text([one]) == load_text(one) == "1"
     said = capsys.readouterr().out
-    assert said.startswith(f"{folder}: 3 files are read (") and "3 are left out" in said and said.count("\n") == 1
-    assert f"--data '{folder}/**/*.md'" in said
+    assert said.startswith(f"{folder}: files read: 4 (*.md 56%, ") and said.count("\n") == 1
+    assert f"; left out: 2, the first: {folder}/large is larger " in said and f"--data '{folder}/**/*.md'" in said
     assert load_text([f"{folder}/a/**/*.md"]) == "c\n\ufeff\rd" and load_text([f"{folder}/.git"]) == "no"
-    for name, message in {"no": "cannot", "no*": "cannot", "out/previous-1": "no UTF-8", "large": "larger"}.items():
-        with pytest.raises(ValueError, match=message):
+    monkeypatch.setattr(text, "MOST_FILES", 7)
+    for name, said in {"no": "cannot", "no*": "UTF", "out/previous-1": "no", "large": "larger", "": "than 7"}.items():
+        with pytest.raises(ValueError, match=said):
             load_text([one, f"{folder}/{name}"])
+    monkeypatch.setattr(text, "MOST_BYTES", 1)  # of one file, and of all
+    assert load_text(f"{tmp_path}/*/*.*") == "b"
 
 def test_training_and_sampling_on_an_odd_text(program, plain, tmp_path):
     """What an ASCII terminal cannot show is printed escaped; a prompt is UTF-8 in any locale."""
@@ -54,12 +56,11 @@ def test_training_and_sampling_on_an_odd_text(program, plain, tmp_path):
     out, how = tmp_path / "out", {"encoding": None, "env": plain | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}}
     training = program("train_char.py", *MODEL, "--iters", 2, "--data", tmp_path / "text", "--out", out, **how)
     assert (training.returncode, training.stderr) == (0, b"") and training.stdout.isascii()
-    words = ["--length", 0, "--seed", 1, "--prompt", "👩\u200d".encode()]
-    sampling = program("sample.py", out / "best.npz", *words, **how)
+    sampling = program("sample.py", out / "best.npz", "--length", 0, "--seed", 1, "--prompt", "👩\u200d".encode(), **how)
     assert (sampling.stdout, sampling.stderr) == (b"\\U0001f469\\u200d\n", b"")
 
 def test_tiny_shakespeare(call, refused, tmp_path, monkeypatch, capsys):
-    """It is downloaded once, and again if it is damaged. A bad download ends in one sentence, and leaves nothing."""
+    """It is downloaded once, and again if it is damaged. A bad download is one sentence, and leaves no file."""
     def answer(url, timeout):
         if isinstance(answers[0], BaseException):
             raise answers.pop(0)

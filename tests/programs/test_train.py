@@ -1,4 +1,4 @@
-"""train_char.py: what a run leaves and prints, how options reach it, what is refused and how."""
+"""train_char.py: the files and the output of a run, its options, and its errors."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def made(*words):
     return train_char.make_run(train_char.build_parser().parse_args([*map(str, words)]))
 
 def test_a_run_leaves_a_log_a_picture_and_a_sample(trained, text):
-    """A row every ten steps and at each validation; below it 70 characters that the model writes."""
+    """The log has a row every ten steps and at each validation. A validation prints 70 characters of the model."""
     out, printed = trained
     assert sorted(file.name for file in out.iterdir()) == FILES
     header, *rows = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
@@ -54,7 +54,7 @@ def test_a_run_leaves_a_log_a_picture_and_a_sample(trained, text):
     assert [step for step, _ in shown] == ["15", "30"] and shown[1][1] == line.replace("\n", "⏎") != shown[0][1]
 
 def test_checkpoints_hold_the_best_and_the_last_state(call, succeeded, tmp_path):
-    """Of a run whose steps are so long that it gets better and worse."""
+    """In a run with so large a learning rate that the loss goes up and down."""
     restless = ["--lr", 0.3, "--min-lr", 0.3, "--warmup-iters", 0, "--iters", 15, "--eval-every", 1]
     succeeded(call("train_char.py", *restless, "--out", tmp_path))
     best, last = (load_checkpoint(tmp_path / name)[2] for name in ("best.npz", "last.npz"))
@@ -87,7 +87,7 @@ def test_files_of_others_are_never_moved(call, succeeded, refused, tmp_path):
     assert page.read_text() == "mine"
 
 def test_a_run_in_the_folder_of_its_text(call, succeeded, tmp_path):
-    """What the programs write there is not read: the run resumes, and another one has the same text."""
+    """Files that the programs write there are not text: the run resumes, and another run has the same text."""
     (tmp_path / "a.txt").write_text(TEXT)
     for how in (["--iters", 2], ["--resume", "--iters", 4], ["--iters", 2], ["--resume", "--iters", 3]):
         given = ["--data", tmp_path] * ("--resume" not in how)
@@ -102,21 +102,21 @@ def test_an_option_beats_a_preset_and_the_model_of_the_paper(text):
     settings = made("--data", text, "--preset", "tiny", "--rank", 4).settings
     assert settings == train_char.DEFAULTS | train_char.PRESETS["tiny"] | {"rank": 4, "data": [str(text)]}
     assert made("--data", text, *MODEL, "--paper", "--n-layer", 6, "--no-positions").config == Config(
-        17, 8, 6, 8, d_ff=32, rank=3, offsets=((1,), (2,), (4,), (1,), (1,), (1,)), block="paper", taps=False,
-        normalize=True, positions=False)
+        17, 8, 6, 8, 3, ((1,), (2,), (4,), (1,), (1,), (1,)), 32, block="paper", taps=False, normalize=True)
 
-def test_options_that_would_be_ignored(call, refused, text, tmp_path):
-    """They are refused, except those that a preset or --paper brings."""
+def test_options_that_would_be_ignored(call, refused, text, tmp_path, capsys):
+    """They are refused. Those that a preset or --paper brings are named and left out."""
     for words in ("--memory", "--no-memory", "--rank 3", "--taps", "--offsets 1", "--normalize"):
         process = call("train_char.py", "--mixer", "attention", *words.split(), "--out", tmp_path / "out")
         assert "is of no use with --mixer attention" in refused(process)
     assert "--n-head is of no use" in refused(call("train_char.py", "--n-head", 2, "--out", tmp_path / "out"))
     config = made("--data", text, "--preset", "best", "--paper", "--mixer", "attention", "--n-head", 2).config
     assert (config.n_layer, config.block, config.n_head, config.offsets) == (6, "paper", 2, ())
+    assert capsys.readouterr().out == "--mixer attention has no use for --offsets, --taps, --normalize: left out\n"
 
 @pytest.mark.skipif(os.name != "posix", reason="the commands to copy are those of a shell")
 def test_commands_run_as_they_are_printed(program, text, succeeded, plain, tmp_path):
-    """In an odd folder, without matplotlib, and with a variable of a job that is not of MPI."""
+    """In a folder with an odd name, without matplotlib, and with a PMI_SIZE that does not come from MPI."""
     options = [*MODEL, "--data", text, "--iters", 2, "--threads", 1, "--out", "./-$\\frac$ 模型, a=b;c"]
     printed = succeeded(program("train_char.py", *options, cwd=tmp_path, env=plain | {"PMI_SIZE": "abc"}))
     assert "\nno loss.png: ModuleNotFoundError" in printed
@@ -155,7 +155,7 @@ def test_a_run_goes_on_when_nobody_reads(text, plain, tmp_path, how):
     (HOSTILE, lambda path: None, r"\x1b[2J\u202e: No such file"),
     ("UTF-16", lambda path: path.write_text(TEXT, "utf-16"), "iconv -f UTF-16 -t UTF-8"),
     ("in 'quotes'", lambda path: path.write_text("é" * 99, "latin-1"), "iconv -f WINDOWS-1252 -t UTF-8 '"),
-    ("folder", lambda path: path.mkdir(), "no UTF-8 text in"),
+    ("folder", lambda path: (path.mkdir(), (path / "a").write_text("é", "latin-1")), "/a is not UTF-8 text; save it"),
     ("endless", lambda path: path.symlink_to("/dev/zero"), "GB, or endless")])
 def test_bad_texts(call, refused, tmp_path, monkeypatch, name, make, message):
     monkeypatch.setattr(texts, "MOST_BYTES", 10_000)
@@ -175,7 +175,7 @@ def test_bad_options(call, refused, tmp_path, words, message):
     assert message in refused(process) and process.stdout == "" and not (tmp_path / "out").exists()
 
 def test_folders_that_cannot_be_written(call, refused, tmp_path, monkeypatch):
-    """A file in the way, too long a name, a link into nothing, a working folder that somebody has deleted."""
+    """A file in the way, a name that is too long, a broken link, a working folder that was deleted."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     for out in ("file", "file/under", "x" * 300, "link"):
@@ -188,7 +188,7 @@ def test_folders_that_cannot_be_written(call, refused, tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "mine"
 
 def test_names_of_files_are_escaped_in_all_that_is_printed(call, succeeded, tmp_path):
-    """A name may hold what clears a screen: a folder of texts, and where a second run moves the first."""
+    """A name may hold characters that clear a screen: a folder of texts, and the place of an earlier run."""
     (folder := tmp_path / f"{HOSTILE}texts").mkdir()
     (folder / f"a.{HOSTILE}").write_text(TEXT)
     for _ in range(2):
@@ -198,7 +198,7 @@ def test_names_of_files_are_escaped_in_all_that_is_printed(call, succeeded, tmp_
 
 @pytest.mark.parametrize("every", [1, 10, 1000])
 def test_a_loss_that_is_not_a_number_stops_the_run(call, refused, tmp_path, every):
-    """It stops with the step named, and what it leaves is the last state that was still good."""
+    """The error names the step, and the files hold the last state that was still good."""
     diverging = "--lr 10 --grad-clip 0 --warmup-iters 0 --weight-decay 10 --iters 200 --dropout 0.1 --eval-every"
     sentence = refused(call("train_char.py", *diverging.split(), every, "--out", tmp_path))
     step = re.search(r"(?:at|before) step (\d+): lower --lr", sentence)
@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(call, refused, tmp_path, ever
     assert np.isfinite(validated(tmp_path / "last.npz")) and "nan" not in (tmp_path / "log.csv").read_text()
 
 def test_a_mistake_of_the_program_keeps_its_traceback(call, tmp_path, monkeypatch):
-    """Only a UserError is a sentence."""
+    """Only a UserError is shortened to its message."""
     monkeypatch.setattr(grassmann, "get_batch", lambda *args: np.zeros(3) + np.zeros(2))
     with pytest.raises(ValueError, match="could not be broadcast"):
         call("train_char.py", "--iters", 2, "--out", tmp_path)

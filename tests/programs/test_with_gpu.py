@@ -1,4 +1,4 @@
-"""The programs with --gpu, on the CPU stand-in for CuPy of tests/gpu, and without a CuPy that works."""
+"""The programs with --gpu, on the CPU stand-in for CuPy in tests/gpu, and without a working CuPy."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ def program(tmp_path):
     return run
 
 WORKS = "import cuda_on_cpu, sys; sys.modules['cupy'] = cuda_on_cpu"
-BROKEN = {  # a cupy.py, and what the programs say
+BROKEN = {  # a cupy.py, and the programs' message
     "missing": ("raise ImportError('no such library')", "-r requirements-gpu12.* no such library"),
     "no device": (f"{WORKS}\ndef ones(*_): raise type('CompileException', (Exception,), {{}})('no device')\n"
                   "cuda_on_cpu.ones = ones", "--gpu: .*requirements-gpu.txt .*driver .*CompileException: no device"),
@@ -36,7 +36,7 @@ BROKEN = {  # a cupy.py, and what the programs say
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++") or platform.libc_ver()[0] != "glibc", reason="no g++ with glibc")
 def test_a_run_goes_on_on_the_other_side(program, tmp_path):
-    """train_char.py --gpu writes what the CPU writes; --resume and sample.py work across."""
+    """train_char.py --gpu writes what the CPU writes. --resume and sample.py work with files of either."""
     sizes = "--context 8 --n-layer 2 --d-model 8 --rank 3 --batch-size 4 --eval-every 10 --dropout 0"
     begin, go_on = f"--data text.txt --iters 20 {sizes}", "--resume --iters 30"
     for options in (f"gpu --gpu {begin}", f"cpu {begin}", f"gpu {go_on}", f"cpu --gpu {go_on}"):
