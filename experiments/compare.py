@@ -107,8 +107,6 @@ def on_bible(title: str, settings: dict, more: tuple = (), **how) -> Question:
 TENTH = {"n_layer": 3, "d_model": 64, "rank": 16}  # 0.1 million
 OTHERS = ("no product, rank 32", {"mixer": "sum", "rank": 32}), HYBRID
 LONGER = on_bible("0.1 million, 8,000 steps", TENTH | {"iters": 8000}, OTHERS, seeds=3)
-LONGEST = on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000, "eval_every": 500}, OTHERS,
-                   rates_of=LONGER, seeds=3)
 MILLION = on_bible("1 million", {"n_layer": 5, "d_model": 144, "rank": 32})
 
 def dispute(title: str, seeds: int, text: tuple[str, int] | None = None) -> Question:
@@ -140,7 +138,7 @@ QUESTIONS = [
              {"dropout": 0.1}, text=(None, 0), rates_of=CONTROLS, seeds=3),
     on_bible("0.1 million", TENTH, seeds=3),
     on_bible("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}), MILLION, LONGER,
-    LONGEST,
+    on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000}, rates_of=LONGER),
     on_bible("1 million, 8,000 steps, rates of 2,000", MILLION.settings | {"iters": 8000}, rates_of=MILLION),
     Question(6, "Subwords: 1,024 byte pairs", "The paper's regime: what of this holds on pieces of words?",
              SUBWORDS, text=("shakespeare", 1024)),
@@ -459,8 +457,9 @@ def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
                 bits = mean_and_deviation(row)[0] / math.log(2)
                 left.semilogx(row.results[0]["parameters"], bits, "o", color=f"C{k}")
             if longest == max(iters):
-                steps, losses = np.transpose([run["curve"] for run in row.results]).mean(-1)
-                right.semilogx(steps, losses / math.log(2), color=f"C{k}", label=row.label)
+                curves = [run["curve"][: None if "validation" in run else -1] for run in row.results]  # see `train`
+                steps, losses = np.transpose(curves).mean(-1)
+                right.plot(steps, losses / math.log(2), color=f"C{k}", label=row.label)
     left.set(xlabel="parameters", ylabel="test loss, bits per character", title=f"after {min(iters):,} steps")
     right.set(xlabel="steps", ylabel="validation loss, bits per character", title="0.1 million parameters")
     right.legend()
