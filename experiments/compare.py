@@ -133,9 +133,9 @@ QUESTIONS = [
              "In the paper's block?",
              [BEST_ATTENTION, ("the paper's model", PAPER), UNIT, ("one offset per layer", {"taps": False}),
               ("average of six, normalised", UNIT[1] | SIX), GRASSMANN], seeds=3),
-    Question(4, "A second text", "The same on Python's documentation; rates of the first text. With dropout, because this "
-             "text is read 3.7 times.", [ATTENTION, BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, NO_PRODUCT],
-             {"dropout": 0.1}, text=(None, 0), rates_of=CONTROLS, seeds=3),
+    Question(4, "A second text", "The same on Python's documentation; rates of the first text.",
+             [ATTENTION, BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, NO_PRODUCT], text=(None, 0), rates_of=CONTROLS,
+             seeds=3),
     on_bible("0.1 million", TENTH, seeds=3),
     on_bible("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}), MILLION, LONGER,
     on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000}, rates_of=LONGER),

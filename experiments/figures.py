@@ -225,7 +225,7 @@ def dispute() -> plt.Figure:
     page = (results / "compare.md").read_text(encoding="utf-8")
     for left, marker, text in ((0.24, "o", ""), (0.12, "s", " in subwords: 4,096 byte pairs")):
         table = page.partition(f"\n## 10. The dispute{text}\n")[2].partition("\n## ")[0].partition("gap to attention")[2]
-        for model, gap in re.findall(r"^\| (.*?) \|.*\| (\S+)% \|$", table, re.MULTILINE):
+        for model, gap in re.findall(r"^\| (.*?) \|.*\| (\S+)%.* \|$", table, re.MULTILINE):
             cell = re.sub(r" x \d+", "", model)  # of a rescaled model too, whose mark is empty
             axes.plot(cells.index(cell) - left, float(gap), marker, color=BLUE, mfc=BLUE if cell == model else "none")
     axes.axhline(color=INK, lw=0.8)
