@@ -16,12 +16,17 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_rgba
 
 import grassmann as G
+from checkpoint import load_checkpoint
+from text import encode
 
 plt.switch_backend("Agg")  # draw without a window
 FOLDER = Path(__file__).resolve().parent.parent / "figures"
 INK, BLUE, ORANGE = "#808080", "#3b8bc9", "#e07b28"
+MIDDLE = {"ha": "center", "va": "center"}
+STARTS_WITH_S = 109  # the number of the message that finds words that begin with s
 STYLE = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
     "ytick.color": INK, "savefig.transparent": True, "svg.hashsalt": "grassmann", "font.size": 10,
@@ -31,27 +36,27 @@ STYLE = {
 def parallelogram(axes: plt.Axes, u, v, names: tuple[str, str], origin=(0, 0)) -> None:
     """The one with sides u and v, in two dimensions."""
     axes.fill(*np.add(origin, [0 * u, u, u + v, v]).T, color=BLUE, alpha=0.25, lw=0)
-    for vector, colour, name in zip((u, v), (BLUE, ORANGE), names, strict=True):
+    for vector, other, colour, name in ((u, v, BLUE, names[0]), (v, u, ORANGE, names[1])):
         tip, arrow = origin + vector, {"arrowstyle": "-|>", "lw": 2, "shrinkA": 0, "shrinkB": 0}
         axes.annotate("", tip, origin, arrowprops=arrow | {"color": colour})
-        label = {"xytext": (5, 3), "textcoords": "offset points", "color": colour, "size": 12}
-        axes.annotate(f"${name}$", tip, **label)
+        outside = 11 * (vector - other) / np.linalg.norm(vector - other)
+        axes.annotate(f"${name}$", tip, outside, textcoords="offset points", color=colour, size=12, **MIDDLE)
 
 def layer() -> plt.Figure:
     """The mixing layer in five steps, with the sizes d = 8, r = 4, n = 6."""
     figure = plt.figure(figsize=(9.4, 4.5), layout="none")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 9.4), ylim=(0, 4.5))  # in inches
     axes.axis("off")
-    rng, middle = np.random.default_rng(1), {"ha": "center", "va": "center"}
+    rng = np.random.default_rng(1)
     for x, word, formula, shape in [
             (1.05, "1  reduce", r"z_t = h_t W_{\rm red} + b_{\rm red}", r"d \to r"),
             (2.6, "2  look back", r"s_t = \sum_\Delta\, w_\Delta \odot z_{t-\Delta}", r"r \to r"),
             (4.75, "3  wedge", r"p_{ij} = z_i s_j - z_j s_i", r"r, r \to n"),
             (6.75, "4  project", r"g = p\, W_{\rm plu} + b_{\rm plu}", r"n \to d"),
             (8.45, "5  gate", r"\alpha \odot h_t + (1 - \alpha) \odot g", r"d, d \to d")]:
-        axes.text(x, 4.25, word, size=13, weight="bold", **middle)
-        axes.text(x, 0.5, f"${formula}$", size=11.5, **middle)
-        axes.text(x, 0.17, f"${shape}$", size=11, **middle)
+        axes.text(x, 4.25, word, size=13, weight="bold", **MIDDLE)
+        axes.text(x, 0.5, f"${formula}$", size=11.5, **MIDDLE)
+        axes.text(x, 0.17, f"${shape}$", size=11, **MIDDLE)
     for x, y, size, name, blue in [  # vectors; `blue`: how much of each comes from token t
             (0.45, 3.05, 8, "h_t", 1), (1.75, 3.05, 4, "z_t", 1), (3.1, 1.55, 4, "s_t", 0),
             (0.45, 1.55, 8, r"h_{t-\Delta}", 0), (1.75, 1.55, 4, r"z_{t-\Delta}", 0),
@@ -61,7 +66,7 @@ def layer() -> plt.Figure:
             axes.barh(left=x - 0.08, width=0.16 * blue, color=BLUE, **cell)
             axes.barh(left=x + 0.08, width=0.16 * (blue - 1), color=ORANGE, **cell)
         colour = {1: BLUE, 0: ORANGE}.get(blue, INK)
-        axes.text(x, y - 0.0625 * size - 0.18, f"${name}$", size=12, color=colour, **middle)
+        axes.text(x, y - 0.0625 * size - 0.18, f"${name}$", size=12, color=colour, **MIDDLE)
     head = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
     for y, *ends in [(3.05, 0.6, 1.6, 1.9, 4.3), (1.55, 0.6, 1.6, 1.9, 2.95, 3.25, 3.7),
                      (2.3, 5.55, 6.05, 6.35, 7.15, 7.45, 8.1, 8.5, 8.95)]:
@@ -69,13 +74,13 @@ def layer() -> plt.Figure:
             axes.annotate("", (end, y), (start, y), arrowprops=head)
     axes.plot([0.45, 0.45, 8.3], [3.62, 3.85, 3.85], color=INK, lw=1)  # h_t goes to the gate, too
     circle = {"boxstyle": "circle", "fc": "none", "ec": INK}
-    axes.annotate(r"$\alpha$", (8.3, 2.3), size=13, bbox=circle, **middle)
+    axes.annotate(r"$\alpha$", (8.3, 2.3), size=13, bbox=circle, **MIDDLE)
     axes.annotate("", (8.3, 2.5), (8.3, 3.855), arrowprops=head)
     z, s, origin = np.array([0.5, 1.35]), np.array([1.28, 0.13]), np.array([4, 1.5])
     corners = [-0.25 * (z + s), 1.3 * z - 0.25 * s, 1.3 * (z + s), 1.3 * s - 0.25 * z]
     axes.fill(*(origin + corners).T, color=INK, alpha=0.12, lw=0)
     parallelogram(axes, z, s, ("z_t", "s_t"), origin)
-    axes.text(*origin + (z + s) / 2, r"$z_t \wedge s_t$", size=14, **middle)
+    axes.text(*origin + (z + s) / 2, r"$z_t \wedge s_t$", size=14, **MIDDLE)
     return figure
 
 def wedge() -> plt.Figure:
@@ -92,84 +97,79 @@ def wedge() -> plt.Figure:
 
 def backward() -> plt.Figure:
     """The ops of the layer, forward and back; at h and z two gradients meet."""
-    figure = plt.figure(figsize=(9, 2.9), layout="none")
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 9), ylim=(0, 2.9))  # in inches
+    figure = plt.figure(figsize=(9, 2.3), layout="none")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 9), ylim=(0.2, 2.5))  # in inches
     axes.axis("off")
-    middle, box = {"ha": "center", "va": "center"}, {"boxstyle": "round,pad=0.35", "fc": "none", "ec": INK}
-    places = {"reduce": (1.5, 1.5), "look back": (3.1, 0.75), "wedge": (4.75, 1.5), "project": (6.2, 1.5),
-              "gate": (7.6, 1.5)}
-    for word, place in places.items():
-        axes.text(*place, word, size=12, bbox=box, **middle)
-    axes.text(0.35, 1.5, "$h$", size=14, **middle)
-    axes.text(8.65, 1.5, "out", size=12, **middle)
+    box = {"boxstyle": "round,pad=0.35", "fc": "none", "ec": INK}
+    for word, place in {"reduce": (1.35, 1.5), "look back": (3.55, 0.55), "wedge": (5, 1.5), "project": (6.45, 1.5),
+                        "gate": (7.75, 1.5)}.items():
+        axes.text(*place, word, size=12, bbox=box, **MIDDLE)
+    for x, name, sign in ((0.3, "$h$", "+"), (2.4, "$z$", "+"), (8.7, "out", "")):  # +: what is used twice
+        axes.text(x, 1.5, name, size=14, **MIDDLE)
+        axes.text(x, 1.18, sign, color=ORANGE, size=14, weight="bold", **MIDDLE)
 
-    def both_ways(start, end, name, bend=0.0) -> None:
-        """Forward from start to end in grey, back in orange, both a little beside the line."""
+    arrow = {"arrowstyle": "-|>", "lw": 1.4, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 12}
+
+    def both_ways(start, end, name="") -> None:
+        """Forward from start to end in grey, back in orange, each on its side of the line, and so the names."""
         (x, y), (u, v) = start, end
-        length = np.hypot(u - x, v - y)
-        side = 0.07 * np.array([y - v, u - x]) / length
-        for ends, colour, sign in (((start, end), INK, 1), ((end, start), ORANGE, -1)):
-            a, b = (np.add(point, sign * side) for point in ends)
-            arrow = {"arrowstyle": "-|>", "color": colour, "lw": 1.4, "shrinkA": 0, "shrinkB": 0,
-                     "connectionstyle": f"arc3,rad={sign * bend}"}
-            axes.annotate("", b, a, arrowprops=arrow)
-        x, y = np.add(start, end) / 2
-        y -= bend * length / 2
-        if name:
-            axes.text(x, y + 0.23, f"${name}$", color=INK, size=12, **middle)
-            axes.text(x, y - 0.23, f"$d{name}$", color=ORANGE, size=12, **middle)
+        side = np.array([y - v, u - x]) / np.hypot(u - x, v - y)
+        for sign, ends, colour, label in ((1, (start, end), INK, name), (-1, (end, start), ORANGE, r"{\rm d}" + name)):
+            a, b = (np.add(point, 0.07 * sign * side) for point in ends)
+            axes.annotate("", b, a, arrowprops=arrow | {"color": colour})
+            if name:
+                axes.text(*np.add(start, end) / 2 + 0.27 * sign * side, f"${label}$", color=colour, size=13, **MIDDLE)
 
-    both_ways((0.5, 1.5), (1.0, 1.5), "")
-    both_ways((2.0, 1.6), (4.3, 1.6), "z")
-    both_ways((1.95, 1.3), (2.6, 0.85), "")
-    both_ways((3.65, 0.85), (4.35, 1.3), "s")
-    both_ways((5.2, 1.5), (5.7, 1.5), "p")
-    both_ways((6.7, 1.5), (7.2, 1.5), "g")
-    both_ways((8.0, 1.5), (8.4, 1.5), "")
-    both_ways((0.4, 1.75), (7.5, 1.8), "", bend=-0.12)
-    for x, y in ((0.35, 1.2), (2.0, 1.18)):
-        axes.text(x, y, "+", color=ORANGE, size=13, weight="bold", **middle)
+    for ends in (((0.5, 1.5), (0.85, 1.5)), ((1.85, 1.5), (2.25, 1.5)), ((2.6, 1.5), (4.5, 1.5)),
+                 ((2.55, 1.3), (3.1, 0.85)), ((3.95, 0.85), (4.65, 1.25), "s"), ((5.5, 1.5), (5.9, 1.5), "p"),
+                 ((7.0, 1.5), (7.35, 1.5), "g"), ((8.15, 1.5), (8.45, 1.5))):
+        both_ways(*ends)
+    for start, end, y, colour in ((0.23, 7.82, 2.35, INK), (7.68, 0.37, 2.21, ORANGE)):  # h goes to the gate, too
+        axes.plot([start, start, end], [1.75, y, y], color=colour, lw=1.4)
+        axes.annotate("", (end, 1.75), (end, y), arrowprops=arrow | {"color": colour})
     return figure
 
-def planes() -> plt.Figure:
-    """A token's plane and its neighbour's, which share a line, and the angle between them."""
-    figure, axes = plt.subplots(figsize=(5.2, 3))
-    axes.set(aspect="equal", xlim=(-0.1, 2.1), ylim=(-0.75, 1.05))
-    axes.axis("off")
-    flat = np.array([[0.95, -0.55], [1.0, 0.35], [-0.1, 0.95]])  # where the three axes of space point
-    angle = np.radians(55)
-    shared, one, other = np.array([[1, 0, 0], [0, 1, 0], [0, np.cos(angle), np.sin(angle)]]) @ flat
-    for second, colour in ((one, BLUE), (other, ORANGE)):
-        axes.fill(*np.transpose([0 * shared, shared, shared + second, second]), color=colour, alpha=0.25, lw=0)
-    turn = np.linspace(0, angle, 30)
-    arc = 0.4 * np.stack([0 * turn, np.cos(turn), np.sin(turn)], 1) @ flat
-    axes.plot(*arc.T, color=INK, lw=1)
-    axes.annotate(r"$\theta_2$", arc[15], xytext=(6, 2), textcoords="offset points", color=INK, size=13)
-    for tip, name, colour in ((shared, "z_t", INK), (one, "s_t", BLUE), (other, "z_{t+1}", ORANGE)):
-        axes.annotate("", tip, (0, 0), arrowprops={"arrowstyle": "-|>", "lw": 2, "color": colour,
-                                                   "shrinkA": 0, "shrinkB": 0})
-        axes.annotate(f"${name}$", tip, xytext=(6, 2), textcoords="offset points", color=colour, size=13)
+def pairs() -> plt.Figure:
+    """What planes of letter pairs are for in the first layer of shakespeare.npz: their area, and one number of g."""
+    params, _, extra = load_checkpoint(FOLDER.parent / "shakespeare.npz")
+    vocab, first = extra["vocab"], G.Scope(params, "blocks.0.")
+    letters = "\n ,.'aeiouybcdfghklmnprstvw"
+    states, _ = G.layernorm_forward(params["E"][encode(letters, vocab)], first["ln1.w"], first["ln1.b"])
+    z, _ = G.linear_forward(states, first["mix.W_red"], first["mix.b_red"])
+    p = G.plucker(*np.broadcast_arrays(z[None], (first["mix.taps"][0] * z)[:, None]))  # (before, letter, n)
+    figure, panels = plt.subplots(1, 2, figsize=(8.6, 5), sharey=True)
+    names, places = ["↵", "␣", *letters[2:]], range(len(letters))
+    for axes, values, title in zip(panels, (np.linalg.norm(p, axis=-1), p @ first["mix.W_plu"][:, STARTS_WITH_S]),
+                                   ("area of the plane", f"number {STARTS_WITH_S} of the message"), strict=True):
+        shade = np.abs(values) / np.abs(values).max()
+        colours = np.where(values[..., None] > 0, to_rgba(BLUE), to_rgba(ORANGE))
+        colours[..., 3] = shade**2
+        axes.imshow(colours, interpolation="none")
+        axes.set(title=title, xlabel="letter", ylabel="letter before" * (axes is panels[0]))
+        axes.set(xticks=places, xticklabels=names, yticks=places, yticklabels=names)
     return figure
 
 def thread() -> plt.Figure:
-    """The training loss of the tutorial's models, whose blocks are run for it."""
-    page = (FOLDER.parent / "tutorial.md").read_text(encoding="utf-8").partition("## 9. ")[0]
+    """The validation loss of the tutorial's models, whose blocks are run for it, and the losses of counting."""
+    page = (FOLDER.parent / "tutorial.md").read_text(encoding="utf-8").partition("## 10. ")[0]
     names = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         with contextlib.redirect_stdout(None):
             exec(compile(block, "tutorial.md", "exec"), names)
-    figure, axes = plt.subplots(figsize=(7.5, 3.6))
+    figure, axes = plt.subplots(figsize=(7.5, 4))
     ends = []
     for k, (name, losses) in enumerate((n, c) for n, c in names["curves"].items() if n != "trained"):
-        smooth = np.convolve(losses, np.full(15, 1 / 15), "valid")
-        dotted = name.startswith(("average", "one layer", "one of rotary"))
-        axes.plot(np.arange(len(smooth)) + 8, smooth, lw=1.4, color=f"C{k}", ls=":" if dotted else "-")
-        ends.append([smooth[-1], name, f"C{k}"])
+        dotted = name.startswith(("average", "attention", "rotary"))
+        axes.plot(np.arange(20, 301, 20), losses, lw=1.5, color=f"C{k + (k > 6)}", ls=":" if dotted else "-")
+        ends.append([losses[-1], name, f"C{k + (k > 6)}"])
+    for name, loss in names["counted"].items():
+        axes.plot([20, 300], [loss, loss], color=INK, lw=1, ls="--")
+        ends.append([loss, f"counted {name}", INK])
     height = math.inf
     for loss, name, colour in sorted(ends, reverse=True):  # labels one below the other
-        height = min(loss, height - 0.09)
-        axes.text(len(losses) - 3, height, name, color=colour, va="center")
-    axes.set(xlabel="step", ylabel="training loss, nats", xlim=(0, 395), xticks=range(0, 301, 50), ylim=(1.25, 3.2))
+        height = min(loss, height - 0.085)
+        axes.text(305, height, name, color=colour, va="center")
+    axes.set(xlabel="step", ylabel="validation loss, nats", xlim=(0, 375), xticks=range(0, 301, 50), ylim=(1.45, 3.2))
     return figure
 
 def receptive_field() -> plt.Figure:
@@ -207,7 +207,7 @@ def finite_differences() -> plt.Figure:
         errors = np.maximum(np.abs((up - down) / (2 * steps) - slope) / abs(slope), 1e-12)
         axes.loglog(steps, errors, color=colour, label=dtype.__name__, marker="o", ms=2.5, lw=1)
     axes.axhline(1e-6, color=INK, ls=":", lw=1)
-    axes.annotate("the tests' limit", (1e-11, 1e-6), xytext=(0, 4), textcoords="offset points")
+    axes.annotate("the tests' limit", (1, 1e-6), xytext=(0, 4), textcoords="offset points", ha="right")
     axes.set(xlabel="step of the difference", ylabel="relative error of the slope")
     axes.legend(frameon=False)
     return figure
@@ -236,7 +236,7 @@ def dispute() -> plt.Figure:
 
 if __name__ == "__main__":
     cli.Parser(__doc__).parse_args()
-    for draw in (layer, wedge, backward, receptive_field, finite_differences, planes, thread, dispute):
+    for draw in (layer, wedge, backward, receptive_field, finite_differences, pairs, thread, dispute):
         with plt.rc_context(STYLE):
             file = FOLDER / f"{draw.__name__}.svg"
             draw().savefig(file, metadata={"Date": None})
