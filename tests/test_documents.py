@@ -36,10 +36,11 @@ def test_the_comparison_of_numbers():
     assert not same("12606656", "12606657") and not same("True False", "True True")
     assert same("3e-11 of 1e+00", "9e-12 of 2e+00") and not same("3e-11", "3e-9")
 
-def test_every_block_prints_what_the_page_shows(document):
-    """Run in order, in one namespace."""
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["quick", "whole"])
+def test_every_block_prints_what_the_page_shows(document, whole):
+    """Run in order, in one namespace; what takes a minute only with -m slow."""
     names = {}
-    for code, shown in BLOCK.findall(document):
+    for code, shown in (block for block in BLOCK.findall(document) if whole or "takes a minute" not in block[0]):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, "document", "exec"), names)
@@ -49,10 +50,9 @@ def test_what_is_named_in_backticks_exists(document):
     """Files, pairs of functions, flags and names with an underscore, in the source or the page's own code."""
     files = [file for pattern in ("*.py", "*.cu", "experiments/**/*.py", "tests/**/*.*")
              for file in ROOT.glob(pattern) if file.suffix in (".py", ".cu", ".h")]
-    known = {file.name for file in files}
+    known = {name for code, _ in BLOCK.findall(document) for name in re.findall(r"\w+", code)}
     for file in files:
-        known |= set(re.findall(r"--[\w-]+|\w+", file.read_text(encoding="utf-8")))
-    known |= {name for code, _ in BLOCK.findall(document) for name in re.findall(r"\w+", code)}
+        known |= {file.name, *re.findall(r"--[\w-]+|\w+", file.read_text(encoding="utf-8"))}
     for name in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", document, flags=re.DOTALL)):
         if name.endswith("_*"):  # gate_* is gate_forward and gate_backward
             assert {name[:-1] + "forward", name[:-1] + "backward"} <= known, name
@@ -72,5 +72,4 @@ def test_what_is_quoted_from_the_code_stands_there(document):
     for kind, file in (("py", "grassmann.py"), ("cuda", "kernels.cu")):
         source = (ROOT / file).read_text(encoding="utf-8")
         for quoted in re.findall(rf"```{kind}\n(.*?)```", document, re.DOTALL):
-            for piece in re.split(r"^ *# …\n", quoted, flags=re.MULTILINE):
-                assert piece in source, piece
+            assert all(piece in source for piece in re.split(r"^ *# …\n", quoted, flags=re.MULTILINE)), quoted

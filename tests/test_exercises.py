@@ -112,8 +112,7 @@ def cosine_forward(u, v):
 def cosine_backward(dout, cache):
     """∂cos/∂u = (v/|v| - cos u/|u|) / |u|: the part of the unit vector v at right angles to u, divided by |u|."""
     e, per_u, f, per_v, cosine, cache = cache
-    du, dv = wedge_backward(dout[..., :-1], cache)
-    d = dout[..., -1:]
+    (du, dv), d = wedge_backward(dout[..., :-1], cache), dout[..., -1:]
     return du + d * (f - cosine * e) * per_u, dv + d * (e - cosine * f) * per_v
 
 def cosine_shapes(config, layer):

@@ -322,8 +322,7 @@ def loss(label: str, *sections: str | tuple[str, ...]) -> str:
 def page(name: str) -> str:
     return (RESULTS.parent.parent / name).read_text(encoding="utf-8")
 
-@pytest.mark.parametrize("name", ["tutorial.md", "experiments/README.md"])
-def test_the_losses_that_a_page_shows_are_those_of_the_results(name):
+def test_the_losses_that_the_laboratory_shows_are_those_of_the_results(name="experiments/README.md"):
     """Rows of models stand in compare.md, less the columns left out; a setting has the losses of the models above."""
     known = [{*row} for section in SECTIONS for row in table(section)]
     for start in re.finditer(r"^\| (model \| (learning|test)|model, by|setting)", page(name), re.MULTILINE):
@@ -359,11 +358,13 @@ def test_the_page_on_the_dispute_is_that_of_the_results():
     assert all(gap == gaps[a, g] for *_, a, g, gap in table(dispute, "who .*")[1:])
 
 def test_what_the_tutorial_compares_is_that_of_the_results():
-    """Losses by size, accuracies by distance or number, and the features: all rows of question 2."""
+    """Losses by model or by number of steps, accuracies by distance or number of keys."""
+    for corner, section in (("contestant", "1. "), ("features", "2. "), ("layer", "10. The dispute\n")):
+        assert all(row[-1] == loss(row[0], section) for row in table(page("tutorial.md"), corner)[1:])
     (_, *models), *rows = table(lesson := page("tutorial.md"), "King James Bible")
-    for size, *cells in rows:
+    for size, *cells in ((row[0].removesuffix(", 2,000 steps"), *row[1:]) for row in rows):
         assert cells == [loss(model, (f"5. {size}\n", f"5. {size}, rates")) for model in models]
     for section, corner in (("8. ", r"model \| 1 to 2"), ("9. ", r"model \| 2 keys")):
-        told = {model: [share.split()[0] for share in shares] for _, model, _, *shares in results(section)[1:]}
-        assert {model.removeprefix("Grassmann "): shares for model, *shares in table(lesson, corner)[1:]} == told
-    assert [row[::2] for row in table(lesson, "features")[1:]] == [row[:4:3] for row in results("2. ")[1:]]
+        (shown, *rows), (names, *known) = table(lesson, corner), results(section)
+        told = {row[1]: dict(zip(names, row, strict=True)) for row in known}
+        assert all(cells == [told[label][name].split()[0] for name in shown[1:]] for label, *cells in rows)
