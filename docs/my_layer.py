@@ -2,7 +2,7 @@
 
     python train_char.py --mixer docs/my_layer.py
 
-Copy this file and change it. Section 11 of the tutorial says what the three functions get and give.
+Copy this file and change it. Section 12 of the tutorial says what the three functions get and give.
 """
 
 import numpy as np

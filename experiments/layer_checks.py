@@ -13,7 +13,7 @@ import numpy as np
 
 import grassmann as G
 
-PARTS = "forward", "backward", "shapes"  # what a layer's file defines: section 11 of the tutorial
+PARTS = "forward", "backward", "shapes"  # what a layer's file defines: section 12 of the tutorial
 
 def load_layer(path: str | Path) -> str:
     """Run the file and add its layer to G.MIXERS. Returns the layer's name, file and hash: "my_layer.py#1a2b3c4d".
