@@ -363,7 +363,7 @@ def test_what_the_tutorial_compares_is_that_of_the_results():
     (_, *models), *rows = table(lesson := page("tutorial.md"), "King James Bible")
     for size, *cells in rows:
         assert cells == [loss(model, (f"5. {size}\n", f"5. {size}, rates")) for model in models]
-    for section, corner in (("8. ", r"model \| 1 to 2"), ("9. ", r"model \| 2 keys")):
-        told = {model: [share.split()[0] for share in shares] for _, model, _, *shares in results(section)[1:]}
-        assert {model.removeprefix("Grassmann "): shares for model, *shares in table(lesson, corner)[1:]} == told
+    for section, corner in (("8. ", r"model \| rate \| 1 to 2"), ("9. ", r"model \| rate \| 2 keys")):
+        told = [[model, rate, *(share.split()[0] for share in shares)] for _, model, rate, *shares in results(section)[1:]]
+        assert [[model.removeprefix("Grassmann "), *cells] for model, *cells in table(lesson, corner)[1:]] == told
     assert [row[::2] for row in table(lesson, "features")[1:]] == [row[:4:3] for row in results("2. ")[1:]]
