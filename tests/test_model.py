@@ -17,10 +17,8 @@ def near(a, b, atol=1e-12):
 # ---- the model, written out token by token -------------------------------------------------------
 
 def written_out(params, config, text):
-    """Logits (L, V) of one text, directly from the paper's equations, and values inside the layers.
-
-    Per layer: z, p (L, …) and the gate alpha, or with attention the table a (heads, L, L). Without taps p is
-    the mean of one wedge per offset. The model computes one wedge for all offsets.
+    """Logits (L, V) of one text, directly from the equations, and for each layer z, p (L, …) and the gate alpha, or with
+    attention the table a (heads, L, L). Without taps p is the mean of one wedge per offset; the model computes only one.
     """
     inside = []
 
