@@ -181,7 +181,7 @@ def cross_entropy_backward(dloss: float, cache: tuple) -> Array:
 
 unit_area_forward, unit_area_backward = _borrowed(grassmann.unit_area_forward), _borrowed(grassmann.unit_area_backward)
 partner_forward, partner_backward = _borrowed(grassmann.partner_forward), _borrowed(grassmann.partner_backward)
-contract = _borrowed(grassmann.contract)
+associate = _borrowed(grassmann.associate)
 memory_forward, memory_backward = _borrowed(grassmann.memory_forward), _borrowed(grassmann.memory_backward)
 
 @functools.cache
@@ -195,7 +195,7 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
         z = h W_red + b_red        reduce                       (B, L, r)
         s = partner(z)             look back                    (B, L, r)
         p = z ∧ s                  span a plane                 (B, L, n)
-        g = p W_plu + b_plu        project back                 (B, L, d)   + memory(h, z), if any
+        g = p W_plu + b_plu        project back                 (B, L, d)   + memory(h, z, s), if any
         mix = gate(h, g)           blend, in the next LayerNorm (B, L, d)
 
     One kernel computes the biases, p and, with taps, s. `past` and the cache are as in grassmann.py, except that the
@@ -221,7 +221,7 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
               x, b_red, taps, w["b_plu"], z, s, p, [g])
     product(p, w["W_plu"], out=g, add=True)
     if config.memory:
-        m, cache["memory"] = memory_forward(h, z, w, past)
+        m, cache["memory"] = memory_forward(h, z, s, w, past)
         g += m
     logits = product(hg, w["W_gate"])
     return _Sum(logits, w["b_gate"], hg), cache | {"hg": hg, "z": z, "s": s, "p": p, "logits": logits}
@@ -239,16 +239,16 @@ def mix_backward(dmix: _SumGrad, cache: dict) -> tuple[Array, Params]:
     grads["W_plu"], dp = over_tokens(p, dg, _place(w, "W_plu")), product(dg, w["W_plu"].T)
     dz, ds = cp.empty(z.shape, z.dtype), cp.empty(z.shape, z.dtype)
     per_token("wedge_backward", B * L, r, n, dp, z, cache["s"], dz, ds)
+    if "memory" in cache:
+        dh_memory, dz_memory, ds_memory, memory = memory_backward(dg, cache["memory"])
+        for sum_, part in ((dh, dh_memory), (dz, dz_memory), (ds, ds_memory)):
+            sum_ += part
+        grads |= memory
     m = 0 if cache["taps"] is None else len(offsets)
     if m == 0:
         dz_partner, dtaps = partner_backward(ds, cache["partner"])
         dz += dz_partner
         grads |= {} if dtaps is None else {"taps": dtaps}
-    if "memory" in cache:
-        dh_memory, dz_memory, memory = memory_backward(dg, cache["memory"])
-        dh += dh_memory
-        dz += dz_memory
-        grads |= memory
     parts, (deltas, *_) = parts_of(B * L, r + m * r + d, dtype=z.dtype), _indices(offsets, r)
     per_token("partner_backward", B * L, L, r, m, d, deltas, z, cache["taps"], ds, [dg], dz, parts)
     grads |= {"b_red": Parts(parts[:, :r]), "b_plu": Parts(parts[:, r + m * r :])}

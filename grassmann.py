@@ -321,63 +321,62 @@ def gate_backward(dout: Array, cache: tuple) -> tuple[Array, Array, Array, Array
     d = dout.shape[-1]
     return direct + dhg[..., :d], (dout - direct) + dhg[..., d:], dW, db
 
-def contract(x: Array, a: Array, b: Array, M: Array | None = None, chunk: int = 64) -> tuple:
-    """x_t ⌟ (M + Σ_{i<=t} a_i ∧ b_i) at every t, and the last sum; x a b (B, L, r), M (B, r, r).
+def associate(q: Array, k: Array, v: Array, M: Array | None = None, chunk: int = 64) -> tuple[Array, Array]:
+    """q_t (M + Σ_{i<=t} k_iᵀ v_i) at every t, and the last sum; q k v (B, L, r), M (B, r, r).
 
-    A vector is contracted with a plane by x ⌟ (a ∧ b) = (x·a) b - (x·b) a. As matrices,
-    out = (X Aᵀ ⊙ causal) B - (X Bᵀ ⊙ causal) A: attention's products without a softmax. Within a
-    chunk it is just that; of all chunks before, M = AᵀB - BᵀA is enough: time is linear in L.
+    k_iᵀ v_i gives v_i to whoever asks with k_i. As matrices, out = (Q Kᵀ ⊙ causal) V + Q M: attention's
+    products without a softmax, chunk by chunk. Of all chunks before, M = KᵀV is enough: time is linear in L.
     """
-    (batch, L, r), out = x.shape, np.empty_like(x)
-    M = np.zeros((batch, r, r), x.dtype) if M is None else M
-    for k in range(0, L, chunk):
-        X, A, B = (v[:, k : k + chunk] for v in (x, a, b))  # (B, chunk, r)
-        A_T, B_T, causal = A.swapaxes(1, 2), B.swapaxes(1, 2), np.tri(X.shape[1], dtype=x.dtype)
-        out[:, k : k + chunk] = (X @ A_T * causal) @ B - (X @ B_T * causal) @ A + X @ M
-        M = M + A_T @ B - B_T @ A
+    (batch, L, r), out = q.shape, np.empty_like(q)
+    M = np.zeros((batch, r, r), q.dtype) if M is None else M
+    for i in range(0, L, chunk):
+        Q, K, V = (x[:, i : i + chunk] for x in (q, k, v))  # (B, chunk, r)
+        K_T, causal = K.swapaxes(1, 2), np.tri(Q.shape[1], dtype=q.dtype)
+        out[:, i : i + chunk] = (Q @ K_T * causal) @ V + Q @ M
+        M = M + K_T @ V
     return out, M
 
-def memory_forward(h: Array, z: Array, w: Scope, past: dict | None = None) -> tuple[Array, tuple]:
-    """A bivector that every token writes and reads: h (B, L, d), z (B, L, r) -> m (B, L, d).
+def memory_forward(h: Array, z: Array, s: Array, w: Scope, past: dict | None = None, read=None) -> tuple[Array, tuple]:
+    """A matrix that every token writes and reads: h (B, L, d), z and its partner s (B, L, r) -> m (B, L, d).
 
-        [a b] = h W_ab + b_ab           what a token writes      (B, L, r) each
-        M_t = Σ_{i<=t} a_i ∧ b_i        the memory: a sum of planes
-        c_t = z_t ⌟ M_t / sqrt(t)       what z_t reads           (B, L, r), t counted from 1
-        m = c W_mem                     project back             (B, L, d)
+        [k v] = h W_kv + b_kv,  k += s   a key and a value          (B, L, r) each
+        M_t = Σ_{i<=t} k_iᵀ v_i          the memory                 (B, r, r)
+        c_t = z_t M_t / sqrt(r t)        what z_t reads             (B, L, r), t counted from 1
+        m = c W_mem                      project back               (B, L, d)
 
-    What lies in the planes that z_t meets comes back, from any distance. `past` (streaming) holds
-    M, as an antisymmetric matrix, and how many tokens it has seen.
+    What lies under keys like z_t comes back, from any distance. As s_i is part of k_i, that is also what followed
+    tokens like t. `past` (streaming) holds M and how many tokens it has seen; `read` replaces `associate`.
     """
-    (_, L, r), past = z.shape, {} if past is None else past
-    ab, c_ab = linear_forward(h, w["W_ab"], w["b_ab"])  # (B, L, 2r)
-    a, b, seen = ab[..., :r], ab[..., r:], past.get("seen", 0)
-    scale = (1 / np.sqrt(np.arange(seen + 1, seen + L + 1))).astype(z.dtype)[:, None]  # (L, 1)
-    c, past["M"] = contract(z, a, b, past.get("M"))
+    (_, L, r), past, read = z.shape, {} if past is None else past, read or associate
+    kv, c_kv = linear_forward(h, w["W_kv"], w["b_kv"])  # (B, L, 2r)
+    k, v, seen = kv[..., :r] + s, kv[..., r:], past.get("seen", 0)
+    scale = (1 / np.sqrt(r * np.arange(seen + 1, seen + L + 1))).astype(z.dtype)[:, None]  # (L, 1)
+    c, past["M"] = read(z, k, v, past.get("M"))
     c, past["seen"] = c * scale, seen + L
-    return c @ w["W_mem"], (z, a, b, c, scale, w["W_mem"], c_ab)
+    return c @ w["W_mem"], (z, k, v, c, scale, w["W_mem"], c_kv, read)
 
-def memory_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Params]:
-    """With dc_t / sqrt(t) as dc_t, the loss moves with (z_t·a_i)(b_i·dc_t) - (z_t·b_i)(a_i·dc_t), i <= t.
+def memory_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Array, Params]:
+    """Let dc_t include the factor 1 / sqrt(r t). The loss changes by (z_t·k_i)(v_i·dc_t) for every i <= t:
 
-    So dz_t = -dc_t ⌟ M_t; and with N_i = Σ_{t>=i} dc_t ∧ z_t, a sum from the end, da_i = b_i ⌟ N_i
-    and db_i = -a_i ⌟ N_i: the same op, run backwards in time.
+        dz_t = Σ_{i<=t} (dc_t·v_i) k_i,   dk_i = Σ_{t>=i} (v_i·dc_t) z_t = ds_i,   dv_i = Σ_{t>=i} (k_i·z_t) dc_t,
+
+    three times the same op, twice backwards in time.
     """
-    z, a, b, c, scale, W_mem, c_ab = cache
+    z, k, v, c, scale, W_mem, c_kv, read = cache
     dc = dm @ W_mem.T * scale
-    z_r, a_r, b_r, dc_r = (v[:, ::-1] for v in (z, a, b, dc))  # from the end
-    dz = -contract(dc, a, b)[0]
-    da, db = contract(b_r, dc_r, z_r)[0], -contract(a_r, dc_r, z_r)[0]
-    dh, dW_ab, db_ab = linear_backward(np.concatenate([da[:, ::-1], db[:, ::-1]], -1), c_ab)
+    z_r, k_r, v_r, dc_r = (x[:, ::-1] for x in (z, k, v, dc))  # from the end
+    dz, dk, dv = read(dc, v, k)[0], read(v_r, dc_r, z_r)[0][:, ::-1], read(k_r, z_r, dc_r)[0][:, ::-1]
+    dh, dW_kv, db_kv = linear_backward(np.concatenate([dk, dv], -1), c_kv)
     dW_mem = c.reshape(-1, len(W_mem)).T @ dm.reshape(-1, dm.shape[-1])  # (r, T) @ (T, d)
-    return dh, dz, {"W_ab": dW_ab, "b_ab": db_ab, "W_mem": dW_mem}
+    return dh, dz, dk, {"W_kv": dW_kv, "b_kv": db_kv, "W_mem": dW_mem}
 
-def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
+def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None, read=None) -> tuple[Array, dict]:
     """The Grassmann mixing layer (paper, section 3): h (B, L, d) -> mix (B, L, d).
 
         z = h W_red + b_red        reduce          (B, L, r)
         s = partner(z)             look back       (B, L, r)
         p = z ∧ s                  span a plane    (B, L, n)
-        g = p W_plu + b_plu        project back    (B, L, d)      + memory(h, z), if any
+        g = p W_plu + b_plu        project back    (B, L, d)      + memory(h, z, s), if any
         mix = gate(h, g)           blend           (B, L, d)
 
     `w` holds the layer's parameters. While streaming, `past` holds the last max(Δ) reduced states and the
@@ -395,7 +394,7 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
     g, c_plu = linear_forward(p, w["W_plu"], w["b_plu"])
     cache = {"red": c_red, "partner": c_partner, "wedge": c_wedge, "plu": c_plu}
     if config.memory:
-        m, cache["memory"] = memory_forward(h, z, w, past)
+        m, cache["memory"] = memory_forward(h, z, s, w, past, read)
         g += m
     mix, cache["gate"] = gate_forward(h, g, w["W_gate"], w["b_gate"])
     return mix, cache | {"z": z, "s": s, "p": p, "alpha": cache["gate"][1]}
@@ -406,13 +405,13 @@ def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
     dh, dg, grads["W_gate"], grads["b_gate"] = gate_backward(dmix, cache["gate"])
     dp, grads["W_plu"], grads["b_plu"] = linear_backward(dg, cache["plu"])
     dz, ds = plucker_backward(dp, cache["wedge"])
+    if "memory" in cache:
+        dh_memory, dz_memory, ds_memory, memory = memory_backward(dg, cache["memory"])
+        dh, dz, ds, grads = dh + dh_memory, dz + dz_memory, ds + ds_memory, grads | memory
     dz_partner, dtaps = partner_backward(ds, cache["partner"])
     if dtaps is not None:
         grads["taps"] = dtaps
     dz += dz_partner
-    if "memory" in cache:
-        dh_memory, dz_memory, memory = memory_backward(dg, cache["memory"])
-        dz, dh, grads = dz + dz_memory, dh + dh_memory, grads | memory
     dh_red, grads["W_red"], grads["b_red"] = linear_backward(dz, cache["red"])
     return dh + dh_red, grads
 
@@ -420,7 +419,7 @@ def mix_shapes(config: Config, layer: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the layer's parameters."""
     d, r, n = config.d_model, config.rank, config.rank * (config.rank - 1) // 2
     taps = {"taps": (len(config.offsets[layer]), r)} if config.taps else {}
-    memory = {"W_ab": (d, 2 * r), "b_ab": (2 * r,), "W_mem": (r, d)} if config.memory else {}
+    memory = {"W_kv": (d, 2 * r), "b_kv": (2 * r,), "W_mem": (r, d)} if config.memory else {}
     project = {"W_plu": (n, d), "b_plu": (d,), "W_gate": (2 * d, d), "b_gate": (d,)}
     return {"W_red": (d, r), "b_red": (r,)} | taps | memory | project
 
@@ -584,7 +583,7 @@ class Config:
     positions: bool = False  # a learned vector per position; False: the model takes texts of any length
     mixer: str = "grassmann"  # or "attention", for comparison
     n_head: int = 4  # attention heads
-    memory: bool = False  # besides its short past a layer reads a bivector that all tokens write
+    memory: bool = False  # besides its short past a layer reads a matrix that all tokens write
 
     def __post_init__(self) -> None:
         attention = self.mixer == "attention"
@@ -606,6 +605,7 @@ class Config:
             check(not self.memory and not self.offsets, "attention has neither memory nor offsets")
             check(self.d_model % self.n_head == 0, f"n_head, {self.n_head}, must divide d_model, {self.d_model}")
         else:
+            check(not (self.memory and self.normalize), "memory needs partners that are not normalised")
             check(len(self.offsets) == self.n_layer, f"offsets need {self.n_layer} groups, not {len(self.offsets)}")
         for layer in self.offsets:
             check(len(set(layer)) == len(layer) > 0, f"a layer's offsets must be distinct, not {layer}")
@@ -631,11 +631,11 @@ def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Para
     """Draw the initial parameters, a flat dict from name to array.
 
     Matrices and embeddings: N(0, 0.02²). W_2 and W_out are divided by sqrt(2N), since they write into the
-    residual path. W_red: N(0, 1/d), so that reduced states have unit size and planes have some area. Taps:
+    residual path. W_red, W_kv: N(0, 1/d), so that reduced states have unit size and planes have some area. Taps:
     N(0, 0.5²), so that offsets differ from the start. LayerNorm: w = 1, b = 0. Biases: 0.
     """
     rng, params, residual = np.random.default_rng(seed), {}, 0.02 / math.sqrt(2 * config.n_layer)
-    scales = {"taps": 0.5, "W_red": config.d_model**-0.5, "W_2": residual, "W_out": residual}
+    scales = dict.fromkeys(("W_red", "W_kv"), config.d_model**-0.5) | {"taps": 0.5, "W_2": residual, "W_out": residual}
     for name, shape in param_shapes(config).items():
         kind = name.split(".")[-1]
         if kind == "w" or kind.startswith("b"):

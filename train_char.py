@@ -74,7 +74,7 @@ OPTIONS = {  # name: (type, choices or bool, help)
     "positions": (bool, "learned position vectors; a sample longer than the context re-reads its last half"),
     "mixer": (str, "what mixes the tokens: grassmann, attention, or a file with a layer of your own"),
     "n_head": (int, "attention heads"),
-    "memory": (bool, "a bivector in every layer that all tokens so far have written"),
+    "memory": (bool, "a memory in every layer that all tokens so far have written"),
 }
 NO_USE = {"attention": ("rank", "offsets", "taps", "normalize", "memory"), "grassmann": ("n_head",)}
 PRESETS = {

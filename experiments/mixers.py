@@ -5,12 +5,10 @@ adds them to grassmann.MIXERS, so that Config(mixer="rotary attention with taps"
 Only "rotary attention" can write one token at a time. The other mixers read whole texts.
 
     attention     with rotary positions; and with learned taps on its input (a short convolution)
-    convolution   gated, at full width: (a ⊙ (b + taps(b))) W
-    gate          our gate around either of the two
-    features      of z and its partner s in place of the wedge and W_plu: the sum z·x_k + s·y_k, all
-                  products z_i s_j, the one-sided product (z·x_k)(s·y_k), and learned planes,
-                  (z ∧ s)·(x_k ∧ y_k); without a gate
-    rescaled      the Grassmann layer with its bivectors multiplied by a constant
+    convolution   gated, at full width: (a ⊙ (b + taps(b))) W; and our gate around either of the two
+    features      of z and its partner s in place of the wedge and W_plu: the sum z·x_k + s·y_k, all products z_i s_j, the
+                  one-sided product (z·x_k)(s·y_k), and learned planes, (z ∧ s)·(x_k ∧ y_k); without a gate
+    bivectors     multiplied by a constant; in the memory, where every token writes a plane
     hybrid        attention in one layer, the Grassmann layer in the others
 """
 
@@ -18,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -31,9 +30,8 @@ Shapes = dict[str, tuple[int, ...]]
 def rotate(x: Array, sign: int = 1, start: int = 0) -> Array:
     """Rotary positions: pairs of coordinates of x (B, heads, L, d_h) turned by t times their frequency.
 
-    A rotary position is a rotor: the rotation of R^{d_h} that moves token t. Its backward is the
-    rotation by the opposite angle, sign=-1. The score of two tokens then depends on their distance.
-    `start` is the position of the first.
+    A rotary position is a rotor: the rotation of R^{d_h} that moves token t. Its backward is the rotation by the opposite
+    angle, sign=-1. The score of two tokens then depends on their distance. `start` is the position of the first.
     """
     half = x.shape[-1] // 2
     angles = np.arange(start, start + x.shape[2])[:, None] * 10000.0 ** (-np.arange(half) / half)  # (L, d_h / 2)
@@ -95,9 +93,8 @@ def convolution_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
     return dh, grads
 
 def convolution_shapes(config: Config, layer: int) -> Shapes:
-    d = config.d_model
-    return {"W_in": (d, 2 * d), "b_in": (2 * d,), "taps": (len(config.offsets[layer]), d),
-            "W_out": (d, d), "b_out": (d,)}
+    d, m = config.d_model, len(config.offsets[layer])
+    return {"W_in": (d, 2 * d), "b_in": (2 * d,), "taps": (m, d), "W_out": (d, d), "b_out": (d,)}
 
 # ---- our gate around another mixer -------------------------------------------------------------------
 
@@ -223,7 +220,7 @@ def learned(antisymmetric: bool) -> tuple:
 
     return forward, backward, learned_shapes
 
-# ---- bivectors of another size ---------------------------------------------------------------------
+# ---- bivectors of another size, and a memory of bivectors ------------------------------------------
 
 def rescaled(factor: float) -> tuple:
     """The Grassmann layer with its bivectors multiplied by a factor: (k p) W_plu is p (k W_plu)."""
@@ -237,6 +234,10 @@ def rescaled(factor: float) -> tuple:
         return dh, grads | {"W_plu": factor * grads["W_plu"]}
 
     return forward, backward, G.mix_shapes
+
+def contract(q: Array, k: Array, v: Array, M: None = None) -> tuple[Array, None]:
+    """q_t ⌟ Σ_{i<=t} k_i ∧ v_i = Σ_{i<=t} [(q_t·k_i) v_i - (q_t·v_i) k_i]: the memory, antisymmetrised."""
+    return G.associate(q, k, v)[0] - G.associate(q, v, k)[0], None
 
 # ---- all of them -----------------------------------------------------------------------------------
 
@@ -280,6 +281,8 @@ MIXERS = {
     "wedge without a gate": with_features(WEDGE, gate=False),
     "rescaled by 31": rescaled(31),
     "rescaled by 76": rescaled(76),
+    "bivector memory": (lambda h, w, c, *rest: G.mix_forward(h, w, replace(c, memory=True), *rest, read=contract),
+                        G.mix_backward, lambda c, layer: G.mix_shapes(replace(c, memory=True), layer)),
     "hybrid": hybrid(1, "rotary attention with taps"),
 }
 

@@ -82,12 +82,11 @@ class Reader {  // what one model, whole or with parts switched off, makes of th
       yield character(token); logits = model.stream_step(state, token, off);
     }
   }
-  reads(t, layer) {  // memory: z is given Σ (z·a) b - (z·b) a over all that wrote; their shares
+  reads(t, layer) {  // memory: z is given Σ (z·k) v over all that wrote; their shares
     const { position, layers } = this.rows[t], { z } = layers[layer], start = t - position;
     const wrote = this.model.config.memory ? this.rows.slice(start, t + 1) : [];
     const lengths = wrote.map(row => {
-      const { a, b } = row.layers[layer], x = dot(z, a), y = dot(z, b);
-      return norm(b.map((v, k) => x * v - y * a[k]));
+      const { k, v } = row.layers[layer]; return Math.abs(dot(z, k)) * norm(v);
     });
     const total = mean(lengths) * lengths.length || 1;
     return lengths.map((x, k) => [start + k, x / total]).sort((x, y) => y[1] - x[1]);
@@ -373,7 +372,7 @@ function write_on() {
   $("written").textContent = written.join(""); $("output").scrollTop = 1e6;
   $("counter").innerHTML = Object.entries({ "characters": written.length,
     "a second": 1000 * (written.length - from) / (performance.now() - began),
-    "numbers that this model remembers": (model.reach + memory * n_layer * (r - 1) / 2) * r,
+    "numbers that this model remembers": (model.reach + memory * n_layer * r) * r,
     "numbers that a Transformer of this size would keep by now": 2 * n_layer * d_model
       * (start + written.length) }).map(([name, n]) => item(name, many(n))).join("");
   written.length < writer.until ? later("write", fast ? 0 : 25, write_on) : run(false);

@@ -83,9 +83,11 @@ class Model {
     const scale = taps && normalize ? unit_area(z, s) : 1;
     for (let i = 0; i < r; i++) s[i] *= scale;
   }
-  memory({ z, a, b }, past, c) {  // M += a ∧ b, c = z ⌟ M / sqrt(t)
-    const scale = 1 / Math.sqrt(++past.seen);
-    add_wedge(past.M, a, b); accumulate(z, past.M, c.fill(0));
+  memory({ z, s, k, v }, { M }, seen, c) {  // k += s, M += kᵀ v, c = z M / sqrt(r t)
+    for (let i = 0, n = 0; i < k.length; i++) {
+      k[i] += s[i]; for (let j = 0; j < v.length; j++) M[n++] += k[i] * v[j];
+    }
+    accumulate(z, M, c.fill(0)); const scale = 1 / Math.sqrt(c.length * seen);
     for (let i = 0; i < c.length; i++) c[i] *= scale;
   }
   gate(h, w, half, out) {  // α = sigmoid([h ; g] W + b), out = α ⊙ h + (1-α) ⊙ g; the mean of α
@@ -99,14 +101,14 @@ class Model {
   }
   mix(h, layer, past, position, off, out) {  // reduce, look back, span a plane, project back, blend
     const { mix: w, reach, offsets } = layer, { p, g, c, size, config: { rank: r, memory } } = this;
-    const ab = size(2 * r), kept = { z: size(r), s: size(r), share: size(offsets.length) };
+    const kv = size(2 * r), kept = { z: size(r), s: size(r), share: size(offsets.length) };
     linear(h, w.W_red, w.b_red, kept.z); this.partner(kept, layer, past, position, off);
     past.z.set(kept.z, position % reach * r); plucker(kept.z, kept.s, p);
     g.set(w.b_plu);
     if (!off.wedge) accumulate(p, w.W_plu, g);
     if (memory) {
-      linear(h, w.W_ab, w.b_ab, ab);
-      this.memory(Object.assign(kept, { a: ab.subarray(0, r), b: ab.subarray(r) }), past, c);
+      linear(h, w.W_kv, w.b_kv, kv); Object.assign(kept, { k: kv.subarray(0, r), v: kv.subarray(r) });
+      this.memory(kept, past, ++past.seen, c);
       if (!off.memory) accumulate(c, w.W_mem, g);
     }
     kept.alpha = this.gate(h, w, off.gate, out); return kept;

@@ -6,7 +6,7 @@ import pytest
 import grassmann as G
 
 TOKENS = np.array([[3, 0, 3, 1], [4, 3, 3, 0]])  # of 6: some repeated, two missing
-MEMORY = {"W_ab": (8, 8), "b_ab": (8,), "W_mem": (4, 8)}
+MEMORY = {"W_kv": (8, 8), "b_kv": (8,), "W_mem": (4, 8)}
 
 # Forward, and the shapes of its inputs. A dict has shapes of parameters. The first word names the op.
 OPS = {
@@ -21,7 +21,7 @@ OPS = {
     "unit_area": (G.unit_area_forward, [(2, 3, 5), (2, 3, 5)]),
     "partner": (lambda z, taps: G.partner_forward(z, taps, (1, 2, 9), True), [(2, 6, 4), (3, 4)]),
     "gate": (G.gate_forward, [(2, 3, 8), (2, 3, 8), (16, 8), (8,)]),
-    "memory of three chunks": (G.memory_forward, [(1, 150, 8), (1, 150, 4), MEMORY]),
+    "memory of three chunks": (G.memory_forward, [(1, 150, 8), (1, 150, 4), (1, 150, 4), MEMORY]),
     "attention_core": (G.attention_core_forward, [(2, 2, 5, 3)] * 3),
     "ffn": (G.ffn_forward, [(2, 3, 8), {"W_1": (8, 10), "b_1": (10,), "W_2": (10, 8), "b_2": (8,)}]),
     "head": (G.head_forward, [(2, 3, 8), (5, 8)]),

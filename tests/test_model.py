@@ -17,10 +17,8 @@ def near(a, b, atol=1e-12):
 # ---- the model, written out token by token -------------------------------------------------------
 
 def written_out(params, config, text):
-    """Logits (L, V) of one text, directly from the paper's equations, and values inside the layers.
-
-    Per layer: z, p (L, …) and the gate alpha, or with attention the table a (heads, L, L). Without taps p is
-    the mean of one wedge per offset. The model computes one wedge for all offsets.
+    """Logits (L, V) of one text, directly from the equations, and for each layer z, p (L, …) and the gate alpha, or with
+    attention the table a (heads, L, L). Without taps p is the mean of one wedge per offset; the model computes only one.
     """
     inside = []
 
@@ -39,19 +37,20 @@ def written_out(params, config, text):
         return p / area if area > 1e-5 * sizes or not config.normalize else 0 * p
 
     def grassmann(h, name, offsets):
-        z, p = h @ params[name + "W_red"] + params[name + "b_red"], []
+        z, s, p = h @ params[name + "W_red"] + params[name + "b_red"], [], []
         for t in range(len(h)):
             past = [(k, z[t - delta]) for k, delta in enumerate(offsets) if t >= delta]
             if config.taps:
-                p.append(wedge(z[t], sum((params[name + "taps"][k] * v for k, v in past), np.zeros(config.rank))))
+                s.append(sum((params[name + "taps"][k] * v for k, v in past), np.zeros(config.rank)))
+                p.append(wedge(z[t], s[t]))
             else:
                 p.append(sum(wedge(z[t], v) for _, v in past) / len(past) if past else 0 * G.plucker(z[t], z[t]))
         g = p @ params[name + "W_plu"] + params[name + "b_plu"]
         if config.memory:
-            ab, M, c = h @ params[name + "W_ab"] + params[name + "b_ab"], 0, []
-            for t, (write_a, write_b) in enumerate(zip(*np.split(ab, 2, 1), strict=True)):
-                M = M + np.outer(write_a, write_b) - np.outer(write_b, write_a)
-                c.append(z[t] @ M / math.sqrt(t + 1))
+            kv, M, c = h @ params[name + "W_kv"] + params[name + "b_kv"], 0, []
+            for t, (key, value) in enumerate(zip(*np.split(kv, 2, 1), strict=True)):
+                M = M + np.outer(key + s[t], value)
+                c.append(z[t] @ M / math.sqrt(config.rank * (t + 1)))
             g = g + c @ params[name + "W_mem"]
         alpha = 1 / (1 + np.exp(-(np.concatenate([h, g], 1) @ params[name + "W_gate"] + params[name + "b_gate"])))
         inside.append({"z": z, "p": p, "alpha": alpha})
@@ -164,15 +163,13 @@ def test_prompts(tiny_model, positions):
 # ---- sizes and configurations --------------------------------------------------------------------
 
 def test_initial_weights(tiny_config, variant):
-    """Ones, zeros, N(0, 0.02²), N(0, 0.5²) for taps, N(0, 1/d) for W_red, and 1 / sqrt(2N) of it
-    for what writes into the residual stream."""
     config = tiny_config(**variant, vocab_size=50, d_model=64, rank=16, d_ff=256, positions=True)
     params = G.init_params(config, seed=3)
     G.check_model(params, config)
     for name, value in params.items():
         kind = name.split(".")[-1]
         assert value.dtype == np.float32
-        scale = {"taps": 0.5, "W_red": 1 / 8, "W_2": 0.01, "W_out": 0.01}.get(kind, 0.02)
+        scale = {"taps": 0.5, "W_red": 1 / 8, "W_kv": 1 / 8, "W_2": 0.01, "W_out": 0.01}.get(kind, 0.02)
         if value.ndim == 1:
             assert (value == (kind == "w")).all()
         else:
@@ -200,6 +197,7 @@ WRONG = {  # of tiny_config
     "1 to context - 1, here 8": [{"offsets": ((1,), (wrong,))} for wrong in (0, 9)],
     "n_head, 3, must divide d_model, 8": [{"mixer": "attention", "n_head": 3}],
     "neither memory nor offsets": [{"mixer": "attention"} | x for x in ({"memory": True}, {"offsets": ((1,),) * 2})],
+    "partners that are not normalised": [{"memory": True, "normalize": True}],
     "block must be one of": [{"block": "postnorm"}, {"block": ["paper"]}],
     "mixer must be one of": [{"mixer": "lstm"}, {"mixer": {}}],
 }

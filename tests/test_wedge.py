@@ -1,4 +1,4 @@
-"""The geometry: the wedge product and unit areas. (One wedge for all offsets, and contraction: test_model.py.)"""
+"""The geometry: the wedge product and unit areas. (One wedge for all offsets: test_model.py; contraction: test_mixers.py.)"""
 
 import itertools
 

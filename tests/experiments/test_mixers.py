@@ -54,6 +54,8 @@ def test_features_are_what_they_are_called(rng):
     products = mixers.outer_forward(z, s)[0].reshape(5, 5)
     np.testing.assert_allclose(products, np.outer(z, s))
     np.testing.assert_allclose(grassmann.plucker(z, s).ravel(), products[i, j] - products[j, i])
+    q, k, v = rng.standard_normal((3, 1, 6, 5))  # what a vector reads in planes is at right angles to it
+    np.testing.assert_allclose((q * mixers.contract(q, k, v)[0]).sum(-1), 0, atol=1e-13)
 
 def test_rescaled_is_the_layer_with_larger_projections(tiny_model, batch):
     params, config = tiny_model(taps=False, normalize=True, block="paper")

@@ -138,8 +138,8 @@ def test_what_a_memory_reads_its_switch_and_what_it_holds(explore):
     model, text = random_model(memory=True, offsets=((1, 3), (2,))), "abc efgh\nabqponm lk"
     page, (blocks, whole, _) = explore(model, text), seen(model.params, model.config, text, model.vocab)
     for t, i in itertools.product((0, 5, 18), range(2)):
-        z, a, b = (x[0].astype(float) for x in blocks[i]["mix"]["memory"][:3])
-        read = np.array([np.linalg.norm((z[t] @ a[k]) * b[k] - (z[t] @ b[k]) * a[k]) for k in range(t + 1)])
+        z, k, v = (x[0].astype(float) for x in blocks[i]["mix"]["memory"][:3])
+        read = np.abs(k[: t + 1] @ z[t]) * np.linalg.norm(v[: t + 1], axis=1)
         page.js("choose(arguments[0]);", t)
         places, shares = np.transpose(page.js("shown().look(arguments[0], arguments[1]).reads", t, i))
         np.testing.assert_allclose(shares, (read / read.sum())[places.astype(int)], atol=1e-3)
@@ -151,7 +151,7 @@ def test_what_a_memory_reads_its_switch_and_what_it_holds(explore):
     np.testing.assert_allclose(page.bits(), bits := seen(off, model.config, text, model.vocab)[1], atol=2e-3)
     assert np.abs(bits - whole).max() > 0.1 and page.text("#changes").startswith("Off: layer 2 memory.")
     page.click("#start", "$('counter').textContent.length > 0")
-    assert f"this model remembers {(3 + 2) * 6 + 2 * 15}" in page.text("#counter")
+    assert f"this model remembers {(3 + 2) * 6 + 2 * 36}" in page.text("#counter")
 
 def test_writing_starts_stops_goes_on_and_begins_again(explore):
     page = explore(hash=f"{ON_TEXT}&tab=write")
