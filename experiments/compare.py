@@ -156,7 +156,7 @@ QUESTIONS = [
              [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
                  BEST_ATTENTION, ("with memory, rank 16", MEMORY[1]), ("with a bivector, rank 16", BIVECTOR),
                  ("with a bivector, rank 23", BIVECTOR | {"rank": 23}))],
-             KEYS, same_size=False, tasks=True, seeds=3, rates=(1e-3, 2e-3)),
+             KEYS, same_size=False, tasks=True, seeds=3, rates=(1e-3, 2e-3, 4e-3)),
     dispute("The dispute", 3),
     dispute("The dispute in subwords: 4,096 byte pairs", 1, ("bible", 4096)),
 ]
