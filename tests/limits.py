@@ -1,5 +1,6 @@
-"""Compare numbers of lines with the limits of this project: python tests/limits.py (exit code 1: too many)"""
+"""Compare numbers of lines and words with the limits of this project: python tests/limits.py (exit code 1: too many)"""
 
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -7,6 +8,9 @@ GPU = "gpu.py", "gpu_cuda.py", "kernels.cu"
 
 def lines(*patterns: str) -> int:
     return sum(len(path.read_bytes().splitlines()) for pattern in patterns for path in ROOT.glob(pattern))
+
+def words(page: str) -> int:
+    return len(re.sub(r"^```.*?^```\n", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S | re.M).split())
 
 ROWS = [  # what, how much, at most
     ("lines at the root, without the GPU's", lines("*.py") - lines(*GPU[:2]), 1900),
@@ -16,8 +20,9 @@ ROWS = [  # what, how much, at most
     ("lines of Python in experiments", lines("experiments/**/*.py"), 2400),
     ("lines of tests", lines("tests/**/*.py", "tests/**/*.h"), 5000),
     ("lines of tests/gpu", lines("tests/gpu/*.py", "tests/gpu/*.h"), 1000),
+    *((f"words of {page} outside code blocks", words(page), most) for page, most in (
+        ("README.md", 900), ("tutorial.md", 7500), ("experiments/README.md", 4000), ("docs/claim.md", 1200))),
 ]
-if __name__ == "__main__":
-    for what, found, most in ROWS:
-        print(f"{found:6,} of {most:6,} {what}{'   TOO MANY' * (found > most)}")
-    raise SystemExit(any(found > most for _, found, most in ROWS))
+for what, found, most in ROWS:
+    print(f"{found:6,} of {most:6,} {what}{'   TOO MANY' * (found > most)}")
+raise SystemExit(any(found > most for _, found, most in ROWS))

@@ -26,8 +26,7 @@ def test_gradients_are_right_and_nothing_sees_the_future(mixer):
 def test_offsets_differ_from_the_first_step(mixer):
     """Taps start from N(0, 0.5²). The 0.02 of matrices would hide what they multiply."""
     config = grassmann.Config(65, mixer=mixer)
-    taps = [value for name, value in grassmann.init_params(config).items() if "taps" in name]
-    assert all(value.std() > 0.25 for value in taps)
+    assert all(value.std() > 0.25 for name, value in grassmann.init_params(config).items() if "taps" in name)
 
 def test_how_large_features_are_at_first(monkeypatch, rng):
     """Compared with the wedge, in the last layer. The objections in experiments/README.md name this."""
@@ -39,9 +38,8 @@ def test_how_large_features_are_at_first(monkeypatch, rng):
         monkeypatch.setattr(grassmann, "gate_forward", lambda h, g, W, b, name=name: (
             sizes.update({name: float(g.std())}), gate(h, g, W, b))[1])
         grassmann.forward(params, config, tokens)
-    wedge = sizes.pop("grassmann")
-    assert {name for name, size in sizes.items() if size > 0.6 * wedge} == {"outer product", "sum"}
-    assert max(sizes.values()) < 1.5 * wedge
+    large = {name for name, size in sizes.items() if size > 0.6 * sizes["grassmann"]}
+    assert large == {"grassmann", "outer product", "sum"} and max(sizes.values()) < 1.5 * sizes["grassmann"]
 
 def test_features_are_what_they_are_called(rng):
     """Learned planes are dot products with planes. The one-sided product is the first of their two terms."""
@@ -50,8 +48,7 @@ def test_features_are_what_they_are_called(rng):
     planes, one_sided = (mixers.learned(antisymmetric)[0](z, s, w)[0].item() - 0.5 for antisymmetric in (True, False))
     assert planes == pytest.approx((grassmann.plucker(z, s) * grassmann.plucker(x, y)).sum(), rel=1e-12)
     assert one_sided == pytest.approx((z * x).sum() * (s * y).sum(), rel=1e-12)
-    i, j = grassmann.pairs(5)
-    products = mixers.outer_forward(z, s)[0].reshape(5, 5)
+    (i, j), products = grassmann.pairs(5), mixers.outer_forward(z, s)[0].reshape(5, 5)
     np.testing.assert_allclose(products, np.outer(z, s))
     np.testing.assert_allclose(grassmann.plucker(z, s).ravel(), products[i, j] - products[j, i])
     q, k, v = rng.standard_normal((3, 1, 6, 5))  # what a vector reads in planes is at right angles to it
@@ -60,9 +57,8 @@ def test_features_are_what_they_are_called(rng):
 def test_rescaled_is_the_layer_with_larger_projections(tiny_model, batch):
     params, config = tiny_model(taps=False, normalize=True, block="paper")
     larger = {name: value * (31 if "W_plu" in name else 1) for name, value in params.items()}
-    rescaled = replace(config, mixer="rescaled by 31")
-    same, loss, other = (grassmann.loss_and_grads(p, c, *batch(2))[0]
-                         for p, c in ((larger, config), (params, rescaled), (params, config)))
+    same, loss, other = (grassmann.loss_and_grads(p, replace(config, mixer=mixer), *batch(2))[0] for p, mixer in (
+        (larger, "grassmann"), (params, "rescaled by 31"), (params, "grassmann")))
     assert loss == pytest.approx(same, rel=1e-12) and abs(loss - other) > 1e-3
 
 @pytest.mark.parametrize("offsets, factor", [(None, 31), (((1, 2, 4, 8, 12, 16),) * 4, 76)])
@@ -87,8 +83,7 @@ def test_ngrams_are_the_formula(rng, order, window):
             return 1 / V
         known = context[len(context) - n + 1 :]
         after = [text[k + n - 1] for k in range(len(text) - n + 1) if text[k : k + n - 1] == known]
-        shorter = probability(context, token, n - 1)
-        different = len(set(after))
+        shorter, different = probability(context, token, n - 1), len(set(after))
         return (after.count(token) + different * shorter) / (len(after) + different) if after else shorter
 
     for t in range(order - 1, len(test)):
