@@ -344,8 +344,8 @@ def memory_forward(h: Array, z: Array, s: Array, w: Scope, past: dict | None = N
         c_t = z_t M_t / sqrt(r t)        what z_t reads             (B, L, r), t counted from 1
         m = c W_mem                      project back               (B, L, d)
 
-    What lies under keys like z_t comes back, from any distance. As s_i is part of k_i, that is also what followed
-    tokens like t. `past` (streaming) holds M and how many tokens it has seen; `read` replaces `associate`.
+    Values whose keys are like z_t come back, from any distance. Keys contain s_i, so z_t also reads what followed
+    tokens like t. `past` (streaming) holds M and the number of tokens; only the comparison passes another `read`.
     """
     (_, L, r), past, read = z.shape, {} if past is None else past, read or associate
     kv, c_kv = linear_forward(h, w["W_kv"], w["b_kv"])  # (B, L, 2r)
@@ -360,7 +360,7 @@ def memory_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Array, Param
 
         dz_t = Σ_{i<=t} (dc_t·v_i) k_i,   dk_i = Σ_{t>=i} (v_i·dc_t) z_t = ds_i,   dv_i = Σ_{t>=i} (k_i·z_t) dc_t,
 
-    three times the same op, twice backwards in time.
+    Each sum is `associate` with other arguments; the last two run backwards in time.
     """
     z, k, v, c, scale, W_mem, c_kv, read = cache
     dc = dm @ W_mem.T * scale
