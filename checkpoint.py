@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grassmann import Array, Config, Params, UserError, check, check_model, param_shapes
+from grassmann import Array, Config, Params, UserError, check_model, param_shapes, require
 
 FORMAT = 1  # the file's version; load_checkpoint refuses any other version
 
@@ -31,7 +31,7 @@ def save_checkpoint(path: str | os.PathLike, params: Params, config: Config, **e
     check_content(groups, config, extra)
     rest = {key: value for key, value in extra.items() if key not in groups}
     document = json.dumps({"format": FORMAT, "config": asdict(config), "extra": rest}).encode()
-    check(json.loads(document)["extra"] == rest, "JSON would change the extra values")
+    require(json.loads(document)["extra"] == rest, "JSON would change the extra values")
     arrays = {f"{key}/{name}": a for key, group in groups.items() for name, a in group.items()}
     unfinished = Path(f"{os.fspath(path)}.tmp")
     try:
@@ -49,17 +49,17 @@ def load_checkpoint(path: str | os.PathLike, place: Callable = dict) -> tuple[Pa
     Nothing in the file is executed or unpacked. Raises OSError if it cannot be read, and UserError, with
     one line, if it is not a whole checkpoint of this version.
     """
-    check(not Path(path).exists() or Path(path).is_file(), f"{path} is not a file")
+    require(not Path(path).exists() or Path(path).is_file(), f"{path} is not a file")
     try:
         with zipfile.ZipFile(path) as file:
-            check(all(member.compress_type == zipfile.ZIP_STORED for member in file.infolist()), "it is compressed")
+            require(all(member.compress_type == zipfile.ZIP_STORED for member in file.infolist()), "it is compressed")
             meta, found = json.loads(read_array(file, "meta").tobytes()), file.namelist()
-            check(meta["format"] == FORMAT, f"format version {meta['format']!r}, this program reads {FORMAT}")
-            check(meta["config"]["n_layer"] < len(found), "layers are missing")
+            require(meta["format"] == FORMAT, f"format version {meta['format']!r}, this program reads {FORMAT}")
+            require(meta["config"]["n_layer"] < len(found), "layers are missing")
             config, extra = Config(**meta["config"]), dict(meta["extra"])
             shapes, keys = param_shapes(config), {name.split("/")[0] for name in found} - {"meta.npy"} | {"param"}
             names = ["meta.npy", *(f"{key}/{name}.npy" for key in keys for name in shapes)]
-            check(sorted(found) == sorted(names), "its arrays do not fit its configuration")
+            require(sorted(found) == sorted(names), "its arrays do not fit its configuration")
             groups = {key: {name: read_array(file, f"{key}/{name}") for name in shapes} for key in keys}
         check_content(groups, config, extra)
     except OSError:
@@ -80,13 +80,13 @@ def read_array(archive: zipfile.ZipFile, name: str) -> Array:
 def check_content(groups: dict[str, Params], config: Config, extra: dict) -> None:
     """Check a checkpoint, before it is written and after it is read. Raises UserError."""
     dtype, vocab = groups["param"]["E"].dtype, extra.get("vocab")
-    check(dtype in (np.float32, np.float64), f"parameters must be float32 or float64, not {dtype}")
+    require(dtype in (np.float32, np.float64), f"parameters must be float32 or float64, not {dtype}")
     for key, group in groups.items():
         check_model(group, config)
         for name, a in group.items():
-            check(a.dtype == dtype, f"{key}/{name} is {a.dtype}, E is {dtype}")
-            check(np.isfinite(a).all(), f"{key}/{name} has values that are not finite: lower the learning rate")
-    check(vocab is None or (
+            require(a.dtype == dtype, f"{key}/{name} is {a.dtype}, E is {dtype}")
+            require(np.isfinite(a).all(), f"{key}/{name} has values that are not finite: lower the learning rate")
+    require(vocab is None or (
         type(vocab) is list and all(type(point) is int and 0 <= point <= 0x10FFFF for point in vocab)
         and vocab == sorted(set(vocab)) and len(vocab) == config.vocab_size),
         "its vocabulary must be vocab_size code points in ascending order")

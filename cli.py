@@ -50,7 +50,7 @@ def backend(gpu: bool, precision: str | None = None) -> ModuleType:
     """The module that computes: grassmann (NumPy) or gpu (CuPy), with the same names. Raises UserError."""
     import grassmann
 
-    grassmann.check(gpu or precision is None, "--precision is an option for GPUs: add --gpu")
+    grassmann.require(gpu or precision is None, "--precision is an option for GPUs: add --gpu")
     if not gpu:
         return grassmann
     try:

@@ -27,13 +27,13 @@ import numpy
 import gpu_cuda
 import grassmann
 import parallel
-from gpu_cuda import Gradients, Parts, Step, cp, over_tokens, parts_of, per_element, per_token, product, rows_apart
-from grassmann import Config, Rng, Scope, attention_shapes, check, check_model, mix_shapes, prefixed
+from gpu_cuda import Gradients, Parts, Step, cp, over_tokens, parts_of, per_element, per_token, product, row_stride
+from grassmann import Config, Rng, Scope, attention_shapes, check_model, mix_shapes, prefixed, require
 
 Array, Flat, set_precision = gpu_cuda.Array, gpu_cuda.Flat, gpu_cuda.set_precision
 UserError, default_offsets, param_shapes = grassmann.UserError, grassmann.default_offsets, grassmann.param_shapes
 Params = dict[str, Array]
-AT_ONCE = 4096  # tokens in one forward pass of a validation
+TOKENS_PER_PASS = 4096  # tokens in one forward pass of a validation
 ON_HOST = 5_000_000  # parameters; with fewer, NumPy writes a character before the GPU's kernels have started
 np = SimpleNamespace(**vars(cp) | {"random": numpy.random, "matmul": product})  # the np of borrowed functions
 np.array = lambda a: _constant(a) if isinstance(a, tuple) else cp.array(a)  # (offsets: copied once)
@@ -103,7 +103,7 @@ def layernorm_backward(dy: Array, cache: tuple, dmore: Array | _SumGrad | None =
     """dx (for a `_Sum`, the gradients of its terms), dw, db. `dmore`, from another use of x, is added to dx."""
     s, w, mean, inv_std = cache
     x, d, T, dy = s.total, len(w), len(mean), dy.reshape(-1, len(w))
-    row = rows_apart(dy)  # so that one half of [dh | dg] is not copied
+    row = row_stride(dy)  # so that one half of [dh | dg] is not copied
     parts, dsum = parts_of(T, 3, d, dtype=x.dtype), cp.empty(x.shape, x.dtype)
     dhg = None if s.hg is None else cp.empty(s.hg.shape, x.dtype)
     dx = None if s.mask[0] is None and dhg is None else cp.empty(x.shape, x.dtype)
@@ -332,7 +332,7 @@ def _differentiate(params: Params, gradients: Gradients, config: Config, x: Arra
 
 def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None, rows=None) -> tuple[Array, Params]:
     """As in grassmann.py, kernel by kernel. The gradients are new arrays. float(loss) waits for the GPU."""
-    check(x.shape == y.shape, f"x and y must have the same shape, not {x.shape} and {y.shape}")
+    require(x.shape == y.shape, f"x and y must have the same shape, not {x.shape} and {y.shape}")
     check_model(params, config)
     x, y = (cp.asarray(a).astype(numpy.int32, copy=False) for a in (x, y))
     (first, n), gradients = rows or (0, len(x)), Gradients(params)
@@ -375,7 +375,7 @@ def train_step(params: Flat, config: Config, training, optimizer: dict, step: in
     adds up the gradients between them.
     """
     B, L, mine = training.batch_size, config.context, parallel.rows(training.batch_size)
-    check(len(tokens) > L, f"{len(tokens)} tokens are too few: a context of {L} needs {L + 1}")
+    require(len(tokens) > L, f"{len(tokens)} tokens are too few: a context of {L} needs {L + 1}")
     places = [a.data.ptr for a in (tokens, *(flat.buffer for flat in (params, *optimizer.values())))]
     key = config, training, MIXERS[config.mixer], BLOCKS[config.block], gpu_cuda.tf32, places, len(tokens), tokens.dtype
     if params.step is None or params.step.key != key:

@@ -96,7 +96,7 @@ def _cublas() -> tuple[ctypes.CDLL, Array]:
     name = f"cublas64_{version}.dll" if os.name == "nt" else f"libcublas.so.{version}"
     return ctypes.CDLL(name), cp.empty(WORKSPACE, numpy.uint8)
 
-def rows_apart(x: Array) -> int | None:
+def row_stride(x: Array) -> int | None:
     """The distance between rows of a matrix, or of each matrix in a stack; None if a row is not contiguous."""
     if x.flags.c_contiguous:
         return x.shape[-1]
@@ -106,7 +106,7 @@ def rows_apart(x: Array) -> int | None:
 def _operand(x: Array) -> tuple[int, Array, int]:
     """Whether memory holds xᵀ; x, copied if neither rows nor columns are contiguous; the distance between these."""
     for transposed, m in enumerate((x, x.swapaxes(-1, -2))):
-        if apart := rows_apart(m):
+        if apart := row_stride(m):
             return transposed, x, apart
     return 0, cp.ascontiguousarray(x), x.shape[-1]
 
@@ -143,7 +143,7 @@ def product(a: Array, b: Array, out: Array | None = None, add: bool = False) -> 
         library.cublasSetWorkspace_v2(handle, pointer(workspace.data.ptr), size),
         multiply(handle, b_transposed, a_transposed, b.shape[-1], *a.shape[-2:],
                  ctypes.byref(real(1)), *matrix(b, b_row), *matrix(a, a_row),
-                 ctypes.byref(real(add)), *matrix(out, rows_apart(out)), *([len(a)] if stack else []),
+                 ctypes.byref(real(add)), *matrix(out, row_stride(out)), *([len(a)] if stack else []),
                  compute, cublas.CUBLAS_GEMM_DEFAULT),
     )
     if any(status):

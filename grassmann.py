@@ -28,14 +28,14 @@ import numpy as np
 Array = np.ndarray
 Params = dict[str, Array]
 Rng = np.random.Generator
-AT_ONCE = 512  # tokens in one forward pass of a validation or a stream: few enough for the processor's caches
+TOKENS_PER_PASS = 512  # tokens in one forward pass of a validation or a stream: few enough for the processor's caches
 
 # ---- what all parts use --------------------------------------------------------------------------
 
 class UserError(ValueError):
     """An error that the user can correct. The programs print only its message; other errors keep their traceback."""
 
-def check(fine: bool, rule: str) -> None:
+def require(fine: bool, rule: str) -> None:
     """Raises UserError with the message `rule`, unless `fine`."""
     if not fine:
         raise UserError(rule)
@@ -228,12 +228,12 @@ def unit_area_forward(u: Array, v: Array, parallel: float = 1e-5) -> tuple[Array
     nonzero = (uu > tiny) & (vv > tiny)
     uu, vv = np.where(nonzero, uu, 1), np.where(nonzero, vv, 1)
     v_perp, u_perp = v - (uv / uu) * u, u - (uv / vv) * v  # (..., r)
-    height = dot(v_perp, v_perp)  # |v⊥|² = |v|² sin²θ, and |u⊥|² = |u|² sin²θ
-    plane = nonzero & (height > np.maximum(parallel**2 * vv, tiny))
-    inv_height = plane / np.where(plane, height, 1)
-    inv_area = np.sqrt(inv_height) / np.sqrt(uu)  # two roots, since 1 / (|u|² |v⊥|²) could overflow
+    perp2 = dot(v_perp, v_perp)  # |v⊥|² = |v|² sin²θ, and |u⊥|² = |u|² sin²θ
+    spans = nonzero & (perp2 > np.maximum(parallel**2 * vv, tiny))
+    inv_perp2 = spans / np.where(spans, perp2, 1)
+    inv_area = np.sqrt(inv_perp2) / np.sqrt(uu)  # two roots, since 1 / (|u|² |v⊥|²) could overflow
     q = inv_area * v
-    return q, (q, inv_area, u_perp * (vv * inv_height / uu), v_perp * inv_height)
+    return q, (q, inv_area, u_perp * (vv * inv_perp2 / uu), v_perp * inv_perp2)
 
 def unit_area_backward(dq: Array, cache: tuple) -> tuple[Array, Array]:
     """The area ρ = |u||v⊥| grows fastest if v moves along v⊥: ∂ρ/∂v = |u| v⊥/|v⊥|. By symmetry
@@ -594,22 +594,22 @@ class Config:
         self.offsets = tuple(tuple(map(operator.index, layer)) for layer in self.offsets)
         for name in ("vocab_size", "context", "n_layer", "d_model", "rank", "d_ff", "n_head"):
             size, least = operator.index(getattr(self, name)), 2 if name == "rank" else 1
-            check(size >= least, f"{name} must be at least {least}, not {size}")
+            require(size >= least, f"{name} must be at least {least}, not {size}")
             setattr(self, name, size)
         self.dropout = float(self.dropout)
-        check(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
-        check(self.block in [*BLOCKS], f"block must be one of {[*BLOCKS]}, not {self.block!r}")
-        check(self.mixer in [*MIXERS], f"mixer must be one of {[*MIXERS]}, not {self.mixer!r}; for a "
+        require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+        require(self.block in [*BLOCKS], f"block must be one of {[*BLOCKS]}, not {self.block!r}")
+        require(self.mixer in [*MIXERS], f"mixer must be one of {[*MIXERS]}, not {self.mixer!r}; for a "
               "layer of your own give --mixer and its file, unchanged")
         if attention:
-            check(not self.memory and not self.offsets, "attention has neither memory nor offsets")
-            check(self.d_model % self.n_head == 0, f"n_head, {self.n_head}, must divide d_model, {self.d_model}")
+            require(not self.memory and not self.offsets, "attention has neither memory nor offsets")
+            require(self.d_model % self.n_head == 0, f"n_head, {self.n_head}, must divide d_model, {self.d_model}")
         else:
-            check(not (self.memory and self.normalize), "memory needs partners that are not normalised")
-            check(len(self.offsets) == self.n_layer, f"offsets need {self.n_layer} groups, not {len(self.offsets)}")
+            require(not (self.memory and self.normalize), "memory needs partners that are not normalised")
+            require(len(self.offsets) == self.n_layer, f"offsets need {self.n_layer} groups, not {len(self.offsets)}")
         for layer in self.offsets:
-            check(len(set(layer)) == len(layer) > 0, f"a layer's offsets must be distinct, not {layer}")
-            check(0 < min(layer) <= max(layer) < self.context,
+            require(len(set(layer)) == len(layer) > 0, f"a layer's offsets must be distinct, not {layer}")
+            require(0 < min(layer) <= max(layer) < self.context,
                   f"offsets must be from 1 to context - 1, here {self.context - 1}, not {layer}")
 
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -648,15 +648,15 @@ def check_model(params: Params, config: Config) -> None:
     """Raises UserError if the parameters do not fit the config."""
     shapes, given = param_shapes(config), {name: value.shape for name, value in params.items()}
     for name in shapes | given if given != shapes else ():
-        check(given.get(name) == shapes.get(name), f"the parameters do not fit the config: {name} is "
+        require(given.get(name) == shapes.get(name), f"the parameters do not fit the config: {name} is "
               f"{given.get(name, 'missing')}, the config has {shapes.get(name, 'no such parameter')}")
 
 def check_tokens(tokens: Array, config: Config) -> None:
     """Raises UserError unless tokens are whole numbers of shape (B, L), below vocab_size."""
-    check(tokens.ndim == 2 and tokens.size > 0 and tokens.dtype.kind in "iu",
+    require(tokens.ndim == 2 and tokens.size > 0 and tokens.dtype.kind in "iu",
           f"tokens must be whole numbers of shape (B, L), not {tokens.dtype} of shape {tokens.shape}")
     low, high, last = tokens.min(), tokens.max(), config.vocab_size - 1
-    check(low >= 0 and high <= last, f"tokens must be from 0 to {last}, not from {low} to {high}")
+    require(low >= 0 and high <= last, f"tokens must be from 0 to {last}, not from {low} to {high}")
 
 # ---- the model and its loss ----------------------------------------------------------------------
 
@@ -680,7 +680,7 @@ def model_forward(params: Params, config: Config, tokens: Array, past=None, star
     h, c_embed = embedding_forward(tokens, params["E"])  # (B, L) -> (B, L, d)
     if config.positions:
         end = start + tokens.shape[1]
-        check(end <= config.context, f"with positions, {end} tokens exceed the context of {config.context}")
+        require(end <= config.context, f"with positions, {end} tokens exceed the context of {config.context}")
         h = h + params["P"][start:end]
     h, mask = dropout_forward(h, config.dropout, draw)
     cache = {"config": config, "embed": c_embed, "mask": mask, "blocks": []}
@@ -725,7 +725,7 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
     so that all parts add up to the batch's. Raises UserError like `forward`, and if x and y differ in shape.
     """
     x, y = np.asarray(x), np.asarray(y)
-    check(x.shape == y.shape, f"x and y must have the same shape, not {x.shape} and {y.shape}")
+    require(x.shape == y.shape, f"x and y must have the same shape, not {x.shape} and {y.shape}")
     check_model(params, config)
     for tokens in (x, y):
         check_tokens(tokens, config)
@@ -773,7 +773,7 @@ def clip_grads(grads: Params, max_norm: float) -> float:
 
 def get_batch(tokens: Array, batch_size: int, context: int, seed: int, step: int) -> tuple:
     """x (B, L) and y, the same windows one token later. (seed, step) decides where they start. Raises UserError."""
-    check(len(tokens) > context, f"{len(tokens)} tokens are too few: a context of {context} needs {context + 1}")
+    require(len(tokens) > context, f"{len(tokens)} tokens are too few: a context of {context} needs {context + 1}")
     rng = np.random.default_rng((seed, step))
     starts = np.asarray(rng.integers(0, len(tokens) - context, batch_size))  # gpu.py's np copies them to the GPU
     windows = starts[:, None] + np.arange(context)  # (B, L)
@@ -784,11 +784,11 @@ def validation_loss(params: Params, config: Config, tokens: Array, each: Callabl
 
     `each` is map, or a map that uses threads or shows progress. Raises UserError if there are fewer than 2 tokens.
     """
-    check(len(tokens) > 1, f"a validation needs at least 2 tokens, not {len(tokens)}")
+    require(len(tokens) > 1, f"a validation needs at least 2 tokens, not {len(tokens)}")
     targets, context = len(tokens) - 1, config.context
     whole = targets // context * context
     x, y = tokens[:whole].reshape(-1, context), tokens[1 : whole + 1].reshape(-1, context)
-    size = max(1, AT_ONCE // context)  # windows at once
+    size = max(1, TOKENS_PER_PASS // context)  # windows at once
     chunks = [(x[k : k + size], y[k : k + size]) for k in range(0, len(x), size)]
     if whole < targets:
         chunks.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
@@ -816,15 +816,15 @@ def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tu
     The logits equal `forward` on the whole text. Positions, if any, end with the context. There the decoder
     forgets all but the last half of the context, and reads this half again from position 0.
     """
-    tokens, most = list(tokens), AT_ONCE
-    check(len(tokens) > 0, "there is nothing to read: give one token or more")
-    check(0 <= min(tokens) <= max(tokens) < config.vocab_size, f"tokens must be from 0 to {config.vocab_size - 1}")
+    tokens, most = list(tokens), TOKENS_PER_PASS
+    require(len(tokens) > 0, "there is nothing to read: give one token or more")
+    require(0 <= min(tokens) <= max(tokens) < config.vocab_size, f"tokens must be from 0 to {config.vocab_size - 1}")
     while tokens:
         if config.positions:
             if state["position"] == config.context:
                 tokens = state["recent"][len(state["recent"]) - config.context // 2 :] + tokens
                 state |= stream_init(params, config)
-            most = min(AT_ONCE, config.context - state["position"])
+            most = min(TOKENS_PER_PASS, config.context - state["position"])
             state["recent"] += tokens[:most]
         now, tokens = tokens[:most], tokens[most:]
         logits, _ = model_forward(params, config, np.array([now]), state["past"], state["position"])
@@ -838,7 +838,7 @@ def stream_step(params: Params, config: Config, state: dict, token: int) -> tupl
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
     """Draw a token from softmax(logits / temperature), only among the top_k largest logits and ties with the last.
     Temperature 0 takes the largest logit. Raises UserError if the logits are not finite."""
-    check(np.isfinite(logits).all(), "the model's logits are not finite: train it again with a lower learning rate")
+    require(np.isfinite(logits).all(), "the model's logits are not finite: train it again with a lower learning rate")
     logits = logits.astype(np.float64)
     if temperature == 0:
         return int(logits.argmax())
@@ -856,9 +856,9 @@ def generate(
     prompt, rng = [operator.index(token) for token in prompt] or [0], np.random.default_rng(seed)
     state = stream_init(params, config)
     check_tokens(np.array([prompt]), config)
-    check(0 <= temperature < math.inf, f"temperature must be 0 or more, not {temperature}")
-    check(operator.index(n) >= 0, f"n must be 0 or more, not {n}")
-    check(top_k is None or operator.index(top_k) >= 1, f"top_k must be at least 1, not {top_k}")
+    require(0 <= temperature < math.inf, f"temperature must be 0 or more, not {temperature}")
+    require(operator.index(n) >= 0, f"n must be 0 or more, not {n}")
+    require(top_k is None or operator.index(top_k) >= 1, f"top_k must be at least 1, not {top_k}")
 
     def tokens() -> Iterator[int]:
         logits, _ = stream_read(params, config, state, prompt)

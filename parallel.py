@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from grassmann import check
+from grassmann import require
 
 def available_cores() -> set[int]:
     """The cores that this process may use."""
@@ -29,7 +29,7 @@ caught, stops = [], []  # signals: caught by this rank; known to all ranks, whic
 
 def rows(n: int) -> np.ndarray:
     """This rank's rows of a batch of n. Raises UserError if there are more ranks than rows."""
-    check(n >= size, f"a batch of {n} is too small for {size} processes: raise --batch-size to {size} or more")
+    require(n >= size, f"a batch of {n} is too small for {size} processes: raise --batch-size to {size} or more")
     return np.array_split(np.arange(n), size)[rank]
 
 def stop_if(signals: float) -> None:

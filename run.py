@@ -11,7 +11,7 @@ from types import ModuleType
 
 import parallel
 from checkpoint import load_checkpoint, save_checkpoint
-from grassmann import Config, Params, UserError, check, param_shapes
+from grassmann import Config, Params, UserError, param_shapes, require
 from text import WRITTEN, Corpus, visible
 from training import SHARD_TOKENS, Training
 
@@ -53,7 +53,7 @@ class Run:
         if self.recent:
             array = self.model.np
             self.recent = array.stack([array.asarray(loss) for loss in self.recent]).tolist()
-        check(all(map(math.isfinite, self.recent)), f"the loss became {self.recent[-1:]} before step {self.step}: "
+        require(all(map(math.isfinite, self.recent)), f"the loss became {self.recent[-1:]} before step {self.step}: "
               f"lower --lr; {self.out / 'last.npz'} is the last good checkpoint")
         return self.recent
 
@@ -78,12 +78,12 @@ class Run:
 
 def read_run(model: ModuleType, last: Path) -> dict:
     """What last.npz holds. Raises UserError and OSError."""
-    check(last.exists(), f"nothing to resume: {last} does not exist")
+    require(last.exists(), f"nothing to resume: {last} does not exist")
     params, config, extra = load_checkpoint(last, getattr(model, "Flat", dict))
     try:
         settings, best = extra["settings"], extra["best"]
         Training(**{f.name: settings[f.name] for f in fields(Training)})
-        check(0 <= extra["step"] < 1e18 and settings["eval_every"] >= 1 and "adam_m" in extra and "adam_v" in extra, "")
+        require(0 <= extra["step"] < 1e18 and settings["eval_every"] >= 1 and "adam_m" in extra and "adam_v" in extra, "")
         extra |= {"params": params, "config": config, "step": int(extra["step"]), "seconds": float(extra["seconds"]),
                   "settings": settings | {f.name: getattr(config, f.name) for f in fields(Config)[1:]},
                   "recent": [float(loss) for loss in extra["recent"]],
@@ -104,7 +104,7 @@ def check_memory(config: Config, batch_size: int, threads: int) -> None:
     needed = 4e-9 * parallel.local_size * (n_params * (5 + threads) + tokens * per_token + 4 * batch_size * config.context)
     if hasattr(os, "sysconf"):  # not Windows
         has = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        check(needed <= has, f"this needs {needed:.1f} GB of memory (here: {has:.1f}): lower --batch-size or --d-model")
+        require(needed <= has, f"this needs {needed:.1f} GB of memory (here: {has:.1f}): lower --batch-size or --d-model")
 
 def lock(out: Path) -> None:
     """Reserve the folder until this process ends, because two runs would mix their files. Raises UserError."""
@@ -128,4 +128,4 @@ def set_aside(out: Path) -> None:
             (out / name).rename(folder / name)
         print(visible(f"the earlier run in {out} is now in {folder} (--resume would have gone on with it)"))
     else:
-        check(not {"log.csv", "loss.png"} & {*found}, f"{out} has a log.csv or loss.png, but no run; give another --out")
+        require(not {"log.csv", "loss.png"} & {*found}, f"{out} has a log.csv or loss.png, but no run; give another --out")

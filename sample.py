@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from checkpoint import load_checkpoint
-from grassmann import Config, Params, check
+from grassmann import Config, Params, require
 from text import encode, start_token, visible
 
 SHIPPED = Path(__file__).with_name("shakespeare.npz")
@@ -30,9 +30,9 @@ def find_trained(path: Path) -> Path:
 def load_trained(model: ModuleType, path: Path) -> tuple[Params, Config, dict]:
     """(params, config, extra) of a checkpoint that train_char.py wrote, for grassmann or gpu. Raises UserError, OSError."""
     found = find_trained(path)
-    check(found.exists(), f"{path} does not exist; train_char.py writes it")
+    require(found.exists(), f"{path} does not exist; train_char.py writes it")
     params, config, extra = load_checkpoint(found, getattr(model, "Flat", dict))
-    check(extra.get("vocab") is not None and extra.get("most_common") in range(config.vocab_size),
+    require(extra.get("vocab") is not None and extra.get("most_common") in range(config.vocab_size),
           f"{found} was not written by train_char.py")
     return params, config, extra
 
@@ -79,7 +79,7 @@ def main() -> None:
         if args.seed is None:  # after the checks, so that an error comes without a seed
             args.seed = random.SystemRandom().randrange(10**6)
             print(f"--seed {args.seed} writes this again", file=sys.stderr)
-        check(args.seed >= 0, f"--seed must be 0 or more, not {args.seed}")
+        require(args.seed >= 0, f"--seed must be 0 or more, not {args.seed}")
         write_sample(model, params, config, extra, prompt, args.length, **how, seed=args.seed)
 
 if __name__ == "__main__":

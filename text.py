@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grassmann import Array, UserError, check
+from grassmann import Array, UserError, require
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -46,7 +46,7 @@ def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
 def corpus_of(text: str, context: int, name: str = "") -> Corpus:
     """A text as tokens. Raises UserError if it is too short for the context."""
     n_val = len(text) // 10
-    check(len(text) - n_val > context and n_val >= 2, f"the text has {len(text):,} characters, "
+    require(len(text) - n_val > context and n_val >= 2, f"the text has {len(text):,} characters, "
           f"a context of {context} needs {max(20, context * 10 // 9 + 1)}")
     tokens = encode(text, vocab := vocabulary(text))
     most_common = int(np.bincount(tokens[: 1 << 20]).argmax())
@@ -66,7 +66,7 @@ def load_text(data: str | Sequence[str] | None) -> str:
         return "\n\n".join(text.strip() for _, text in sorted(topics.items())) + "\n"
     texts = []
     for name in [data] if isinstance(data, str) else data:
-        check(name != "", "--data needs the name of a file or a folder")
+        require(name != "", "--data needs the name of a file or a folder")
         path = shakespeare() if name == "shakespeare" else Path(name)
         several = path.is_dir() or ("*" in name and not path.exists())
         texts += read_folder(name) if several else [read_file(path)]
@@ -77,18 +77,18 @@ def read_folder(name: str) -> list[str]:
     files and the files of a training run. Prints what it has read. Raises UserError if there is no text."""
     pattern = name if "*" in name else os.path.join(glob.escape(name), "**", "*")  # glob leaves out hidden files
     found, texts, kinds, left_out = [*islice(glob.iglob(pattern, recursive=True), MOST_FILES + 1)], [], Counter(), []
-    check(len(found) <= MOST_FILES, f"{name} has more than {MOST_FILES:,} files; give a smaller folder")
+    require(len(found) <= MOST_FILES, f"{name} has more than {MOST_FILES:,} files; give a smaller folder")
     for path in sorted(map(Path, found)):
         ran = any((path.parent / checkpoint).exists() for checkpoint in ("best.npz", "last.npz"))
         if not os.path.isfile(path) or (ran and path.name.removesuffix(".tmp") in WRITTEN):
             continue
         try:
-            check(kinds.total() < MOST_BYTES, f"{path} comes after {MOST_BYTES >> 30} GB of text")
+            require(kinds.total() < MOST_BYTES, f"{path} comes after {MOST_BYTES >> 30} GB of text")
             texts.append(read_file(path))
             kinds[f"*{path.suffix}" if path.suffix else path.name] += len(texts[-1])
         except UserError as error:
             left_out.append(str(error))
-    check(len(texts) > 0, "; ".join([f"there is no UTF-8 text in {name}", *left_out[:1]]))
+    require(len(texts) > 0, "; ".join([f"there is no UTF-8 text in {name}", *left_out[:1]]))
     shares = ", ".join(f"{kind} {100 * n / max(1, kinds.total()):.0f}%" for kind, n in kinds.most_common(3))
     first = f"; left out: {len(left_out)}, the first: {left_out[0].partition('; ')[0]}" if left_out else ""
     kind = "" if "*" in name else f"; one kind alone: --data {shlex.quote(f'{name}/**/{kinds.most_common(1)[0][0]}')}"
@@ -99,7 +99,7 @@ def read_file(path: Path) -> str:
     """The text of a UTF-8 file, without its byte order mark, and with \\n for \\r\\n. Raises UserError."""
     try:
         fine = not path.is_char_device() and path.stat().st_size <= MOST_BYTES  # a device may never end
-        check(fine, f"{path} is larger than {MOST_BYTES >> 30} GB, or endless")
+        require(fine, f"{path} is larger than {MOST_BYTES >> 30} GB, or endless")
         return path.read_bytes().decode("utf-8", "surrogatepass").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         code = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
@@ -117,7 +117,7 @@ def shakespeare() -> Path:
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
             text = response.read(10**7)
-        check(hashlib.sha256(text).hexdigest() == SHAKESPEARE_SHA256, f"{len(text)} bytes of something else came")
+        require(hashlib.sha256(text).hexdigest() == SHAKESPEARE_SHA256, f"{len(text)} bytes of something else came")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text)  # an unfinished file has another hash
     except (OSError, http.client.HTTPException, UserError) as error:
@@ -138,7 +138,7 @@ def encode(text: str, vocab: list[int]) -> Array:
     composed = unknown and {*unicodedata.normalize("NFC", text)} <= {*map(chr, vocab)}
     broken = any("\udc80" <= c <= "\udcff" for c in unknown)  # so Python reads a byte that is not UTF-8
     hint = "; with composed accents (NFC) it is known" if composed else "; this is not UTF-8" if broken else ""
-    check(not unknown, f"not in the model's vocabulary: {' '.join(map(repr, unknown[:10]))}{hint}")
+    require(not unknown, f"not in the model's vocabulary: {' '.join(map(repr, unknown[:10]))}{hint}")
     return tokens
 
 def decode(tokens: Iterable[int], vocab: list[int]) -> str:

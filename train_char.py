@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import parallel
 from checkpoint import load_checkpoint
-from grassmann import Config, check
+from grassmann import Config, require
 from run import Run, check_memory, lock, read_run, set_aside
 from sample import write_sample
 from text import decode, read_corpus, start_token, visible
@@ -122,7 +122,7 @@ def make_run(args: argparse.Namespace) -> Run:
     if typed.get("mixer", "").endswith(".py"):  # docs/my_layer.py is one
         from experiments.layer_checks import check_layer, load_layer
 
-        check(not args.gpu, f"{typed['mixer']} is a layer for NumPy: leave out --gpu")
+        require(not args.gpu, f"{typed['mixer']} is a layer for NumPy: leave out --gpu")
         typed["mixer"] = load_layer(typed["mixer"])
         check_layer(typed["mixer"])
     saved = read_run(model, last) if args.resume else {"settings": {}, "step": 0, "recent": []}
@@ -131,28 +131,28 @@ def make_run(args: argparse.Namespace) -> Run:
     if args.paper:
         asked |= paper(settings["n_layer"], settings["d_model"], settings["context"]) | typed
     for name in (unused := [name for name in NO_USE.get(settings["mixer"], ()) if name in asked]):
-        check(name not in typed, f"{flag(name)} is of no use with --mixer {settings['mixer']}")
+        require(name not in typed, f"{flag(name)} is of no use with --mixer {settings['mixer']}")
         asked[name] = old.get(name, DEFAULTS[name])  # not the preset's value
     if unused:
         say(f"--mixer {settings['mixer']} has no use for {', '.join(map(flag, unused))}: left out")
     settings |= asked
     for name in (asked.keys() & old.keys()) - set(MAY_CHANGE):
-        check(asked[name] == old[name], f"--resume cannot change {flag(name)}: it was {old[name]}, not {asked[name]}")
+        require(asked[name] == old[name], f"--resume cannot change {flag(name)}: it was {old[name]}, not {asked[name]}")
     training = Training(**{f.name: settings[f.name] for f in fields(Training)})
     step, iters = saved["step"], training.iters
-    check(step < iters or (step == iters and saved["recent"]),  # it was stopped in its last validation
+    require(step < iters or (step == iters and saved["recent"]),  # it was stopped in its last validation
           f"nothing to do: {last} is at step {step}; to go on, give more steps, such as --iters {2 * step}")
     for name, value in ("--eval-every", settings["eval_every"]), ("--threads", args.threads):
-        check(value >= 1, f"{name} must be at least 1, not {value}")
+        require(value >= 1, f"{name} must be at least 1, not {value}")
     for name in (old.get("data") or ()) if "data" not in typed else ():
-        check(os.path.exists(name) or name == "shakespeare" or "*" in name,
+        require(os.path.exists(name) or name == "shakespeare" or "*" in name,
               f"cannot read {name}: it is gone; if it was moved, add --data with its new place")
     corpus = read_corpus(settings["data"], settings["context"])
     config = Config(len(corpus.vocab), **{f.name: settings[f.name] for f in fields(Config)[1:]})
     if not args.gpu:  # with a GPU, CuPy reports that its memory is full
         check_memory(config, training.batch_size, args.threads)
     if args.resume:
-        check((corpus.sha256, config) == (saved["text_sha256"], saved["config"]),
+        require((corpus.sha256, config) == (saved["text_sha256"], saved["config"]),
               f"--resume cannot change the text: {corpus.name} is not the text that {last} was trained on; it has "
               "changed, or it has CRLF line ends, which version 2.0 kept and this version reads as LF")
     else:
@@ -234,7 +234,7 @@ def estimate_loss(run: Run) -> float | None:
         if parallel.stops:
             return None
     loss = math.fsum(losses) / len(losses)
-    check(math.isfinite(loss), f"the validation loss became {loss} at step {run.step}: lower --lr")
+    require(math.isfinite(loss), f"the validation loss became {loss} at step {run.step}: lower --lr")
     return loss
 
 # ---- the program -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 
 import parallel
-from grassmann import Array, Config, Params, check
+from grassmann import Array, Config, Params, require
 
 SHARD_TOKENS = 4096  # the most tokens that a thread computes at once, which limits the memory for activations
 
@@ -35,7 +35,7 @@ class Training:
             least = 1 if name in ("iters", "batch_size") else 0
             whole = least == 1 or name in ("warmup_iters", "seed")
             number = isinstance(value, (int, np.integer) if whole else (int, float, np.number))
-            check((number and least <= value < 1e300) or (name == "min_lr" and value is None),
+            require((number and least <= value < 1e300) or (name == "min_lr" and value is None),
                   f"{name} must be {least} or more{' and whole' * whole}, not {value!r}")
 
     def rate(self, step: int) -> float:
@@ -71,7 +71,7 @@ def loss_and_grads(model: ModuleType, params: Params, config: Config, x: Array, 
     The rows are split into shards, and the shards' gradients are added in a fixed order. So with the same number
     of threads a run repeats bit for bit. Under mpiexec each process takes its part of the rows (parallel.py).
     """
-    check(threads >= 0, f"threads must be 1 or more, or 0 for the batch as a whole, not {threads}")
+    require(threads >= 0, f"threads must be 1 or more, or 0 for the batch as a whole, not {threads}")
     mine = parallel.rows(len(x))
     tokens = len(mine) * x.shape[1]
     n_shards = threads * math.ceil(tokens / (threads * SHARD_TOKENS)) if threads else 1

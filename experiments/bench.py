@@ -29,7 +29,7 @@ import parallel
 from experiments import bench_gpu
 from experiments.bench_models import Model, Ours, Setup, Theirs, gpt_of_size, n_parameters, torch
 from experiments.common import alternate, machine, markdown, quotient
-from grassmann import check
+from grassmann import require
 from text import read_corpus
 
 # ---- sections: each returns the rows of its table ------------------------------------------------
@@ -169,10 +169,10 @@ def main() -> None:
     add("--only", nargs="+", choices=[*SECTIONS, *bench_gpu.SECTIONS], help="some sections")
     args = parser.parse_args()
     with cli.short_errors(parser, args.data, "not enough memory for this model"):
-        check(args.threads >= 1, f"--threads must be 1 or more, not {args.threads}")
-        check(set(args.only or []) <= (bench_gpu.SECTIONS if args.gpu else SECTIONS).keys(),
+        require(args.threads >= 1, f"--threads must be 1 or more, not {args.threads}")
+        require(set(args.only or []) <= (bench_gpu.SECTIONS if args.gpu else SECTIONS).keys(),
               f"--only {' '.join(args.only or [])}: not all are sections {'of' if args.gpu else 'without'} --gpu")
-        check(args.gpu or not (args.report or args.rehearse), "--report and --rehearse need --gpu")
+        require(args.gpu or not (args.report or args.rehearse), "--report and --rehearse need --gpu")
         if args.gpu:
             folder = "out" if args.rehearse else "experiments/results" if args.report else None
             folder = folder and bench_gpu.ROOT / folder

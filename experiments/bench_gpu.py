@@ -30,7 +30,7 @@ import grassmann
 import parallel
 from experiments.bench_models import Ours, Setup, Theirs, multiply_adds, n_parameters, torch
 from experiments.common import markdown
-from grassmann import Config, UserError, check
+from grassmann import Config, UserError, require
 from text import read_corpus
 from training import Training, train_step
 
@@ -218,7 +218,7 @@ def main(only: list[str] | None, data: str | None, folder: Path | None, rehearse
     for name in names if names == ["floor"] or "rates" in names else ["rates", *names]:
         rows, notes = run(name, data, rehearse, measured)
         if name == "rates":
-            check(len(rows) > 0, notes[-1] if notes else "the GPU does not answer")
+            require(len(rows) > 0, notes[-1] if notes else "the GPU does not answer")
             gpu, measured = rows[0], {key: rate for key, rate in rows[0].items() if key in RATES}
         function = SECTIONS[name][0]
         text = ["", f"## {name}", "", getattr(function, "func", function).__doc__.strip(), ""]
@@ -237,7 +237,7 @@ def section(name: str, data: str | None, measured: dict, rehearse: bool) -> None
         sys.modules["cupy"] = __import__("cuda_on_cpu")
         DEVICE, LARGE = "cpu", 64
         SIZES.update(dict.fromkeys(SIZES, ({"n_layer": 2, "d_model": 16, "rank": 4, "context": 24, "n_head": 4}, 2)))
-    check(torch is not None or not name.endswith(("eager", "compiled", "kernels")), "this section needs PyTorch")
+    require(torch is not None or not name.endswith(("eager", "compiled", "kernels")), "this section needs PyTorch")
     RATES.update(measured)
     setup = Setup(read_corpus(data, 16_384), len(parallel.available_cores()))
     for row in SECTIONS[name][0](replace(setup, sizes=SIZES["laptop"][0]) if rehearse else setup):

@@ -42,7 +42,7 @@ from experiments import mixers, tasks
 from experiments.common import Learner, alternate, machine, markdown
 from experiments.ngram import best_ngram
 from experiments.texts import Text, read_text
-from grassmann import Config, Params, UserError, check, param_shapes
+from grassmann import Config, Params, UserError, param_shapes, require
 from training import Training
 
 # Settings are the fields of Config and Training, with train_char.py's defaults, and the settings here.
@@ -469,7 +469,7 @@ def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
 
 def compare(args) -> None:
     """Answer the questions. Raises UserError and OSError."""
-    check(args.jobs >= 0, f"--jobs must be 0 or more, not {args.jobs}")
+    require(args.jobs >= 0, f"--jobs must be 0 or more, not {args.jobs}")
     asked = [question for question in QUESTIONS if question.number in args.only]
     args.out.mkdir(parents=True, exist_ok=True)
     lab = Laboratory(args.out / "runs.jsonl", args.data)

@@ -27,7 +27,7 @@ import grassmann as G
 from experiments.common import markdown
 from experiments.layer_checks import load_layer
 from experiments.texts import held_out
-from grassmann import Array, Config, Params, UserError, check
+from grassmann import Array, Config, Params, UserError, require
 from sample import load_trained
 from text import encode, read_file
 
@@ -97,7 +97,7 @@ def read_flow(params: Params, config: Config, text: str, vocab: list[int]) -> Fl
         first = max(0, start - before)
         _, cache = G.model_forward(params, config, tokens[None, first : start + size])
         mixes = [block["mix"] for block in cache["blocks"]]
-        check(all("z" in mix and "s" in mix for mix in mixes), "this layer's cache has no z and s that span planes")
+        require(all("z" in mix and "s" in mix for mix in mixes), "this layer's cache has no z and s that span planes")
         seen = [(mix["z"][0], mix["s"][0], mix.get("alpha", np.nan * mix["z"])[0].mean(-1)) for mix in mixes]
         pieces.append([np.stack(a)[:, start - first :] for a in zip(*seen, strict=True)])
     return Flow(text, *(np.concatenate(a, 1, dtype=float) for a in zip(*pieces, strict=True)))
@@ -197,10 +197,10 @@ def main() -> None:
 def measure(checkpoint: Path, text: str | None) -> None:
     """Read a text (None: the held-out text), measure, print. Raises UserError and OSError."""
     params, config, extra = load_trained(G, checkpoint)
-    check(config.mixer != "attention" and config.rank > 2,
+    require(config.mixer != "attention" and config.rank > 2,
           f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
     text = (text_of_run(checkpoint, extra) if text is None else text)[:MEASURED]
-    check(len(text) >= LEAST, f"give a text of at least {LEAST} characters")
+    require(len(text) >= LEAST, f"give a text of at least {LEAST} characters")
     rng, vocab = np.random.default_rng(0), extra["vocab"]
     shuffled = "".join(text[t] for t in rng.permutation(len(text)))
     flows = {"trained": read_flow(params, config, text, vocab),

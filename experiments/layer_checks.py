@@ -21,7 +21,7 @@ def load_layer(path: str | Path) -> str:
     A Config of this mixer, and so a checkpoint, fits only this file, unchanged. Raises UserError.
     """
     path = Path(path)
-    G.check(path.suffix == ".py" and path.is_file(), f"a layer is a Python file, and there is no such file: {path}")
+    G.require(path.suffix == ".py" and path.is_file(), f"a layer is a Python file, and there is no such file: {path}")
     content, module = path.read_bytes(), ModuleType(path.stem)
     try:
         exec(compile(content, path, "exec"), vars(module))  # not imported, so that the hashed bytes are what runs
@@ -29,7 +29,7 @@ def load_layer(path: str | Path) -> str:
         lines = [f", line {at.lineno}" for at in traceback.extract_tb(error.__traceback__) if at.filename == str(path)]
         raise G.UserError(f"{path}{''.join(lines[-1:])}: {type(error).__name__}: {error}") from error
     for part in PARTS:
-        G.check(callable(vars(module).get(part)), f"{path} defines no function {part}; docs/my_layer.py has all three")
+        G.require(callable(vars(module).get(part)), f"{path} defines no function {part}; docs/my_layer.py has all three")
     mixer = f"{path.name}#{hashlib.sha256(content).hexdigest()[:8]}"
     G.MIXERS[mixer] = tuple(vars(module)[part] for part in PARTS)
     return mixer
@@ -48,10 +48,10 @@ def gradient_error(loss: Callable[[], float], params: G.Params, grads: G.Params)
 
     loss() reads the arrays `params`, float64. Errors are relative to the gradient's length, but at least to 1e-3.
     """
-    G.check(grads.keys() == params.keys(), f"gradients and parameters differ: {sorted(grads.keys() ^ params.keys())}")
+    G.require(grads.keys() == params.keys(), f"gradients and parameters differ: {sorted(grads.keys() ^ params.keys())}")
     draw, found = np.random.default_rng(0).standard_normal, []
     for name, x in params.items():
-        G.check(grads[name].shape == x.shape, f"the gradient of {name} has shape {grads[name].shape}, not {x.shape}")
+        G.require(grads[name].shape == x.shape, f"the gradient of {name} has shape {grads[name].shape}, not {x.shape}")
         D = draw(x.shape)  # a random direction: a mistake at any entry shows
         derived, measured = np.vdot(grads[name], D), np.linalg.norm(D) * slope(loss, x, D / np.linalg.norm(D))
         error = abs(derived - measured) / max(np.linalg.norm(grads[name]), 1e-3)
@@ -83,14 +83,14 @@ def check_layer(mixer: str) -> None:
     tokens = rng.integers(0, 11, 24)
     run = lambda: G.loss_and_grads(params, config, tokens[None, :-1], tokens[None, 1:])  # noqa: E731
     change, (_, grads) = sees_the_future(params, config, tokens), run()
-    G.check(np.isfinite(change), f"{file} returns numbers that are not finite")
-    G.check(change < 1e-9, f"{file} sees the future: later tokens change earlier logits, by {change:.2g}")
+    G.require(np.isfinite(change), f"{file} returns numbers that are not finite")
+    G.require(change < 1e-9, f"{file} sees the future: later tokens change earlier logits, by {change:.2g}")
     own = ({k: v for k, v in group.items() if ".mix." in k} or group for group in (params, grads))
     error, name, derived, measured = gradient_error(lambda: run()[0], *own)
-    G.check(error < 1e-5, f"{file}: the gradient of {name} is wrong: along a random direction it is {derived:.6g}, "
+    G.require(error < 1e-5, f"{file}: the gradient of {name} is wrong: along a random direction it is {derived:.6g}, "
           f"central differences of the loss are {measured:.6g}")
     try:
         change = stream_error(params, config, tokens)
     except Exception as error:
         raise G.UserError(f"{file} reads a text at once, but not in parts: {type(error).__name__}: {error}") from error
-    G.check(change < 1e-8, f"{file}: token by token it returns other logits than all at once, by {change:.2g}")
+    G.require(change < 1e-8, f"{file}: token by token it returns other logits than all at once, by {change:.2g}")

@@ -261,7 +261,7 @@ def reads_whole(mixer: tuple) -> tuple:
     forward, *others = mixer
 
     def whole(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
-        G.check(past is None, f"{config.mixer} is for comparison only: it reads texts whole")
+        G.require(past is None, f"{config.mixer} is for comparison only: it reads texts whole")
         return forward(h, w, config, layer)
 
     return whole, *others

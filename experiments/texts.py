@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grassmann import Array, UserError, check
+from grassmann import Array, UserError, require
 from text import corpus_of, load_text, text_sha256
 
 NAMES = {None: "Python's documentation", "shakespeare": "Tiny Shakespeare", "bible": "the King James Bible"}
@@ -85,12 +85,12 @@ def held_out(extra: dict) -> str:
     data = data if data is None or isinstance(data, list) else [data]
     for name in map(str, data or ()):
         there = name == "shakespeare" or "*" in name or Path(name).is_file() or Path(name).is_dir()
-        check(there, f"there is no file {name!r}")
+        require(there, f"there is no file {name!r}")
     try:
         with contextlib.redirect_stdout(None):  # load_text and its errors give advice about --data
             text = load_text(data and [*map(str, data)])
     except UserError as error:
         raise UserError(str(error).partition("; ")[0]) from None
-    check(extra.get("text_sha256") in (None, text_sha256(text)), "it has changed since")
+    require(extra.get("text_sha256") in (None, text_sha256(text)), "it has changed since")
     text = text[len(text) - len(text) // 10 :]
     return text[text.find("\n\n", 0, 1000) + 1 :].lstrip()

@@ -20,7 +20,7 @@ import numpy as np
 
 import grassmann
 from experiments.texts import held_out
-from grassmann import Config, Params, UserError, check
+from grassmann import Config, Params, UserError, require
 from sample import find_trained, load_trained
 from text import SHAKESPEARE_SHA256, decode, encode, read_file, start_token
 
@@ -49,7 +49,7 @@ def best_loss(extra: dict) -> float | None:
     """The validation loss that a checkpoint names. Raises UserError if it is not a number."""
     best = extra.get("best")
     fine = isinstance(best, list) and len(best) == 2 and type(best[1]) in (int, float) and 0 <= best[1] < 1e6
-    check(fine or best is None, f"its best validation loss is {str(best)[:40]!r}; expected [step, loss]")
+    require(fine or best is None, f"its best validation loss is {str(best)[:40]!r}; expected [step, loss]")
     return best[1] if fine else None
 
 def opening_text(params: Params, config: Config, extra: dict) -> str:
@@ -57,7 +57,7 @@ def opening_text(params: Params, config: Config, extra: dict) -> str:
     if extra.get("text_sha256") == SHAKESPEARE_SHA256:  # held-out lines that need no download
         return read_file(HERE / "passage.txt")
     try:
-        check(bool(extra.get("text_sha256")), "only a text with the hash of the run's text may come into a page")
+        require(bool(extra.get("text_sha256")), "only a text with the hash of the run's text may come into a page")
         text = held_out(extra)[:800]
         return text.rpartition("\n")[0] or text
     except UserError:
@@ -97,16 +97,16 @@ def main() -> None:
 def write(out: Path, checkpoint: Path, text: str | None) -> None:
     """Write the page next to its place, then rename it. Raises UserError and OSError."""
     taken = out.suffix.lower() == ".npz" or (out.exists() and checkpoint.exists() and out.samefile(checkpoint))
-    check(not taken, f"--out {out} is a checkpoint; give the page another name, as in --out explorer.html")
-    check(out.is_file() or not os.path.lexists(out), f"--out {out} is not a file; give one, as in --out explorer.html")
-    check(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
+    require(not taken, f"--out {out} is a checkpoint; give the page another name, as in --out explorer.html")
+    require(out.is_file() or not os.path.lexists(out), f"--out {out} is not a file; give one, as in --out explorer.html")
+    require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
     cannot = f"the explorer cannot show {checkpoint}: its mixer is %s, and only the Grassmann mixer has planes to draw"
     try:
         params, config, extra = load_trained(grassmann, checkpoint)
     except UserError as error:
         own = "a layer of your own" in str(error)  # its file is not loaded here
         raise UserError(cannot % "a layer of your own" if own else str(error)) from None
-    check(config.mixer == "grassmann", cannot % config.mixer)
+    require(config.mixer == "grassmann", cannot % config.mixer)
     if text is None:
         text = opening_text(params, config, extra)
     elif text.startswith("@"):

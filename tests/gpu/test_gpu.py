@@ -371,7 +371,7 @@ def test_arrays_in_one_buffer(gpu, rng):
 @parametrize("at_once, tokens, chunks", [(2048, 103, 2), (20, 100, 6), (20, 103, 7), (20, 2, 1)])
 def test_validation(gpu, rng, model_and_batch, monkeypatch, at_once, tokens, chunks):
     """Whole windows and the rest, with tokens on the CPU or the GPU. `each` sees every chunk."""
-    monkeypatch.setattr(gpu, "AT_ONCE", at_once)
+    monkeypatch.setattr(gpu, "TOKENS_PER_PASS", at_once)
     (params, config, *_), text, seen = model_and_batch(), rng.integers(0, 11, 200), []
     loss = grassmann.validation_loss(params, config, text[:tokens])
     for own in (text[:tokens], gpu.cp.asarray(text[:tokens])):
