@@ -54,7 +54,7 @@ MUTATIONS = {  # in grassmann.py unless a module is named
     "plucker_backward": [("-dp", "dp"), ("A[i, j], A[j, i] = dp, -dp", "A[j, i], A[i, j] = dp, -dp"),
         ('-np.einsum("ijt,jt->it", A, u)', 'np.einsum("ijt,jt->it", A, u)')],
     "unit_area_forward": [("1e-5", "1e-4", "1e-6"), ("(uu > tiny) & (vv > tiny)", "uu > tiny"),
-        ("spans / np.where(spans, v_perp2, 1)", "1 / np.maximum(perp2, 1e-12)"),
+        ("spans / np.where(spans, perp2, 1)", "1 / np.maximum(perp2, 1e-12)"),
         ("dot(v_perp, v_perp)", "np.maximum(vv - uv * uv / uu, 0)"), ("np.sqrt(inv_perp2)", "spans / np.sqrt(vv)"),
         ("np.sqrt(inv_perp2) / np.sqrt(uu)", "np.sqrt(inv_perp2 / uu)"), ("parallel**2 * vv", "parallel**2"),
         ("vv * inv_perp2 / uu", "np.sqrt(vv * inv_perp2 / uu)")],
