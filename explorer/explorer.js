@@ -348,7 +348,7 @@ function draw_paths(layer = 0) {
   const { points, step, noise, ratio, error } = path(shown(), layer, form.scale.value);
   const line = key => way(points.map(p => [Number(x_of(p.t)), 36 * (2.2214 - p[key])]));
   const change = Math.abs(1 - ratio), far = ratio > 1 ? "farther apart" : "nearer";
-  const n = points.length, few = n < 8, verdict = few ? `the text is too short: ${n} steps, at least 8 are needed`
+  const n = points.length, few = n < 8, verdict = few ? `the text is too short: ${n} of at least 8 steps`
     : noise < 1e-3 ? "always the same plane"
     : change < Math.max(2 * error, 0.01) ? "no flow: neighbours are as far apart as in random order"
     : `${ratio > 1 ? "no" : change < 0.1 ? "hardly a" : "a"} flow: neighbours are ${percent(change)} ${far} than in random order`;

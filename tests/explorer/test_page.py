@@ -81,7 +81,7 @@ def test_the_planes_of_words_are_those_of_python_and_what_is_said_agrees_with_th
         assert found or abs(ratio - 1) <= max(2 * error, 0.01) + 1.5e-3
         kinds.add(found[2] if found else "no")
     assert kinds == {"no", "farther"}
-    page.click("[value='blocks of 256']", "$('paths').textContent.includes('the text is too short: 1 steps')")
+    page.click("[value='blocks of 256']", "$('paths').textContent.includes('the text is too short: 1 of at least 8 steps')")
     assert "±" not in page.text("#paths") and page.texts("#paths svg") == []
     for scale, expected in {"characters": 9, "words": 3, "lines": 2, "blocks of 64": 0}.items():
         assert len(page.js("pieces('ab c\\n\\ndef', arguments[0])", scale)) == expected
