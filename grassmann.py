@@ -600,7 +600,7 @@ class Config:
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
         require(self.block in [*BLOCKS], f"block must be one of {[*BLOCKS]}, not {self.block!r}")
         require(self.mixer in [*MIXERS], f"mixer must be one of {[*MIXERS]}, not {self.mixer!r}; for a "
-              "layer of your own give --mixer and its file, unchanged")
+                "layer of your own give --mixer and its file, unchanged")
         if attention:
             require(not self.memory and not self.offsets, "attention has neither memory nor offsets")
             require(self.d_model % self.n_head == 0, f"n_head, {self.n_head}, must divide d_model, {self.d_model}")
@@ -610,7 +610,7 @@ class Config:
         for layer in self.offsets:
             require(len(set(layer)) == len(layer) > 0, f"a layer's offsets must be distinct, not {layer}")
             require(0 < min(layer) <= max(layer) < self.context,
-                  f"offsets must be from 1 to context - 1, here {self.context - 1}, not {layer}")
+                    f"offsets must be from 1 to context - 1, here {self.context - 1}, not {layer}")
 
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in order."""
@@ -649,12 +649,12 @@ def check_model(params: Params, config: Config) -> None:
     shapes, given = param_shapes(config), {name: value.shape for name, value in params.items()}
     for name in shapes | given if given != shapes else ():
         require(given.get(name) == shapes.get(name), f"the parameters do not fit the config: {name} is "
-              f"{given.get(name, 'missing')}, the config has {shapes.get(name, 'no such parameter')}")
+                f"{given.get(name, 'missing')}, the config has {shapes.get(name, 'no such parameter')}")
 
 def check_tokens(tokens: Array, config: Config) -> None:
     """Raises UserError unless tokens are whole numbers of shape (B, L), below vocab_size."""
     require(tokens.ndim == 2 and tokens.size > 0 and tokens.dtype.kind in "iu",
-          f"tokens must be whole numbers of shape (B, L), not {tokens.dtype} of shape {tokens.shape}")
+            f"tokens must be whole numbers of shape (B, L), not {tokens.dtype} of shape {tokens.shape}")
     low, high, last = tokens.min(), tokens.max(), config.vocab_size - 1
     require(low >= 0 and high <= last, f"tokens must be from 0 to {last}, not from {low} to {high}")
 

@@ -54,7 +54,7 @@ class Run:
             array = self.model.np
             self.recent = array.stack([array.asarray(loss) for loss in self.recent]).tolist()
         require(all(map(math.isfinite, self.recent)), f"the loss became {self.recent[-1:]} before step {self.step}: "
-              f"lower --lr; {self.out / 'last.npz'} is the last good checkpoint")
+                f"lower --lr; {self.out / 'last.npz'} is the last good checkpoint")
         return self.recent
 
     def plot(self) -> str:

@@ -33,7 +33,7 @@ def load_trained(model: ModuleType, path: Path) -> tuple[Params, Config, dict]:
     require(found.exists(), f"{path} does not exist; train_char.py writes it")
     params, config, extra = load_checkpoint(found, getattr(model, "Flat", dict))
     require(extra.get("vocab") is not None and extra.get("most_common") in range(config.vocab_size),
-          f"{found} was not written by train_char.py")
+            f"{found} was not written by train_char.py")
     return params, config, extra
 
 def write_sample(model: ModuleType, params: Params, config: Config, extra: dict, prompt: str, length: int,

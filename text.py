@@ -47,7 +47,7 @@ def corpus_of(text: str, context: int, name: str = "") -> Corpus:
     """A text as tokens. Raises UserError if it is too short for the context."""
     n_val = len(text) // 10
     require(len(text) - n_val > context and n_val >= 2, f"the text has {len(text):,} characters, "
-          f"a context of {context} needs {max(20, context * 10 // 9 + 1)}")
+            f"a context of {context} needs {max(20, context * 10 // 9 + 1)}")
     tokens = encode(text, vocab := vocabulary(text))
     most_common = int(np.bincount(tokens[: 1 << 20]).argmax())
     return Corpus(text_sha256(text), vocab, tokens[:-n_val], tokens[-n_val:], most_common, name)

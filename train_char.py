@@ -141,20 +141,20 @@ def make_run(args: argparse.Namespace) -> Run:
     training = Training(**{f.name: settings[f.name] for f in fields(Training)})
     step, iters = saved["step"], training.iters
     require(step < iters or (step == iters and saved["recent"]),  # it was stopped in its last validation
-          f"nothing to do: {last} is at step {step}; to go on, give more steps, such as --iters {2 * step}")
+            f"nothing to do: {last} is at step {step}; to go on, give more steps, such as --iters {2 * step}")
     for name, value in ("--eval-every", settings["eval_every"]), ("--threads", args.threads):
         require(value >= 1, f"{name} must be at least 1, not {value}")
     for name in (old.get("data") or ()) if "data" not in typed else ():
         require(os.path.exists(name) or name == "shakespeare" or "*" in name,
-              f"cannot read {name}: it is gone; if it was moved, add --data with its new place")
+                f"cannot read {name}: it is gone; if it was moved, add --data with its new place")
     corpus = read_corpus(settings["data"], settings["context"])
     config = Config(len(corpus.vocab), **{f.name: settings[f.name] for f in fields(Config)[1:]})
     if not args.gpu:  # with a GPU, CuPy reports that its memory is full
         check_memory(config, training.batch_size, args.threads)
     if args.resume:
         require((corpus.sha256, config) == (saved["text_sha256"], saved["config"]),
-              f"--resume cannot change the text: {corpus.name} is not the text that {last} was trained on; it has "
-              "changed, or it has CRLF line ends, which version 2.0 kept and this version reads as LF")
+                f"--resume cannot change the text: {corpus.name} is not the text that {last} was trained on; it has "
+                "changed, or it has CRLF line ends, which version 2.0 kept and this version reads as LF")
     else:
         params = model.init_params(config, training.seed)
         saved = {"params": params, **model.adamw_init(params)}

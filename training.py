@@ -36,7 +36,7 @@ class Training:
             whole = least == 1 or name in ("warmup_iters", "seed")
             number = isinstance(value, (int, np.integer) if whole else (int, float, np.number))
             require((number and least <= value < 1e300) or (name == "min_lr" and value is None),
-                  f"{name} must be {least} or more{' and whole' * whole}, not {value!r}")
+                    f"{name} must be {least} or more{' and whole' * whole}, not {value!r}")
 
     def rate(self, step: int) -> float:
         """The learning rate: linear up to lr, then half a cosine down to min_lr."""

@@ -171,7 +171,7 @@ def main() -> None:
     with cli.short_errors(parser, args.data, "not enough memory for this model"):
         require(args.threads >= 1, f"--threads must be 1 or more, not {args.threads}")
         require(set(args.only or []) <= (bench_gpu.SECTIONS if args.gpu else SECTIONS).keys(),
-              f"--only {' '.join(args.only or [])}: not all are sections {'of' if args.gpu else 'without'} --gpu")
+                f"--only {' '.join(args.only or [])}: not all are sections {'of' if args.gpu else 'without'} --gpu")
         require(args.gpu or not (args.report or args.rehearse), "--report and --rehearse need --gpu")
         if args.gpu:
             folder = "out" if args.rehearse else "experiments/results" if args.report else None

@@ -198,7 +198,7 @@ def measure(checkpoint: Path, text: str | None) -> None:
     """Read a text (None: the held-out text), measure, print. Raises UserError and OSError."""
     params, config, extra = load_trained(G, checkpoint)
     require(config.mixer != "attention" and config.rank > 2,
-          f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
+            f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
     text = (text_of_run(checkpoint, extra) if text is None else text)[:MEASURED]
     require(len(text) >= LEAST, f"give a text of at least {LEAST} characters")
     rng, vocab = np.random.default_rng(0), extra["vocab"]

@@ -81,16 +81,18 @@ def check_layer(mixer: str) -> None:
     for value in params.values():  # the initial weights are so small that they hide mistakes
         value += 0.3 * rng.standard_normal(value.shape)
     tokens = rng.integers(0, 11, 24)
-    run = lambda: G.loss_and_grads(params, config, tokens[None, :-1], tokens[None, 1:])  # noqa: E731
+    run = lambda params=params: G.loss_and_grads(params, config, tokens[None, :-1], tokens[None, 1:])  # noqa: E731
     change, (_, grads) = sees_the_future(params, config, tokens), run()
     G.require(np.isfinite(change), f"{file} returns numbers that are not finite")
     G.require(change < 1e-9, f"{file} sees the future: later tokens change earlier logits, by {change:.2g}")
     own = ({k: v for k, v in group.items() if ".mix." in k} or group for group in (params, grads))
     error, name, derived, measured = gradient_error(lambda: run()[0], *own)
     G.require(error < 1e-5, f"{file}: the gradient of {name} is wrong: along a random direction it is {derived:.6g}, "
-          f"central differences of the loss are {measured:.6g}")
+              f"central differences of the loss are {measured:.6g}")
     try:
         change = stream_error(params, config, tokens)
     except Exception as error:
         raise G.UserError(f"{file} reads a text at once, but not in parts: {type(error).__name__}: {error}") from error
     G.require(change < 1e-8, f"{file}: token by token it returns other logits than all at once, by {change:.2g}")
+    narrow = run({name: value.astype(np.float32) for name, value in params.items()})[1].values()
+    G.require({grad.dtype.itemsize for grad in narrow} == {4}, f"{file} makes float64 of float32: give new arrays h.dtype")
