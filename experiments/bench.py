@@ -143,8 +143,7 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
         own = replace(setup, training=training, threads=min(2, setup.threads))
         runs[L, "grassmann"] = Ours(own, setup.config(context=L)).step
         runs[L, "memory"] = Ours(own, setup.config(memory=True, context=L)).step
-        attention = Ours(own, setup.config(mixer="attention", context=L)).step
-        runs[L, "attention"] = attention if longest_table >= L else None
+        runs[L, "attention"] = Ours(own, setup.config(mixer="attention", context=L)).step if longest_table >= L else None
         runs[L, "reading"] = partial(read, L)
     times = alternate(runs, 2 if setup.quick else 5, 1)
     return [{"length": L, "windows": tokens // L,
@@ -175,15 +174,13 @@ def main() -> None:
         require(args.gpu or not (args.report or args.rehearse), "--report and --rehearse need --gpu")
         if args.gpu:
             folder = "out" if args.rehearse else "experiments/results" if args.report else None
-            folder = folder and bench_gpu.ROOT / folder
-            return bench_gpu.main(args.only, args.data, folder, args.rehearse)
+            return bench_gpu.main(args.only, args.data, folder and bench_gpu.ROOT / folder, args.rehearse)
         setup = Setup(read_corpus(args.data, 16_384), args.threads, args.quick)
         print(f"{args.data or 'pydoc_data.topics'}; {machine()}; {setup.threads} threads; "
               f"PyTorch {torch.__version__ if torch else 'is missing'}")
         for name in args.only or SECTIONS:
-            section = SECTIONS[name]
-            print(f"\n{name}: {section.__doc__.splitlines()[0]}\n", flush=True)
-            print(markdown(section(setup)))
+            print(f"\n{name}: {SECTIONS[name].__doc__.splitlines()[0]}\n", flush=True)
+            print(markdown(SECTIONS[name](setup)))
 
 if __name__ == "__main__":
     main()

@@ -127,8 +127,8 @@ QUESTIONS = [
     Question(2, "Is it the geometry?", "Other features of a token and its partner, at equal size: products that are "
              "no wedge, none at all; learned planes, which are determinants of dot products; and whether the gate is "
              "worth its parameters.",
-             [GRASSMANN, NO_PRODUCT, mixer("outer product"), mixer("one-sided product", rank=64),
-              mixer("wedge without a gate"), mixer("learned planes", rank=64)], seeds=3),
+             [GRASSMANN, NO_PRODUCT, mixer("symmetric product"), mixer("outer product"),
+              mixer("one-sided product", rank=64), mixer("wedge without a gate"), mixer("learned planes", rank=64)], seeds=3),
     Question(3, "The paper's layer", "One offset per layer, or the average of all in every layer? Normalised or not? "
              "In the paper's block?",
              [BEST_ATTENTION, ("the paper's model", PAPER), UNIT, ("one offset per layer", {"taps": False}),
@@ -150,9 +150,8 @@ QUESTIONS = [
              [(f"recall, {label}", changes | {"data": "recall", "lr": lr}) for (label, changes), lr in (
                  (ATTENTION, 2e-3), (GRASSMANN, 2e-3), (MEMORY, 1e-3), (MEMORY, 2e-3), (MEMORY, 3e-3))],
              SMALL | {"iters": 900}, tasks=True, seeds=5),
-    Question(9, "How much a memory holds", "2, 4, 8 or 16 keys, each under a name: which one is asked for? The most "
-             "frequent is right in 56, 41, 32 and 26% of the cases. A memory of rank 16 is a matrix of 256 numbers, and a "
-             "bivector is 120; of rank 23, 253. 1,500 steps; the mean of three seeds, in brackets the lowest; sizes differ.",
+    Question(9, "How much a memory holds", "2, 4, 8 or 16 keys, each under a name: which one is asked for? Guessing the "
+             "most frequent: 56, 41, 32, 26%. Mean of three seeds, in brackets the lowest; 1,500 steps; sizes differ.",
              [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
                  BEST_ATTENTION, ("with memory, rank 16", MEMORY[1]), ("with a bivector, rank 16", BIVECTOR),
                  ("with a bivector, rank 23", BIVECTOR | {"rank": 23}))],
@@ -221,9 +220,10 @@ def evaluate(trial: Trial, text: Text, params: Params, test: bool, most: int | N
         return tasks.accuracy(params, trial.config, *held_out, tasks.GROUPS[name])
     return grassmann.validation_loss(params, trial.config, (text.test if test else text.val)[:most])
 
-def train(label: str, trial: Trial, text: Text) -> dict:
-    """Train on one thread: a line of runs.jsonl. Its curve is a [step, what `evaluate` says] now and then, on the
-    first part of a long text, the last at the end, which a loss that is not finite brings early."""
+def train(what: tuple[str, Trial, Text]) -> dict:
+    """Train on one thread: label, trial, text. Returns a line of runs.jsonl. Its curve is a [step, what `evaluate` says]
+    now and then, on the first part of a long text, the last at the end, which a loss that is not finite brings early."""
+    label, trial, text = what
     new, curve, iters = learner(trial, text), [], trial.training.iters
     for step in range(1, iters + 1):
         last = not math.isfinite(new.step()) or step == iters
@@ -240,15 +240,12 @@ def train_all(todo: list[tuple], jobs: int) -> Iterator[dict]:
     because memory is full, this waits for ever: press Ctrl-C, and use fewer --jobs.)
     """
     if jobs == 1:
-        yield from map(train_one, todo)
+        yield from map(train, todo)
         return
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers leave Ctrl-C to this process
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         signal.signal(signal.SIGINT, usual)
-        yield from pool.imap_unordered(train_one, todo)
-
-def train_one(what: tuple) -> dict:
-    return train(*what)
+        yield from pool.imap_unordered(train, todo)
 
 # ---- the answers ---------------------------------------------------------------------------------
 
@@ -414,11 +411,10 @@ def report(lab: Laboratory, answers: list[tuple[Question, list[Row]]], timed_on:
 Unless a question says otherwise: {BASE["iters"]:,} steps of {Training.batch_size * Config.context:,} tokens, no dropout (so \
 short a run does not overfit), models of one size. Nine tenths of a text are trained on. Of the rest the first half \
 (validation) chooses learning rates and the order of the n-gram, and the second half (test) is what is reported. \
-Learning rates: the best of {LEARNING_RATES[0]:g} and {LEARNING_RATES[1]:g} in runs of full length, of one seed; while it is the \
-smallest or the largest tried, half or twice of it is tried, too. A loss is the mean over the seeds ± their standard \
-deviation; inf: diverged. Gap: how much higher the perplexity per token is; level: less than \
-two standard deviations of the difference of two such runs. \
-Milliseconds: medians on all cores, by turns; what is not in grassmann.py is not written for speed."""
+Learning rates: the best of {LEARNING_RATES[0]:g} and {LEARNING_RATES[1]:g} in runs of full length, of one seed; while it is \
+the smallest or the largest tried, half or twice of it is tried, too. A loss is the mean over the seeds ± their standard \
+deviation; inf: diverged. Gap: how much higher the perplexity per token is; level: below two standard deviations of such \
+a difference. Milliseconds: medians on all cores, by turns; what is not in grassmann.py is not written for speed."""
     command = f"`{shlex.join(['python', '-m', 'experiments.compare', *sys.argv[1:]])}`"
     parts = ["# Does geometry replace attention?", command, f"{timed_on}.", explanation]
     for question, rows in answers:

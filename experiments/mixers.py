@@ -6,8 +6,8 @@ Only "rotary attention" can write one token at a time. The other mixers read who
 
     attention     with rotary positions; and with learned taps on its input (a short convolution)
     convolution   gated, at full width: (a ⊙ (b + taps(b))) W; and our gate around either of the two
-    features      of z and its partner s in place of the wedge and W_plu: the sum z·x_k + s·y_k, all products z_i s_j, the
-                  one-sided product (z·x_k)(s·y_k), and learned planes, (z ∧ s)·(x_k ∧ y_k); without a gate
+    features      of z and its partner s in place of the wedge and W_plu: the sum z·x_k + s·y_k, the wedge with a plus,
+                  all z_i s_j, the one-sided product (z·x_k)(s·y_k), and learned planes, (z ∧ s)·(x_k ∧ y_k); without a gate
     bivectors     multiplied by a constant; in the memory, where every token writes a plane
     hybrid        attention in one layer, the Grassmann layer in the others
 """
@@ -127,23 +127,18 @@ def with_features(features: tuple, gate: bool = True) -> tuple:
     """
     features_forward, features_backward, features_shapes = features
 
-    def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
+    def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, tuple]:
         z, c_red = G.linear_forward(h, w["W_red"], w["b_red"])
         s, c_partner = G.partner_forward(z, w["taps"], config.offsets[layer], False)
         g, c_features = features_forward(z, s, w)
-        cache = {"red": c_red, "partner": c_partner, "features": c_features}
-        if gate:
-            g, cache["gate"] = G.gate_forward(h, g, w["W_gate"], w["b_gate"])
-        return g, cache
+        return g, (c_red, c_partner, c_features)
 
-    def backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
-        dh, dg, gate_grads = 0, dmix, {}
-        if gate:
-            dh, dg, gate_grads["W_gate"], gate_grads["b_gate"] = G.gate_backward(dmix, cache["gate"])
-        dz, ds, grads = features_backward(dg, cache["features"])
-        dz_partner, grads["taps"] = G.partner_backward(ds, cache["partner"])
-        dh_red, grads["W_red"], grads["b_red"] = G.linear_backward(dz + dz_partner, cache["red"])
-        return dh + dh_red, grads | gate_grads
+    def backward(dg: Array, cache: tuple) -> tuple[Array, Params]:
+        c_red, c_partner, c_features = cache
+        dz, ds, grads = features_backward(dg, c_features)
+        dz_partner, grads["taps"] = G.partner_backward(ds, c_partner)
+        dh, grads["W_red"], grads["b_red"] = G.linear_backward(dz + dz_partner, c_red)
+        return dh, grads
 
     def shapes(config: Config, layer: int) -> Shapes:
         d, r = config.d_model, config.rank
@@ -151,7 +146,8 @@ def with_features(features: tuple, gate: bool = True) -> tuple:
         own |= {"W_gate": (2 * d, d), "b_gate": (d,)} if gate else {}
         return own | features_shapes(d, r)
 
-    return forward, backward, shapes
+    parts = forward, backward, shapes
+    return (*gated(parts)[:2], shapes) if gate else parts
 
 def projected(product_forward: Callable, product_backward: Callable, coordinates: Callable[[int], int]) -> tuple:
     """Features g = p W_plu + b_plu of a product p of z and s with coordinates(r) numbers. The wedge gives our layer."""
@@ -177,6 +173,17 @@ def outer_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
     u, v = cache
     dp = dp.reshape(*u.shape, u.shape[-1])
     return (dp @ v[..., None])[..., 0], (u[..., None, :] @ dp)[..., 0, :]
+
+def symmetric_forward(u: Array, v: Array) -> tuple[Array, tuple]:
+    """p_ij = u_i v_j + u_j v_i for i < j, (..., n): the wedge with a plus."""
+    i, j = G.pairs(u.shape[-1])
+    return u[..., i] * v[..., j] + u[..., j] * v[..., i], (u, v)
+
+def symmetric_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
+    """With S_ij = S_ji = dp_ij and S_ii = 0, Σ dp_ij p_ij = Σ S_ij u_i v_j, a sum of outer products."""
+    (i, j), S = G.pairs(r := cache[0].shape[-1]), np.zeros((*cache[0].shape, r), dp.dtype)
+    S[..., i, j] = S[..., j, i] = dp
+    return outer_backward(S, cache)
 
 def learned_shapes(d: int, r: int) -> Shapes:
     """Two vectors x_k, y_k for every feature, columns of X and Y."""
@@ -266,7 +273,8 @@ def reads_whole(mixer: tuple) -> tuple:
 
     return whole, *others
 
-WEDGE = projected(G.plucker_forward, G.plucker_backward, lambda r: r * (r - 1) // 2)
+WEDGE, SYMMETRIC = (projected(*product, lambda r: r * (r - 1) // 2) for product in (
+    (G.plucker_forward, G.plucker_backward), (symmetric_forward, symmetric_backward)))
 CONVOLUTION = convolution_forward, convolution_backward, convolution_shapes
 MIXERS = {
     "rotary attention": rotary_attention(taps=False),
@@ -274,6 +282,7 @@ MIXERS = {
     "rotary attention with taps and our gate": gated(rotary_attention(taps=True)),
     "gated convolution": CONVOLUTION,
     "gated convolution with our gate": gated(CONVOLUTION),
+    "symmetric product": (*with_features(SYMMETRIC)[:2], G.mix_shapes),  # in the layer's order: the same first weights
     "outer product": with_features(projected(outer_forward, outer_backward, lambda r: r * r)),
     "sum": with_features((sum_forward, sum_backward, learned_shapes)),
     "one-sided product": with_features(learned(antisymmetric=False)),

@@ -42,12 +42,10 @@ def look_up(keys: Array, known: Array, values: Array) -> Array:
     place = np.searchsorted(known, keys).clip(max=len(known) - 1)
     return np.where(known[place] == keys, values[place], 0)
 
-def orders(vocab_size: int) -> range:
-    """1 to 7, or as far as contexts fit into a number."""
-    return range(1, min(7, int(63 / np.log2(vocab_size))) + 1)
-
 def best_ngram(text: Text, window: int) -> tuple[int, float, float]:
-    """The order, 1 to 7, with the lowest validation loss; this loss, and the test loss of the order."""
-    losses = {n: ngram_loss(text.train, text.val, n, text.vocab_size, window) for n in orders(text.vocab_size)}
+    """The order with the lowest validation loss; this loss, and the test loss of the order. Orders are 1 to 7, or as
+    far as contexts fit into a number."""
+    orders = range(1, min(7, int(63 / np.log2(text.vocab_size))) + 1)
+    losses = {n: ngram_loss(text.train, text.val, n, text.vocab_size, window) for n in orders}
     best = min(losses, key=losses.get)
     return best, losses[best], ngram_loss(text.train, text.test, best, text.vocab_size, window)

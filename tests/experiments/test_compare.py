@@ -90,7 +90,7 @@ def test_a_run_is_training_by_hand(monkeypatch, changes):
     """The same losses to the last bit: start, batches, rate, clipping, optimiser, validation."""
     tokens = np.random.default_rng(1).integers(0, 11, 900)
     text, trial = text_of(tokens, (60, 40)), trial_with(iters=40, seed=3, **changes)
-    result = compare.train("label", trial, text)
+    result = compare.train(("label", trial, text))
     config, pace = trial.config, training.Training(40, 4, warmup_iters=4, seed=3)
     params = grassmann.init_params(config, 3)
     mixers.scale_features(params)
@@ -107,7 +107,7 @@ def test_a_run_is_training_by_hand(monkeypatch, changes):
     assert result == {"label": "label", "spec": trial.spec, "curve": curve, "validation": curve[-1][1], "test": test,
                       "parameters": n, "bytes_per_token": 1.0}
     monkeypatch.setattr(compare.Learner, "step", lambda self: math.inf)  # not finite: the end
-    diverged = compare.train("label", trial, text)
+    diverged = compare.train(("label", trial, text))
     assert diverged["curve"][-1][0] == 1 and compare.final(diverged) == math.inf
 
 @pytest.mark.parametrize("change", [
