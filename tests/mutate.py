@@ -151,7 +151,7 @@ MUTATIONS = {  # in grassmann.py unless a module is named
         ("loss += shard_loss", "pass"), ("threads >= 0", "True")],
     "experiments.layer_checks.load_layer": [("callable(vars(module).get(part))", "True"),
         ("hashlib.sha256(content)", 'hashlib.sha256(b"")')],
-    "experiments.layer_checks.gradient_error": [("np.isfinite(error)", "True"),
+    "experiments.layer_checks.gradient_errors": [("np.isfinite(error)", "True"),
         ("abs(derived - measured)", "derived - measured")],
     "experiments.layer_checks.sees_the_future": [("(changed[half:] + 1) % config.vocab_size", "changed[half:]")],
     "experiments.layer_checks.check_layer": [("2", "1"), ("change < 1e-8", "True")],
