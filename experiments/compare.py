@@ -444,21 +444,20 @@ def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     figure.savefig(path, dpi=110)
 
 def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
-    """Test bits against parameters after the fewest steps; the curves of the longest runs, means over seeds."""
+    """Test losses against parameters after the fewest steps; the curves of the longest runs, means over seeds."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     iters = [question.settings.get("iters", BASE["iters"]) for question, _ in answers]
     for longest, (_, rows) in zip(iters, answers, strict=True):
         for k, row in enumerate(rows):
             if longest == min(iters):
-                bits = mean_and_deviation(row)[0] / math.log(2)
-                left.semilogx(row.results[0]["parameters"], bits, "o", color=f"C{k}")
+                left.semilogx(row.results[0]["parameters"], mean_and_deviation(row)[0], "o", color=f"C{k}")
             if longest == max(iters):
                 curves = [run["curve"][: None if "validation" in run else -1] for run in row.results]  # see `train`
                 steps, losses = np.transpose(curves).mean(-1)
-                right.plot(steps, losses / math.log(2), color=f"C{k}", label=row.label)
-    left.set(xlabel="parameters", ylabel="test loss, bits per character", title=f"after {min(iters):,} steps")
-    right.set(xlabel="steps", ylabel="validation loss, bits per character", title="0.1 million parameters")
+                right.plot(steps, losses, color=f"C{k}", label=row.label)
+    left.set(xlabel="parameters", ylabel="test loss, nats per character", title=f"after {min(iters):,} steps")
+    right.set(xlabel="steps", ylabel="validation loss, nats per character", title="0.1 million parameters")
     right.legend()
     figure.savefig(path, dpi=110)
 

@@ -60,7 +60,7 @@ def layer() -> plt.Figure:
     for x, y, size, name, blue in [  # vectors; `blue`: how much of each comes from token t
             (0.45, 3.05, 8, "h_t", 1), (1.75, 3.05, 4, "z_t", 1), (3.1, 1.55, 4, "s_t", 0),
             (0.45, 1.55, 8, r"h_{t-\Delta}", 0), (1.75, 1.55, 4, r"z_{t-\Delta}", 0),
-            (6.2, 2.3, 6, "p", 0.5), (7.3, 2.3, 8, "g", 0.5), (9.1, 2.3, 8, r"{\rm mix}_t", 0.75)]:
+            (6.2, 2.3, 6, "p", 0.5), (7.3, 2.3, 8, "g", 0.5), (9.1, 2.3, 8, r"{\rm out}_t", 0.75)]:
         for k, alpha in enumerate(rng.uniform(0.3, 1, size)):
             cell = {"height": 0.105, "y": y + 0.125 * (k + 0.42 - size / 2), "alpha": alpha}
             axes.barh(left=x - 0.08, width=0.16 * blue, color=BLUE, **cell)
