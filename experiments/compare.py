@@ -109,7 +109,7 @@ OTHERS = ("no product, rank 32", {"mixer": "sum", "rank": 32}), HYBRID
 LONGER = on_bible("0.1 million, 8,000 steps", TENTH | {"iters": 8000}, OTHERS, seeds=3)
 MILLION = on_bible("1 million", {"n_layer": 5, "d_model": 144, "rank": 32})
 
-def dispute(title: str, seeds: int, text: tuple[str, int] | None = None) -> Question:
+def dispute(title: str, rates: tuple[float, ...], seeds: int = 1, text: tuple[str, int] | None = None) -> Question:
     """Offsets, size of the message, block: each as the paper has it, and not."""
     rows = [ATTENTION]
     for block, where in (("prenorm", ""), ("paper", ", paper's block")):
@@ -119,8 +119,8 @@ def dispute(title: str, seeds: int, text: tuple[str, int] | None = None) -> Ques
                      (f"{label}, normalised x {factor}{where}", unit | {"mixer": f"rescaled by {factor}"})]
     return Question(10, title, "One offset per layer or the average of six; unit bivectors, or unit bivectors "
                     "multiplied so that at first the message is about as long as without normalising, with one offset; "
-                    "two blocks. Rates in steps of the square root of 2, from 0.004.", rows, seeds=seeds,
-                    text=text, rates=(2.83e-3, 4e-3, 5.66e-3), spacing=math.sqrt(2))
+                    "two blocks. Rates in steps of the square root of 2.", rows, seeds=seeds,
+                    text=text, rates=rates, spacing=math.sqrt(2))
 
 QUESTIONS = [
     CONTROLS,
@@ -157,8 +157,8 @@ QUESTIONS = [
                  BEST_ATTENTION, ("with memory, rank 16", MEMORY[1]), ("with a bivector, rank 16", BIVECTOR),
                  ("with a bivector, rank 23", BIVECTOR | {"rank": 23}))],
              KEYS, same_size=False, tasks=True, seeds=3, rates=(1e-3, 2e-3, 4e-3)),
-    dispute("The dispute", 3),
-    dispute("The dispute in subwords: 4,096 byte pairs", 1, ("bible", 4096)),
+    dispute("The dispute", (2.83e-3, 4e-3, 5.66e-3), seeds=3),
+    dispute("The dispute in subwords: 4,096 byte pairs", (2e-3, 2.83e-3, 4e-3), text=("bible", 4096)),
 ]
 
 # ---- one run -------------------------------------------------------------------------------------
