@@ -78,8 +78,8 @@ def mixer(name: str, **more) -> tuple[str, dict]:
 
 WIDE = {"ratio": 4}  # d_ff = 4 d_model, as usual with attention and in the paper
 ATTENTION = mixer("attention", positions=True)
-BEST_ATTENTION = ("attention with taps and our gate",
-                  {"mixer": "rotary attention with taps and our gate", "larger": ("W_out",)})
+TAPS = "rotary attention with taps"
+BEST_ATTENTION = ("attention with taps and our gate", {"mixer": f"{TAPS} and our gate", "larger": ("W_out",)})
 BEST_CONVOLUTION = ("convolution with our gate",
                     {"mixer": "gated convolution with our gate", "larger": ("W_in", "W_out")})
 GRASSMANN = ("Grassmann", {})
@@ -93,10 +93,13 @@ KEYS = SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE, "context": 128, "iters": 15
 CONTROLS = Question(
     1, "Grassmann or attention", "Which predicts text better at equal size, when attention has rotary "
     "positions, a short convolution (taps) before it, larger first weights, and our gate around it?",
-    [ATTENTION, mixer("rotary attention", **WIDE), mixer("rotary attention with taps", **WIDE),
-     ("the same, larger W_qkv", {"mixer": "rotary attention with taps", "larger": ("W_qkv",), **WIDE}),
+    [ATTENTION, mixer("rotary attention", **WIDE), mixer(TAPS, **WIDE),
+     ("the same, larger W_qkv", {"mixer": TAPS, "larger": ("W_qkv",), **WIDE}),
+     ("narrow FFN, larger W_out", {"mixer": TAPS, "larger": ("W_out",)}),
+     ("the same with a shortcut", {"mixer": f"{TAPS} and a shortcut", "larger": ("W_out",)}),
+     ("our gate, usual first weights", {"mixer": f"{TAPS} and our gate"}), BEST_ATTENTION,
      mixer("gated convolution"), ("the same, larger W_in", {"mixer": "gated convolution", "larger": ("W_in",)}),
-     BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, HYBRID], seeds=3, ngrams=True)
+     BEST_CONVOLUTION, GRASSMANN, HYBRID], seeds=3, ngrams=True)
 SUBWORDS = [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, ("the paper's model", PAPER)]
 
 def on_bible(title: str, settings: dict, more: tuple = (), **how) -> Question:
@@ -127,8 +130,8 @@ QUESTIONS = [
     Question(2, "Is it the geometry?", "Other features of a token and its partner, at equal size: products that are "
              "no wedge, none at all; learned planes, which are determinants of dot products; and whether the gate is "
              "worth its parameters.",
-             [GRASSMANN, NO_PRODUCT, mixer("symmetric product"), mixer("outer product"),
-              mixer("one-sided product", rank=64), mixer("wedge without a gate"), mixer("learned planes", rank=64)], seeds=3),
+             [GRASSMANN, NO_PRODUCT, mixer("symmetric product"), mixer("outer product"), mixer("wedge without a gate"),
+              mixer("learned planes", rank=64)], seeds=3),
     Question(3, "The paper's layer", "One offset per layer, or the average of all in every layer? Normalised or not? "
              "In the paper's block?",
              [BEST_ATTENTION, ("the paper's model", PAPER), UNIT, ("one offset per layer", {"taps": False}),

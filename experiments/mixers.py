@@ -5,9 +5,9 @@ adds them to grassmann.MIXERS, so that Config(mixer="rotary attention with taps"
 Only "rotary attention" can write one token at a time. The other mixers read whole texts.
 
     attention     with rotary positions; and with learned taps on its input (a short convolution)
-    convolution   gated, at full width: (a ⊙ (b + taps(b))) W; and our gate around either of the two
+    convolution   gated, at full width: (a ⊙ (b + taps(b))) W; our gate, or half of h, around either
     features      of z and its partner s in place of the wedge and W_plu: the sum z·x_k + s·y_k, the wedge with a plus,
-                  all z_i s_j, the one-sided product (z·x_k)(s·y_k), and learned planes, (z ∧ s)·(x_k ∧ y_k); without a gate
+                  all z_i s_j, and learned planes, (z ∧ s)·(x_k ∧ y_k); without a gate
     bivectors     multiplied by a constant; in the memory, where every token writes a plane
     hybrid        attention in one layer, the Grassmann layer in the others
 """
@@ -118,6 +118,20 @@ def gated(mixer: tuple) -> tuple:
 
     return forward, backward, shapes
 
+def half(mixer: tuple) -> tuple:
+    """mix = (h + mixer(h)) / 2: the shortcut of a gate that always stays half open."""
+    inner_forward, inner_backward, shapes = mixer
+
+    def forward(h: Array, *where) -> tuple[Array, dict]:
+        out, cache = inner_forward(h, *where)
+        return (h + out) / 2, cache
+
+    def backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
+        dh, grads = inner_backward(dmix / 2, cache)
+        return dmix / 2 + dh, grads
+
+    return forward, backward, shapes
+
 # ---- features of z and its partner -----------------------------------------------------------------
 
 def with_features(features: tuple, gate: bool = True) -> tuple:
@@ -146,8 +160,7 @@ def with_features(features: tuple, gate: bool = True) -> tuple:
         own |= {"W_gate": (2 * d, d), "b_gate": (d,)} if gate else {}
         return own | features_shapes(d, r)
 
-    parts = forward, backward, shapes
-    return (*gated(parts)[:2], shapes) if gate else parts
+    return (*(gated((forward, backward, shapes)) if gate else (forward, backward))[:2], shapes)
 
 def projected(product_forward: Callable, product_backward: Callable, coordinates: Callable[[int], int]) -> tuple:
     """Features g = p W_plu + b_plu of a product p of z and s with coordinates(r) numbers. The wedge gives our layer."""
@@ -185,8 +198,7 @@ def symmetric_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
     S[..., i, j] = S[..., j, i] = dp
     return outer_backward(S, cache)
 
-def learned_shapes(d: int, r: int) -> Shapes:
-    """Two vectors x_k, y_k for every feature, columns of X and Y."""
+def learned_shapes(d: int, r: int) -> Shapes:  # two vectors x_k, y_k for every feature, columns of X and Y
     return {"X": (r, d), "Y": (r, d), "b_plu": (d,)}
 
 def sum_forward(z: Array, s: Array, w: Scope) -> tuple:
@@ -198,34 +210,24 @@ def sum_backward(dg: Array, cache: tuple) -> tuple:
     dX, dY = np.split(dXY, 2)
     return *np.split(dzs, 2, -1), {"X": dX, "Y": dY, "b_plu": db}
 
-def learned(antisymmetric: bool) -> tuple:
-    """g_k = (z·x_k)(s·y_k) + b_k. Learned planes also subtract (s·x_k)(z·y_k).
+def dots(u: Array, v: Array, w: Scope) -> tuple:  # (u·x_k)(v·y_k) for every k
+    (ux, c_u), (vy, c_v) = G.linear_forward(u, w["X"], 0), G.linear_forward(v, w["Y"], 0)
+    return ux * vy, (ux, vy, c_u, c_v)
 
-    By Cauchy and Binet this is (z ∧ s)·(x_k ∧ y_k) + b_k, the paper's projection if every column of
-    W_plu is itself a plane. The bivector is never built.
-    """
-    def dots(u: Array, v: Array, w: Scope) -> tuple:
-        (ux, c_u), (vy, c_v) = G.linear_forward(u, w["X"], 0), G.linear_forward(v, w["Y"], 0)
-        return ux * vy, (ux, vy, c_u, c_v)
+def dots_backward(dg: Array, cache: tuple) -> tuple:
+    ux, vy, c_u, c_v = cache
+    (du, dX, _), (dv, dY, _) = G.linear_backward(dg * vy, c_u), G.linear_backward(dg * ux, c_v)
+    return du, dv, dX, dY
 
-    def dots_backward(dg: Array, cache: tuple) -> tuple:
-        ux, vy, c_u, c_v = cache
-        (du, dX, _), (dv, dY, _) = G.linear_backward(dg * vy, c_u), G.linear_backward(dg * ux, c_v)
-        return du, dv, dX, dY
+def learned_forward(z: Array, s: Array, w: Scope) -> tuple:
+    """g_k = (z·x_k)(s·y_k) - (s·x_k)(z·y_k) + b_k. By Cauchy and Binet this is (z ∧ s)·(x_k ∧ y_k) + b_k, the paper's
+    projection if every column of W_plu is itself a plane. The bivector is never built."""
+    (g, cache), (exchanged, c_exchanged) = dots(z, s, w), dots(s, z, w)
+    return g - exchanged + w["b_plu"], (cache, c_exchanged)
 
-    def forward(z: Array, s: Array, w: Scope) -> tuple:
-        g, cache = dots(z, s, w)
-        exchanged, c_exchanged = dots(s, z, w) if antisymmetric else (0, None)
-        return g - exchanged + w["b_plu"], (cache, c_exchanged)
-
-    def backward(dg: Array, caches: tuple) -> tuple:
-        dz, ds, dX, dY = dots_backward(dg, caches[0])
-        if antisymmetric:
-            ds_x, dz_y, dX_s, dY_z = dots_backward(-dg, caches[1])
-            dz, ds, dX, dY = dz + dz_y, ds + ds_x, dX + dX_s, dY + dY_z
-        return dz, ds, {"X": dX, "Y": dY, "b_plu": dg.sum((0, 1))}
-
-    return forward, backward, learned_shapes
+def learned_backward(dg: Array, caches: tuple) -> tuple:
+    (dz, ds, dX, dY), (ds_x, dz_y, dX_s, dY_z) = dots_backward(dg, caches[0]), dots_backward(-dg, caches[1])
+    return dz + dz_y, ds + ds_x, {"X": dX + dX_s, "Y": dY + dY_z, "b_plu": dg.sum((0, 1))}
 
 # ---- bivectors of another size, and a memory of bivectors ------------------------------------------
 
@@ -248,20 +250,16 @@ def contract(q: Array, k: Array, v: Array, M: None = None) -> tuple[Array, None]
 
 # ---- all of them -----------------------------------------------------------------------------------
 
-def hybrid(attention_layer: int, other: str) -> tuple:
-    """One layer of attention (`other`), Grassmann layers otherwise."""
+def of_hybrid(layer: int) -> tuple:
+    """The mixer of a layer: in layer 1 attention, else ours."""
+    return G.MIXERS["rotary attention with taps" if layer == 1 else "grassmann"]
 
-    def mixer(layer: int) -> tuple:
-        return G.MIXERS[other if layer == attention_layer else "grassmann"]
+def hybrid_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
+    mix, cache = of_hybrid(layer)[0](h, w, config, layer, past)
+    return mix, cache | {"layer": layer}
 
-    def forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
-        mix, cache = mixer(layer)[0](h, w, config, layer, past)
-        return mix, cache | {"layer": layer}
-
-    def backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
-        return mixer(cache["layer"])[1](dmix, cache)
-
-    return forward, backward, lambda config, layer: mixer(layer)[2](config, layer)
+def hybrid_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
+    return of_hybrid(cache["layer"])[1](dmix, cache)
 
 def reads_whole(mixer: tuple) -> tuple:
     """The mixer, which keeps no `past`, with a check: one token at a time raises UserError."""
@@ -279,20 +277,20 @@ CONVOLUTION = convolution_forward, convolution_backward, convolution_shapes
 MIXERS = {
     "rotary attention": rotary_attention(taps=False),
     "rotary attention with taps": rotary_attention(taps=True),
+    "rotary attention with taps and a shortcut": half(rotary_attention(taps=True)),
     "rotary attention with taps and our gate": gated(rotary_attention(taps=True)),
     "gated convolution": CONVOLUTION,
     "gated convolution with our gate": gated(CONVOLUTION),
     "symmetric product": (*with_features(SYMMETRIC)[:2], G.mix_shapes),  # in the layer's order: the same first weights
     "outer product": with_features(projected(outer_forward, outer_backward, lambda r: r * r)),
     "sum": with_features((sum_forward, sum_backward, learned_shapes)),
-    "one-sided product": with_features(learned(antisymmetric=False)),
-    "learned planes": with_features(learned(antisymmetric=True)),
+    "learned planes": with_features((learned_forward, learned_backward, learned_shapes)),
     "wedge without a gate": with_features(WEDGE, gate=False),
     "rescaled by 31": rescaled(31),
     "rescaled by 76": rescaled(76),
     "bivector memory": (lambda h, w, c, *rest: G.mix_forward(h, w, replace(c, memory=True), *rest, read=contract),
                         G.mix_backward, lambda c, layer: G.mix_shapes(replace(c, memory=True), layer)),
-    "hybrid": hybrid(1, "rotary attention with taps"),
+    "hybrid": (hybrid_forward, hybrid_backward, lambda config, layer: of_hybrid(layer)[2](config, layer)),
 }
 
 def install() -> None:

@@ -85,7 +85,7 @@ def test_rates_are_those_of_another_question_where_it_says_so(lab):
 # ---- one run -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes", [
-    {}, {"mixer": "one-sided product"}, {"mixer": "attention", "larger": ("W_qkv", "W_out")}, {"dropout": 0.2}])
+    {}, {"mixer": "outer product"}, {"mixer": "attention", "larger": ("W_qkv", "W_out")}, {"dropout": 0.2}])
 def test_a_run_is_training_by_hand(monkeypatch, changes):
     """The same losses to the last bit: start, batches, rate, clipping, optimiser, validation."""
     tokens = np.random.default_rng(1).integers(0, 11, 900)

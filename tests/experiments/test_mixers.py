@@ -31,7 +31,7 @@ def test_offsets_differ_from_the_first_step(mixer):
 def test_how_large_features_are_at_first(monkeypatch, rng):
     """Compared with the wedge, in the last layer. The objections in experiments/README.md name this."""
     gate, tokens, sizes = grassmann.gate_forward, rng.integers(0, 65, (12, 64)), {}
-    ranks = {"grassmann": 32, "outer product": 32, "sum": 64, "learned planes": 64, "one-sided product": 64}
+    ranks = {"grassmann": 32, "outer product": 32, "sum": 64, "learned planes": 64, "symmetric product": 32}
     for name, rank in ranks.items():
         config = grassmann.Config(65, mixer=name, rank=rank, dropout=0.0)
         mixers.scale_features(params := grassmann.init_params(config))
@@ -39,18 +39,18 @@ def test_how_large_features_are_at_first(monkeypatch, rng):
             sizes.update({name: float(g.std())}), gate(h, g, W, b))[1])
         grassmann.forward(params, config, tokens)
     large = {name for name, size in sizes.items() if size > 0.6 * sizes["grassmann"]}
-    assert large == {"grassmann", "outer product", "sum"} and max(sizes.values()) < 1.5 * sizes["grassmann"]
+    assert large == {"grassmann", "symmetric product", "outer product", "sum"} and max(sizes.values()) < 1.5 * sizes["grassmann"]
 
 def test_features_are_what_they_are_called(rng):
-    """Learned planes are dot products with planes. The one-sided product is the first of their two terms."""
+    """Learned planes are dot products with planes. The wedge is the difference of two products, or with a plus the sum."""
     z, s, x, y = rng.standard_normal((4, 1, 1, 5))
     w = grassmann.Scope({"X": x[0].T, "Y": y[0].T, "b_plu": np.array([0.5])})
-    planes, one_sided = (mixers.learned(antisymmetric)[0](z, s, w)[0].item() - 0.5 for antisymmetric in (True, False))
+    planes = mixers.learned_forward(z, s, w)[0].item() - 0.5
     assert planes == pytest.approx((grassmann.plucker(z, s) * grassmann.plucker(x, y)).sum(), rel=1e-12)
-    assert one_sided == pytest.approx((z * x).sum() * (s * y).sum(), rel=1e-12)
     (i, j), products = grassmann.pairs(5), mixers.outer_forward(z, s)[0].reshape(5, 5)
     np.testing.assert_allclose(products, np.outer(z, s))
     np.testing.assert_allclose(grassmann.plucker(z, s).ravel(), products[i, j] - products[j, i])
+    np.testing.assert_allclose(mixers.symmetric_forward(z, s)[0].ravel(), products[i, j] + products[j, i])
     q, k, v = rng.standard_normal((3, 1, 6, 5))  # what a vector reads in planes is at right angles to it
     np.testing.assert_allclose((q * mixers.contract(q, k, v)[0]).sum(-1), 0, atol=1e-13)
 
