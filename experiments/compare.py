@@ -29,6 +29,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import repeat
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -65,7 +66,7 @@ class Question:
     models: list[tuple[str, dict]]
     settings: dict = field(default_factory=dict)  # of all of them; they set the size, too
     same_size: bool = True  # make all models as large as BASE and `settings` say
-    seeds: int = 1  # runs of every model
+    seeds: int | tuple[int, ...] = 1  # runs of every model, or of each
     text: tuple[str | None, int] | None = None  # as `read_text` takes it; None: that of --data
     rates: tuple[float, ...] = LEARNING_RATES  # tried first
     spacing: float = 2.0  # the next rate beyond them is so many times as large or as small
@@ -142,7 +143,7 @@ QUESTIONS = [
     on_bible("0.1 million", TENTH, seeds=3),
     on_bible("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}), MILLION, LONGER,
     on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000, "eval_every": 500}, OTHERS,
-             rates_of=LONGER, seeds=3),
+             rates_of=LONGER, seeds=(3, 1, 3, 1, 1)),
     on_bible("1 million, 8,000 steps, rates of 2,000", MILLION.settings | {"iters": 8000}, rates_of=MILLION),
     Question(6, "Subwords: 1,024 byte pairs", "The paper's regime: what of this holds on pieces of words?",
              SUBWORDS, text=("shakespeare", 1024)),
@@ -330,10 +331,10 @@ class Laboratory:
     def answer(self, question: Question) -> list[Row]:
         """Ask for the runs of a question: the search for learning rates, then the runs with the best rates.
         Returns rows of finished runs."""
-        rows = []
-        for label, changes in question.models:
+        rows, seeds = [], question.seeds
+        for (label, changes), n in zip(question.models, seeds if isinstance(seeds, tuple) else repeat(seeds), strict=False):
             if lr := changes.get("lr") or self.rate(question, label, changes):
-                runs = [self.ask(question, f"{label}, seed {k}", changes, lr=lr, seed=k) for k in range(question.seeds)]
+                runs = [self.ask(question, f"{label}, seed {k}", changes, lr=lr, seed=k) for k in range(n)]
                 rows += [Row(label, finished)] if (finished := [*filter(None, runs)]) else []
         return rows
 

@@ -250,8 +250,7 @@ def contract(q: Array, k: Array, v: Array, M: None = None) -> tuple[Array, None]
 
 # ---- all of them -----------------------------------------------------------------------------------
 
-def of_hybrid(layer: int) -> tuple:
-    """The mixer of a layer: in layer 1 attention, else ours."""
+def of_hybrid(layer: int) -> tuple:  # in layer 1 attention, else ours
     return G.MIXERS["rotary attention with taps" if layer == 1 else "grassmann"]
 
 def hybrid_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
