@@ -356,7 +356,7 @@ def memory_forward(h: Array, z: Array, s: Array, w: Scope, past: dict | None = N
     return c @ w["W_mem"], (z, k, v, c, scale, w["W_mem"], c_kv, read)
 
 def memory_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Array, Params]:
-    """Let dc_t include the factor 1 / sqrt(r t). The loss changes by (z_t·k_i)(v_i·dc_t) for every i <= t:
+    """Let dc_t include the factor 1 / sqrt(r t), and hold it fixed. Differentiate Σ_t Σ_{i<=t} (z_t·k_i)(v_i·dc_t):
 
         dz_t = Σ_{i<=t} (dc_t·v_i) k_i,   dk_i = Σ_{t>=i} (v_i·dc_t) z_t = ds_i,   dv_i = Σ_{t>=i} (k_i·z_t) dc_t,
 
@@ -426,7 +426,7 @@ def mix_shapes(config: Config, layer: int) -> dict[str, tuple[int, ...]]:
 # ---- attention, for comparison -------------------------------------------------------------------
 
 def attention_core_forward(q: Array, k: Array, v: Array, past: dict | None = None) -> tuple[Array, tuple]:
-    """softmax(q kᵀ / sqrt(d_h)) v over the past, an L x L table per head; q k v (B, n_head, L, d_h).
+    """softmax(q kᵀ / sqrt(d_k)) v over the past, an L x L table per head; q k v (B, n_head, L, d_k).
 
     While streaming, `past` holds all earlier keys and values, so it grows.
     """
@@ -443,7 +443,7 @@ def attention_core_forward(q: Array, k: Array, v: Array, past: dict | None = Non
 
 def attention_core_backward(do: Array, cache: tuple) -> tuple[Array, Array, Array]:
     """From o = a v:  da = do vᵀ, dv = aᵀ do. The softmax of one row has the derivative diag(a) - aᵀ a, so
-    dscores = a ⊙ (da - Σ a ⊙ da). With dqk = dscores / sqrt(d_h):  dq = dqk k, dk = dqkᵀ q."""
+    dscores = a ⊙ (da - Σ a ⊙ da). With dqk = dscores / sqrt(d_k):  dq = dqk k, dk = dqkᵀ q."""
     q, k, v, a = cache
     da, dv = do @ v.swapaxes(-1, -2), a.swapaxes(-1, -2) @ do
     dqk = a * (da - dot(a, da)) / math.sqrt(q.shape[-1])  # (B, n_head, L, L)
@@ -452,7 +452,7 @@ def attention_core_backward(do: Array, cache: tuple) -> tuple[Array, Array, Arra
 def attention_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
     """Causal multi-head softmax attention: h (B, L, d) -> (B, L, d).
 
-        [q k v] = h W_qkv + b_qkv,   heads of width d_h = d / n_head,   out = attention(q, k, v) W_out + b_out
+        [q k v] = h W_qkv + b_qkv,   heads of width d_k = d / n_head,   out = attention(q, k, v) W_out + b_out
     """
     (B, L, d), n_head = h.shape, config.n_head
     qkv, c_qkv = linear_forward(h, w["W_qkv"], w["b_qkv"])  # (B, L, 3d)
@@ -462,10 +462,10 @@ def attention_forward(h: Array, w: Scope, config: Config, layer: int, past=None)
 
 def attention_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
     """The steps of `attention_forward` in reverse."""
-    B, n_head, L, d_h = cache["core"][0].shape
+    B, n_head, L, d_k = cache["core"][0].shape
     dheads, dW_out, db_out = linear_backward(dout, cache["out"])
-    dqkv = attention_core_backward(dheads.reshape(B, L, n_head, d_h).swapaxes(1, 2), cache["core"])
-    dqkv = np.stack(dqkv).transpose(1, 3, 0, 2, 4).reshape(B, L, -1)  # (3, B, n_head, L, d_h) -> (B, L, 3d)
+    dqkv = attention_core_backward(dheads.reshape(B, L, n_head, d_k).swapaxes(1, 2), cache["core"])
+    dqkv = np.stack(dqkv).transpose(1, 3, 0, 2, 4).reshape(B, L, -1)  # (3, B, n_head, L, d_k) -> (B, L, 3d)
     dh, dW_qkv, db_qkv = linear_backward(dqkv, cache["qkv"])
     return dh, {"W_qkv": dW_qkv, "b_qkv": db_qkv, "W_out": dW_out, "b_out": db_out}
 

@@ -100,7 +100,7 @@ class Attention(nn.Module):
             k, v = torch.cat([past["k"], k], 2), torch.cat([past["v"], v], 2)
         if past is not None:
             past["k"], past["v"] = k, v
-        heads = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=h.shape[1] > 1)  # (B, n_head, L, d_h)
+        heads = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=h.shape[1] > 1)  # (B, n_head, L, d_k)
         return self.out(heads.transpose(1, 2).flatten(2))
 
 class UsualMix(GrassmannMix):

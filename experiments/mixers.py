@@ -28,15 +28,15 @@ Shapes = dict[str, tuple[int, ...]]
 # ---- attention, with the additions that are usual today --------------------------------------------
 
 def rotate(x: Array, sign: int = 1, start: int = 0) -> Array:
-    """Rotary positions: pairs of coordinates of x (B, heads, L, d_h) turned by t times their frequency.
+    """Rotary positions: pairs of coordinates of x (B, heads, L, d_k) turned by t times their frequency.
 
-    A rotary position is a rotor: the rotation of R^{d_h} that moves token t. Its backward is the rotation by the opposite
+    A rotary position is a rotor: the rotation of R^{d_k} that moves token t. Its backward is the rotation by the opposite
     angle, sign=-1. The score of two tokens then depends on their distance. `start` is the position of the first.
     """
     half = x.shape[-1] // 2
-    angles = np.arange(start, start + x.shape[2])[:, None] * 10000.0 ** (-np.arange(half) / half)  # (L, d_h / 2)
+    angles = np.arange(start, start + x.shape[2])[:, None] * 10000.0 ** (-np.arange(half) / half)  # (L, d_k / 2)
     cos, sin = np.cos(angles).astype(x.dtype), (sign * np.sin(angles)).astype(x.dtype)
-    u, v, odd_one = np.split(x, [half, 2 * half], -1)  # (with odd d_h one coordinate has no partner)
+    u, v, odd_one = np.split(x, [half, 2 * half], -1)  # (with odd d_k one coordinate has no partner)
     return np.concatenate([u * cos - v * sin, u * sin + v * cos, odd_one], -1)
 
 def rotary_attention(taps: bool) -> tuple:
@@ -49,15 +49,15 @@ def rotary_attention(taps: bool) -> tuple:
             h = h + s
         (B, L, d), start = h.shape, past["k"].shape[2] if past else 0
         qkv, cache["qkv"] = G.linear_forward(h, w["W_qkv"], w["b_qkv"])
-        q, k, v = qkv.reshape(B, L, 3, config.n_head, -1).transpose(2, 0, 3, 1, 4)  # (B, n_head, L, d_h)
+        q, k, v = qkv.reshape(B, L, 3, config.n_head, -1).transpose(2, 0, 3, 1, 4)  # (B, n_head, L, d_k)
         heads, cache["core"] = G.attention_core_forward(rotate(q, start=start), rotate(k, start=start), v, past)
         out, cache["out"] = G.linear_forward(heads.swapaxes(1, 2).reshape(B, L, d), w["W_out"], w["b_out"])
         return out, cache
 
     def backward(dout: Array, cache: dict) -> tuple[Array, Params]:
-        grads, (B, n_head, L, d_h) = {}, cache["core"][0].shape
+        grads, (B, n_head, L, d_k) = {}, cache["core"][0].shape
         dheads, grads["W_out"], grads["b_out"] = G.linear_backward(dout, cache["out"])
-        dheads = dheads.reshape(B, L, n_head, d_h).swapaxes(1, 2)
+        dheads = dheads.reshape(B, L, n_head, d_k).swapaxes(1, 2)
         dq, dk, dv = G.attention_core_backward(dheads, cache["core"])
         dqkv = np.stack([rotate(dq, -1), rotate(dk, -1), dv]).transpose(1, 3, 0, 2, 4).reshape(B, L, -1)
         dh, grads["W_qkv"], grads["b_qkv"] = G.linear_backward(dqkv, cache["qkv"])
