@@ -448,7 +448,7 @@ def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     figure.savefig(path, dpi=110)
 
 def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
-    """Test losses against parameters after the fewest steps; the curves of the longest runs, means over seeds."""
+    """Test losses against parameters after the fewest steps; validation losses along the longest runs, less the first's."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     iters = [question.settings.get("iters", BASE["iters"]) for question, _ in answers]
@@ -457,12 +457,12 @@ def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
             if longest == min(iters):
                 left.semilogx(row.results[0]["parameters"], mean_and_deviation(row)[0], "o", color=f"C{k}")
             if longest == max(iters):
-                curves = [run["curve"][: None if "validation" in run else -1] for run in row.results]  # see `train`
-                steps, losses = np.transpose(curves).mean(-1)
-                right.plot(steps, losses, color=f"C{k}", label=row.label)
+                steps, losses = np.transpose([run["curve"] for run in row.results]).mean(-1)
+                first = losses if k == 0 else first
+                right.plot(steps, losses - first, color=f"C{k}", label=row.label)
     left.set(xlabel="parameters", ylabel="test loss, nats per character", title=f"after {min(iters):,} steps")
-    right.set(xlabel="steps", ylabel="validation loss, nats per character", title="0.1 million parameters")
-    right.legend()
+    right.set(xlabel="steps", ylabel="validation loss minus attention's", title="0.1 million parameters", ylim=(-0.1, 0.06))
+    right.legend(loc="lower right")
     figure.savefig(path, dpi=110)
 
 # ---- the program ---------------------------------------------------------------------------------
