@@ -449,7 +449,7 @@ def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
 
 def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     """Test losses against parameters after the fewest steps; validation losses along the longest runs, less the first's."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure, first = Figure(figsize=(10, 4), layout="constrained"), None
     left, right = figure.subplots(1, 2)
     iters = [question.settings.get("iters", BASE["iters"]) for question, _ in answers]
     for longest, (_, rows) in zip(iters, answers, strict=True):
@@ -458,7 +458,7 @@ def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
                 left.semilogx(row.results[0]["parameters"], mean_and_deviation(row)[0], "o", color=f"C{k}")
             if longest == max(iters):
                 steps, losses = np.transpose([run["curve"] for run in row.results]).mean(-1)
-                first = losses if k == 0 else first
+                first = losses if first is None else first
                 right.plot(steps, losses - first, color=f"C{k}", label=row.label)
     left.set(xlabel="parameters", ylabel="test loss, nats per character", title=f"after {min(iters):,} steps")
     right.set(xlabel="steps", ylabel="validation loss minus attention's", title="0.1 million parameters", ylim=(-0.1, 0.06))
