@@ -29,7 +29,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import repeat
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -331,8 +330,8 @@ class Laboratory:
     def answer(self, question: Question) -> list[Row]:
         """Ask for the runs of a question: the search for learning rates, then the runs with the best rates.
         Returns rows of finished runs."""
-        rows, seeds = [], question.seeds
-        for (label, changes), n in zip(question.models, seeds if isinstance(seeds, tuple) else repeat(seeds), strict=False):
+        rows, seeds = [], np.broadcast_to(question.seeds, len(question.models))
+        for (label, changes), n in zip(question.models, seeds, strict=True):
             if lr := changes.get("lr") or self.rate(question, label, changes):
                 runs = [self.ask(question, f"{label}, seed {k}", changes, lr=lr, seed=k) for k in range(n)]
                 rows += [Row(label, finished)] if (finished := [*filter(None, runs)]) else []
@@ -436,7 +435,7 @@ def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     figure = Figure(figsize=(12, 1.2 + 0.3 * max(6, len(rows))), layout="constrained")
     left, right = figure.subplots(1, 2)
     for k, row in enumerate(rows):
-        values, look = [*map(final, row.results)], {"color": colormaps["tab20"](k)}
+        values, look = [*map(final, row.results)], {"color": colormaps["tab20"](2 * k % 19)}
         left.plot(values, [k] * len(values), "o", alpha=0.7, **look)
         steps, losses = np.transpose(row.results[0]["curve"])
         right.plot(steps * row.ms / 1e3, losses, lw=1, label=row.label, **look)
