@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_gpu_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", action="store_true", help="run on a CUDA GPU, with CuPy (requirements-gpu.txt)")
-    parser.add_argument("--precision", choices=["float32", "tf32"], help="of the GPU's products (default: float32)")
+    parser.add_argument("--precision", choices=["float32", "tf32"], help="of matrix products on a GPU (default: float32)")
 
 def backend(gpu: bool, precision: str | None = None) -> ModuleType:
     """The module that computes: grassmann (NumPy) or gpu (CuPy), with the same names. Raises UserError."""
@@ -55,9 +55,9 @@ def backend(gpu: bool, precision: str | None = None) -> ModuleType:
         return grassmann
     try:
         import gpu as cuda
-    except ImportError as error:
+        cuda.set_precision(precision or "float32")
+    except (ImportError, ValueError) as error:
         raise grassmann.UserError(f"--gpu: {error}") from None
-    cuda.set_precision(precision or "float32")
     return cuda
 
 def command(script: str, *args: object) -> str:
@@ -71,10 +71,11 @@ def plain_output() -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning)
     for name in ("stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115  (closed, as by >&-)
-        getattr(sys, name).reconfigure(errors="backslashreplace")
+        with suppress(AttributeError):  # in IDLE and Jupyter
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 def leave_quietly() -> None:
-    """Nobody reads our output any more (`| head`), so discard the rest of it."""
+    """Our output cannot be written any more (`| head`, a full disk), so discard the rest of it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 @contextmanager

@@ -33,7 +33,7 @@ from grassmann import Config, Rng, Scope, attention_shapes, check_model, mix_sha
 Array, Flat, set_precision = gpu_cuda.Array, gpu_cuda.Flat, gpu_cuda.set_precision
 UserError, default_offsets, param_shapes = grassmann.UserError, grassmann.default_offsets, grassmann.param_shapes
 Params = dict[str, Array]
-TOKENS_PER_PASS = 4096  # tokens in one forward pass of a validation
+TOKENS_PER_PASS = 4096  # tokens in one forward pass of a validation or a stream
 ON_HOST = 5_000_000  # parameters; with fewer, NumPy writes a character before the GPU's kernels have started
 np = SimpleNamespace(**vars(cp) | {"random": numpy.random, "matmul": product})  # the np of borrowed functions
 np.array = lambda a: _constant(a) if isinstance(a, tuple) else cp.array(a)  # (offsets: copied once)

@@ -42,7 +42,7 @@ def _kernels(real: numpy.dtype) -> Callable:
     code = Path(__file__).with_name("kernels.cu").read_text(encoding="utf-8")
     code = code.encode("ascii", "backslashreplace").decode()  # CuPy writes it to a file in the locale's encoding
     in_c = {"float32": "float", "float64": "double"}[real.name]
-    return functools.cache(cp.RawModule(code=code, options=(f"-Dreal={in_c}",)).get_function)
+    return functools.cache(cp.RawModule(code=code, options=(f"-Dreal={in_c}", "--std=c++17")).get_function)
 
 def launch(name: str, blocks: int, *args) -> None:
     """Start a kernel of kernels.cu; its `real` is the dtype of the first array of floats.
@@ -104,7 +104,7 @@ def row_stride(x: Array) -> int | None:
     return row if (column == 1 or x.shape[-1] == 1) and row >= x.shape[-1] else None
 
 def _operand(x: Array) -> tuple[int, Array, int]:
-    """Whether memory holds xᵀ; x, copied if neither rows nor columns are contiguous; the distance between these."""
+    """Whether memory holds xᵀ; x, or a contiguous copy if need be; the distance between rows in memory."""
     for transposed, m in enumerate((x, x.swapaxes(-1, -2))):
         if apart := row_stride(m):
             return transposed, x, apart

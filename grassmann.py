@@ -600,15 +600,15 @@ class Config:
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
         require(self.block in [*BLOCKS], f"block must be one of {[*BLOCKS]}, not {self.block!r}")
         require(self.mixer in [*MIXERS], f"mixer must be one of {[*MIXERS]}, not {self.mixer!r}; for a "
-                "layer of your own give --mixer and its file, unchanged")
+                "layer of your own give --mixer and its file, unchanged (behind the # is its hash)")
         if attention:
             require(not self.memory and not self.offsets, "attention has neither memory nor offsets")
             require(self.d_model % self.n_head == 0, f"n_head, {self.n_head}, must divide d_model, {self.d_model}")
         else:
             require(not (self.memory and self.normalize), "memory needs partners that are not normalised")
-            require(len(self.offsets) == self.n_layer, f"offsets need {self.n_layer} groups, not {len(self.offsets)}")
+            require(len(self.offsets) == self.n_layer, f"{self.n_layer} layers need as many groups of offsets, not {len(self.offsets)}")
         for layer in self.offsets:
-            require(len(set(layer)) == len(layer) > 0, f"a layer's offsets must be distinct, not {layer}")
+            require(len(set(layer)) == len(layer) > 0, f"a layer needs offsets, all distinct, not {layer}")
             require(0 < min(layer) <= max(layer) < self.context,
                     f"offsets must be from 1 to context - 1, here {self.context - 1}, not {layer}")
 
@@ -836,7 +836,7 @@ def stream_step(params: Params, config: Config, state: dict, token: int) -> tupl
     return stream_read(params, config, state, [token])
 
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
-    """Draw a token from softmax(logits / temperature), only among the top_k largest logits and ties with the last.
+    """Draw a token from softmax(logits / temperature), only among the top_k largest logits and what equals one of them.
     Temperature 0 takes the largest logit. Raises UserError if the logits are not finite."""
     require(np.isfinite(logits).all(), "the model's logits are not finite: train it again with a lower learning rate")
     logits = logits.astype(np.float64)
@@ -856,8 +856,8 @@ def generate(
     prompt, rng = [operator.index(token) for token in prompt] or [0], np.random.default_rng(seed)
     state = stream_init(params, config)
     check_tokens(np.array([prompt]), config)
-    require(0 <= temperature < math.inf, f"temperature must be 0 or more, not {temperature}")
-    require(operator.index(n) >= 0, f"n must be 0 or more, not {n}")
+    require(0 <= temperature < math.inf, f"temperature must be 0 or more and finite, not {temperature}")
+    require(operator.index(n) >= 0, f"the number of tokens must be 0 or more, not {n}")
     require(top_k is None or operator.index(top_k) >= 1, f"top_k must be at least 1, not {top_k}")
 
     def tokens() -> Iterator[int]:

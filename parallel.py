@@ -48,7 +48,7 @@ def add_up(loss: float, grads: dict) -> tuple[float, dict]:
     return flat[-2], {name: next(parts).reshape(g.shape) for name, g in grads.items()}
 
 def shared_map(function: Callable, chunks: list, run: Callable) -> Iterator:
-    """Yields what run(function, chunks) yields, numbers, until a signal. Each rank computes a part of them."""
+    """Yields function(chunk), a number, for each chunk, until a signal. Each rank computes a part of them."""
     if size > 1:
         every = comm.allgather([*map(float, run(function, chunks[rank::size])), len(caught)])
         stop_if(sum(part[-1] for part in every))

@@ -53,8 +53,8 @@ class Run:
         if self.recent:
             array = self.model.np
             self.recent = array.stack([array.asarray(loss) for loss in self.recent]).tolist()
-        require(all(map(math.isfinite, self.recent)), f"the loss became {self.recent[-1:]} before step {self.step}: "
-                f"lower --lr; {self.out / 'last.npz'} is the last good checkpoint")
+        require(all(map(math.isfinite, self.recent)), f"the loss became {(self.recent or [0])[-1]} before step "
+                f"{self.step}: lower --lr; {self.out / 'last.npz'} is the last good checkpoint")
         return self.recent
 
     def plot(self) -> str:
@@ -104,7 +104,7 @@ def check_memory(config: Config, batch_size: int, threads: int) -> None:
     needed = 4e-9 * parallel.local_size * (n_params * (5 + threads) + tokens * per_token + 4 * batch_size * config.context)
     if hasattr(os, "sysconf"):  # not Windows
         has = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        require(needed <= has, f"this needs {needed:.1f} GB of memory (here: {has:.1f}): lower --batch-size or --d-model")
+        require(needed <= has, f"needs {needed:.1f} GB of memory (here {has:.1f}): lower --batch-size, --d-model, --threads")
 
 def lock(out: Path) -> None:
     """Reserve the folder until this process ends, because two runs would mix their files. Raises UserError."""

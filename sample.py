@@ -36,8 +36,7 @@ def load_trained(model: ModuleType, path: Path) -> tuple[Params, Config, dict]:
             f"{found} was not written by train_char.py")
     return params, config, extra
 
-def write_sample(model: ModuleType, params: Params, config: Config, extra: dict, prompt: str, length: int,
-                 **how) -> None:
+def write_sample(model: ModuleType, params: Params, config: Config, extra: dict, prompt: str, length: int, **how) -> None:
     """Print the prompt and `length` characters after it, each as it is drawn.
 
     `extra` comes from the checkpoint. `how` may have temperature, top_k and seed. On a terminal, control
@@ -58,8 +57,7 @@ def main() -> None:
     add("checkpoint", nargs="?", type=Path, default=cli.BEST, help=f"the model (default: {cli.BEST})")
     add("--prompt", default="", help="text to continue; - reads it from standard input (default: begin a new line)")
     add("--length", type=int, default=500, help="characters to write (default: 500)")
-    add("--temperature", type=float, default=0.8,
-        help="below 1 safer, above 1 wilder, 0 always the likeliest (default: 0.8)")
+    add("--temperature", type=float, default=0.8, help="1: as learned, below safer, 0: the likeliest (default: 0.8)")
     add("--top-k", type=int, help="draw only among the k likeliest characters (default: all)")
     add("--seed", type=int, help="the same seed writes the same text (default: a new seed)")
     add("--mixer", help="the file of your own layer, if the model was trained with one")

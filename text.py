@@ -24,7 +24,7 @@ from grassmann import Array, UserError, require
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-MOST_BYTES, MOST_FILES = 1 << 30, 100_000  # of one file, and of all text in a folder; in a folder
+MOST_BYTES, MOST_FILES = 1 << 30, 100_000  # bytes of a file, and characters of a folder; files in a folder
 WRITTEN = "best.npz", "last.npz", "log.csv", "loss.png", "explorer.html"  # by the programs, into a run's folder
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Corpus:
     vocab: list[int]  # its code points, in order
     train: Array
     val: Array
-    most_common: int  # the most common token
+    most_common: int  # the most common token of the first million
     name: str = ""  # where the text comes from
 
 def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
@@ -46,7 +46,7 @@ def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
 def corpus_of(text: str, context: int, name: str = "") -> Corpus:
     """A text as tokens. Raises UserError if it is too short for the context."""
     n_val = len(text) // 10
-    require(len(text) - n_val > context and n_val >= 2, f"the text has {len(text):,} characters, "
+    require(len(text) - n_val > context and n_val >= 2, f"{name or 'the text'} has {len(text):,} characters, "
             f"a context of {context} needs {max(20, context * 10 // 9 + 1)}")
     tokens = encode(text, vocab := vocabulary(text))
     most_common = int(np.bincount(tokens[: 1 << 20]).argmax())
@@ -75,7 +75,8 @@ def load_text(data: str | Sequence[str] | None) -> str:
 def read_folder(name: str) -> list[str]:
     """The UTF-8 files below a folder, or the files that match a pattern, in order of their names. Leaves out hidden
     files and the files of a training run. Prints what it has read. Raises UserError if there is no text."""
-    pattern = name if "*" in name else os.path.join(glob.escape(name), "**", "*")  # glob leaves out hidden files
+    start, star, rest = name.partition("*")
+    pattern = glob.escape(start) + (star + rest or f"{os.sep}**{os.sep}*")  # glob leaves out hidden files
     found, texts, kinds, left_out = [*islice(glob.iglob(pattern, recursive=True), MOST_FILES + 1)], [], Counter(), []
     require(len(found) <= MOST_FILES, f"{name} has more than {MOST_FILES:,} files; give a smaller folder")
     for path in sorted(map(Path, found)):

@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,7 @@ OPTIONS = {  # name: (type, choices or bool, help)
     "block": (["prenorm", "paper"], "a block with a residual path, or the paper's block"),
     "taps": (bool, "learned weights for each offset; --no-taps: the average over the offsets"),
     "normalize": (bool, "divide bivectors by their length"),
-    "positions": (bool, "learned position vectors; a sample longer than the context re-reads its last half"),
+    "positions": (bool, "learned position vectors; at the end of the context a sample re-reads its last half"),
     "mixer": (str, "what mixes the tokens: grassmann, attention, or a file with a layer of your own"),
     "n_head": (int, "attention heads"),
     "memory": (bool, "a memory in every layer that all tokens so far have written"),
@@ -97,7 +98,7 @@ def build_parser() -> cli.Parser:
         "for a megabyte of text, half an hour or more")
     add("--paper", action="store_true", help="the paper's own model: its block, average, normalisation, positions, "
         "one offset a layer, d_ff = 4 d_model")
-    add("--resume", action="store_true", help=f"go on from last.npz; only these may change: {', '.join(MAY_CHANGE)}")
+    add("--resume", action="store_true", help=f"go on from last.npz; may change: {', '.join(map(flag, MAY_CHANGE))}")
     add("--threads", type=int, default=parallel.cores, help="CPU threads (default: all cores)")
     cli.add_gpu_option(parser)
     for name, (kind, text) in OPTIONS.items():
@@ -136,7 +137,7 @@ def make_run(args: argparse.Namespace) -> Run:
     if unused:
         say(f"--mixer {settings['mixer']} has no use for {', '.join(map(flag, unused))}: left out")
     settings |= asked
-    for name in (asked.keys() & old.keys()) - set(MAY_CHANGE):
+    for name in sorted((asked.keys() & old.keys()) - set(MAY_CHANGE)):
         require(asked[name] == old[name], f"--resume cannot change {flag(name)}: it was {old[name]}, not {asked[name]}")
     training = Training(**{f.name: settings[f.name] for f in fields(Training)})
     step, iters = saved["step"], training.iters
@@ -165,7 +166,7 @@ def make_run(args: argparse.Namespace) -> Run:
 # ---- training --------------------------------------------------------------------------------------
 
 def say(text: str) -> None:
-    """Print a line above the progress bar. If nobody reads the output any more (| head), go on silently."""
+    """Print a line above the progress bar. If it cannot be written (`| head`, a full disk), go on silently."""
     try:
         tqdm.write(visible(text))
         sys.stdout.flush()
@@ -178,8 +179,8 @@ def catch_signals() -> None:
     def note(number: int, frame: object) -> None:
         (parallel.caught if parallel.size > 1 else parallel.stops).append(number)  # all ranks must agree first
         signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)  # a second Ctrl-C kills
-        if number == signal.SIGINT and parallel.rank == 0:
-            os.write(2, b"\nSaving and stopping. Press Ctrl-C again to quit now.\n")
+        with suppress(OSError):  # as in `2>&1 | tee log`: Ctrl-C ends tee, too
+            os.write(2, b"\nSaving. Ctrl-C again quits at once.\n" * (number == signal.SIGINT and parallel.rank == 0))
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if signal.getsignal(stop := getattr(signal, name, signal.SIGINT)) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -197,8 +198,7 @@ def train(run: Run) -> None:
                 val_loss = estimate_loss(run) if due else None
                 if due and val_loss is None:  # a signal came during the validation; --resume does it again
                     break
-                row = [run.step, train_loss, val_loss, run.training.rate(run.step - 1), round(run.seconds, 2)]
-                run.log.append(row)
+                run.log.append([run.step, train_loss, val_loss, run.training.rate(run.step - 1), round(run.seconds, 2)])
                 run.recent = []
                 if due:
                     if run.best is None or val_loss < run.best[1]:
@@ -264,7 +264,7 @@ def main() -> None:
             run.save("last.npz")  # before any work: is the folder writable?
         corpus, n_params = run.corpus, sum(p.size for p in run.params.values())
         say(f"{corpus.name}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate, "
-            f"{len(corpus.vocab):,} different ones\n{n_params / 1e6:.2f}M parameters; threads: {args.threads}, "
+            f"{len(corpus.vocab):,} different ones\n{n_params / 1e6:.2f}M parameters; threads: {run.threads or 'GPU'}, "
             f"processes: {parallel.size}; writing into {run.out}" + f", from step {run.step} on" * (run.step > 0))
         rate, last_rate = run.training.rate(run.step), run.log[-1][3] if run.log else 1.0
         if run.step > run.training.warmup_iters and rate > 1.1 * last_rate:  # a run with more --iters

@@ -15,7 +15,7 @@ import numpy as np
 import parallel
 from grassmann import Array, Config, Params, require
 
-SHARD_TOKENS = 4096  # the most tokens that a thread computes at once, which limits the memory for activations
+SHARD_TOKENS = 4096  # about so many tokens a thread computes at once, and at least one row; it limits the memory
 
 @dataclass(frozen=True)
 class Training:
@@ -36,7 +36,7 @@ class Training:
             whole = least == 1 or name in ("warmup_iters", "seed")
             number = isinstance(value, (int, np.integer) if whole else (int, float, np.number))
             require((number and least <= value < 1e300) or (name == "min_lr" and value is None),
-                    f"{name} must be {least} or more{' and whole' * whole}, not {value!r}")
+                    f"{name} must be {least} or more and {'whole' if whole else 'finite'}, not {value!r}")
 
     def rate(self, step: int) -> float:
         """The learning rate: linear up to lr, then half a cosine down to min_lr."""
@@ -91,7 +91,7 @@ def loss_and_grads(model: ModuleType, params: Params, config: Config, x: Array, 
 
 @lru_cache
 def pool(threads: int) -> ThreadPoolExecutor:
-    """A pool of threads, made once. They wait 0.1 ms for the global interpreter lock, not 5 ms, a dozen operations."""
+    """A pool of threads, made once. A thread waits 0.1 ms for the interpreter lock, not 5 ms (a dozen operations)."""
     sys.setswitchinterval(1e-4)
     return ThreadPoolExecutor(threads)
 

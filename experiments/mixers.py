@@ -285,6 +285,7 @@ MIXERS = {
     "sum": with_features((sum_forward, sum_backward, learned_shapes)),
     "learned planes": with_features((learned_forward, learned_backward, learned_shapes)),
     "wedge without a gate": with_features(WEDGE, gate=False),
+    "wedge with a shortcut": half(with_features(WEDGE, gate=False)),
     "rescaled by 31": rescaled(31),
     "rescaled by 76": rescaled(76),
     "bivector memory": (lambda h, w, c, *rest: G.mix_forward(h, w, replace(c, memory=True), *rest, read=contract),

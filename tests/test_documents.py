@@ -59,7 +59,8 @@ def test_what_is_named_in_backticks_exists(document):
         elif re.fullmatch(r"[\w./]+\.py|--[\w-]+|\w+_\w+", name):
             assert name in known or (ROOT / name).exists(), name
 
-def test_every_link_picture_and_section_exists(page, document):
+def test_every_link_picture_table_and_section_exists(page, document):
+    assert not re.search(r"\n\n\|.*\n(?!\|[-|]+\n)", document), "a row below an empty line is no table"
     for file, section in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document):
         target = page.parent / file if file else page
         assert target.exists(), file

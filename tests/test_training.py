@@ -118,8 +118,8 @@ def test_a_step_is_batch_rate_gradients_clipping_adamw(tiny_model, changes, step
     assert training.train_step(own, params, config, t, optimizer, 3, text) == (params, config, t, optimizer, 3, text)
 
 def test_wrong_settings_get_a_sentence(tiny_model, batch):
-    for rule, changes in (("lr must be 0 or more, not -1", {"lr": -1}), ("lr must be", {"lr": math.nan}),
-                          ("lr must be 0 or more, not None", {"lr": None}), ("seed must be", {"seed": 2.5}),
+    for rule, changes in (("lr must be 0 or more and finite, not -1", {"lr": -1}), ("lr must be", {"lr": math.nan}),
+                          ("lr must be 0 or more and finite, not None", {"lr": None}), ("seed must be", {"seed": 2.5}),
                           ("iters must be 1 or more and whole", {"iters": 0})):
         with pytest.raises(G.UserError, match=rule):
             Training(**changes)

@@ -182,7 +182,7 @@ class RawModule:
         self.signatures = {name: [tuple(parameter.strip().rsplit(" ", 1)) for parameter in parameters.split(",")]
                            for name, parameters in kernels}  # (type, name) of each parameter
         source = HEADER.read_text() + code + "".join(f"LAUNCHER({name})\n" for name in self.signatures)
-        flags = ["-x", "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
+        flags = ["-x", "c++", "-std=c++11", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
         command = [COMPILER, *flags, *options, "-", "-o"]
         if dry:
             return
@@ -349,7 +349,5 @@ cuda = SimpleNamespace(
     Memory=bytearray, MemoryPointer=lambda *place: place, MemoryPool=get_default_memory_pool,
     using_allocator=lambda malloc: contextlib.nullcontext(malloc(512)),
     runtime=SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1, memcpyHostToDevice=1, memcpyAsync=memcpy_async),
-    cublas=SimpleNamespace(
-        getVersion=lambda handle: VERSION * 10000, CUBLAS_GEMM_DEFAULT=-1, CUBLAS_COMPUTE_32F=F32,
-        CUBLAS_COMPUTE_64F=F64, CUBLAS_COMPUTE_32F_FAST_TF32=TF32),
-)
+    cublas=SimpleNamespace(getVersion=lambda handle: VERSION * 10000, CUBLAS_GEMM_DEFAULT=-1, CUBLAS_COMPUTE_32F=F32,
+                           CUBLAS_COMPUTE_64F=F64, CUBLAS_COMPUTE_32F_FAST_TF32=TF32))

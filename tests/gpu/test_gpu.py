@@ -55,7 +55,7 @@ def test_the_stand_in_waits_as_a_gpu_does_and_refuses_what_cuda_does_not_define(
             all[i] = x[place];
             if (wait) __syncthreads();
             y[place + shift] = all[63 - i] + 1000 * __shfl_xor_sync(~0, i, 1);
-        }""", ("-Dreal=float",)).get_function("toy")
+        }""", ("-Dreal=float", "--std=c++17")).get_function("toy")
     x, y = cuda_on_cpu.asarray(np.arange(192, dtype=np.int32)), cuda_on_cpu.zeros(192, dtype=np.int32)
     right, zero, one = x.get().reshape(3, 64)[:, ::-1] + 1000 * (np.arange(64) ^ 1), *np.arange(2, dtype=np.int32)
     for wait in (one, zero):
@@ -94,8 +94,7 @@ OPS = {  # the inputs, or their shapes; a dict is a part of the parameters
     "layernorm, many tokens": [(130, 300), (300,), (300,)],
     "gelu": [(*T, D)], "gelu, one row": [(5,)],
     "gelu, huge": [np.array([-1e30, -60, -11, 0, 11, 60, 1e30])], "embedding": [TOKENS, (V, D)],
-} | {f"cross_entropy, {size}": [30 * RNG.standard_normal((*T, size)), RNG.integers(0, size, T)]
-     for size in (2, 32, V)}
+} | {f"cross_entropy, {n}": [30 * RNG.standard_normal((*T, n)), RNG.integers(0, n, T)] for n in (2, 32, V)}
 LAYERS = {"attention": {"mixer": "attention", "d_model": 36, "offsets": ()}, "memory": {"memory": True}}
 LAYERS |= {f"rank {r}": {"rank": r} for r in (2, 3, 31, 32, 33, 64, 65)}
 LAYERS |= {"average": {"taps": False}, "average, normalized": {"taps": False, "normalize": True},

@@ -28,16 +28,16 @@ def test_every_text_survives_the_round_trip():
 def test_several_files_and_folders(tmp_path, capsys, monkeypatch):
     """In order; of a folder all text below it, by name, except hidden files and those of a run. What is too
     large or not UTF-8 is left out, and a line says so. A byte order mark in front goes, CRLF is LF."""
-    files = {"in/b.txt": b"b", "in/a/z.txt": b"z\n", "in/a/c.md": "\ufeffc\r\n\ufeff\rd".encode(), "one.txt": b"1",
-             "in/.git/config": b"no", "in/picture.png": b"\x89PNG", "in/log.csv": b"l", "in/large": bytes(99),
-             "in/out/last.npz": b"PK\xff", "in/out/log.csv": b"no", "in/out/log.csv.tmp": b"no",
-             "in/out/previous-1/best.npz": b"", "in/out/previous-1/log.csv": b"no"}
+    files = {"in[2]/b.txt": b"b", "in[2]/a/z.txt": b"z\n", "in[2]/a/c.md": "\ufeffc\r\n\ufeff\rd".encode(), "one.txt": b"1",
+             "in[2]/.git/config": b"no", "in[2]/picture.png": b"\x89PNG", "in[2]/log.csv": b"l", "in[2]/large": bytes(99),
+             "in[2]/out/last.npz": b"PK\xff", "in[2]/out/log.csv": b"no", "in[2]/out/log.csv.tmp": b"no",
+             "in[2]/out/previous-1/best.npz": b"", "in[2]/out/previous-1/log.csv": b"no"}
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    (tmp_path / "in" / "endless").symlink_to("/dev/zero")
+    (tmp_path / "in[2]" / "endless").symlink_to("/dev/zero")
     monkeypatch.setattr(text, "MOST_BYTES", 19)
-    one, folder = str(tmp_path / "one.txt"), str(tmp_path / "in")
+    one, folder = str(tmp_path / "one.txt"), str(tmp_path / "in[2]")
     assert load_text([one, folder]) == "1\nc\n\ufeff\rd\nz\nb\nl\n" and load_text([one]) == load_text(one) == "1"
     said = capsys.readouterr().out
     assert said.startswith(f"{folder}: files read: 4 (*.md 56%, ") and said.count("\n") == 1

@@ -165,7 +165,7 @@ def test_bad_texts(call, refused, tmp_path, monkeypatch, name, make, message):
 
 @pytest.mark.parametrize("words, message", [
     ("--offsets 1;8", "offsets"), ("--offsets 1;x", "1;x"), ("--d-model 1000000", "memory"), ("--lr nan", "nan"),
-    ("--context 300000", "the text has 4,234"), ("--iters 0", "iters must be 1 or more"), ("--iter 5", "iter"),
+    ("--context 300000", ".txt has 4,234"), ("--iters 0", "iters must be 1 or more"), ("--iter 5", "iter"),
     ("--batch-size 0", "batch_size must be 1 or more"), ("--threads -1", "--threads"), ("--iters 1.5", "1.5"),
     ("--eval-every 0", "--eval-every"), (f"--warmup-iters 1{'0' * 400}", "warmup_iters"), ("stray", "stray"),
     ("--data ", "--data needs the name"), ("--precision tf32", "--gpu"), ("--preset huge", "choose from"),

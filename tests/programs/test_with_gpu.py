@@ -28,8 +28,9 @@ def program(tmp_path):
 WORKS = "import cuda_on_cpu, sys; sys.modules['cupy'] = cuda_on_cpu"
 BROKEN = {  # a cupy.py, and the programs' message
     "missing": ("raise ImportError('no such library')", "-r requirements-gpu12.* no such library"),
-    "no device": (f"{WORKS}\ndef ones(*_): raise type('CompileException', (Exception,), {{}})('no device')\n"
-                  "cuda_on_cpu.ones = ones", "--gpu: .*requirements-gpu.txt .*driver .*CompileException: no device"),
+    "no device": (f"{WORKS}\ncuda_on_cpu.ones = 0", "--gpu: .*requirements-gpu.txt .*driver .*TypeError: 'int' ob"),
+    "old": (f"{WORKS}\nold = cuda_on_cpu.SimpleNamespace(compute_capability='75', use=int)\n"
+            "cuda_on_cpu.cuda.Device = lambda *_: old", "--gpu: tf32 needs compute capability 8.0"),
     "full": (f"{WORKS}\ncuda_on_cpu.empty = lambda *_: bytearray(2**62)", "not enough memory: lower --batch-size"),
 }
 
@@ -51,8 +52,8 @@ def test_a_run_goes_on_on_the_other_side(program, tmp_path):
 
 @pytest.mark.parametrize("cupy, error", BROKEN.values(), ids=BROKEN)
 def test_what_is_wrong_is_one_sentence(program, cupy, error):
-    process = program(cupy, "train_char.py", "--gpu --data text.txt --context 8")
+    process = program(cupy, "train_char.py", "--gpu --precision tf32 --data text.txt --context 8")
     assert process.returncode == 2 and re.match(f"train_char.py: .*{error}.*\n$", process.stderr)
     if "empty" not in cupy:  # sample.py needs less
-        process = program(cupy, "sample.py", "--gpu --seed 1")
+        process = program(cupy, "sample.py", "--gpu --precision tf32 --seed 1")
         assert process.stdout == "" and re.match(f"sample.py: .*{error}.*\n$", process.stderr)
