@@ -57,9 +57,9 @@ def step(setup: Setup) -> list[dict]:
             runs[name] = side and side(setup, other).step
         times = alternate(runs, 2 if setup.quick else 25, 4)
         rows += [{
-            "ours": what, "parameters": n_parameters(config), "ms": 1e3 * median(times["ours"]),
-            "against": name, "its parameters": n_parameters(other),
-            "its ms": 1e3 * median(times[name]), "x ours": quotient(times[name], times["ours"]),
+            "ours": what, "parameters": n_parameters(config), "ms": 1e3 * median(times["ours"]), "against": name,
+            "its parameters": n_parameters(other), "its ms": 1e3 * median(times[name]),
+            "x ours": quotient(times[name], times["ours"]),
         } for name, other in others.items()]
     return rows
 

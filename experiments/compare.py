@@ -87,6 +87,7 @@ NO_PRODUCT = ("no product, rank 64", {"mixer": "sum", "rank": 64})
 UNIT = ("one per layer, normalised", {"taps": False, "normalize": True})
 PAPER = {"block": "paper", "taps": False, "normalize": True, "positions": True, **WIDE}
 SIX = {"offsets": ((1, 2, 4, 8, 12, 16),) * Config.n_layer}  # the paper's, all in every layer
+AVERAGED = {"taps": False, "offsets": grassmann.default_offsets(Config.n_layer, Config.context, True)}
 MEMORY, BIVECTOR, HYBRID = ("with memory", {"memory": True}), {"mixer": "bivector memory"}, mixer("hybrid")
 SMALL = {"vocab_size": tasks.VOCAB_SIZE, "context": 160, "batch_size": 8, "n_layer": 2, "d_model": 64, "rank": 16}
 KEYS = SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE, "context": 128, "iters": 1500}
@@ -127,15 +128,15 @@ def dispute(title: str, rates: tuple[float, ...], text: tuple[str, int] | None =
 
 QUESTIONS = [
     CONTROLS,
-    Question(2, "Is it the geometry?", "Other features of a token and its partner, at equal size: products that are "
-             "no wedge, none at all; learned planes, which are determinants of dot products; and whether the gate is "
-             "worth its parameters.",
+    Question(2, "Is it the geometry?", "Other features of a token and its partner, at equal size: other products, none "
+             "at all; learned planes, which are determinants of dot products. And is the gate worth its parameters?",
              [GRASSMANN, NO_PRODUCT, mixer("symmetric product"), mixer("outer product"), mixer("wedge without a gate"),
               ("the same with a shortcut", {"mixer": "wedge with a shortcut"}), mixer("learned planes", rank=64)], seeds=3),
-    Question(3, "The paper's layer", "One offset per layer, or the average of all in every layer? Normalised or not? "
-             "In the paper's block?",
+    Question(3, "The paper's layer", "One offset per layer, or all in every layer, averaged or with taps? Normalised "
+             "or not? In the paper's block?",
              [BEST_ATTENTION, ("the paper's model", PAPER), UNIT, ("one offset per layer", {"taps": False}),
-              ("average of six, normalised", UNIT[1] | SIX), GRASSMANN], seeds=3),
+              ("average of six, normalised", UNIT[1] | SIX), ("six with taps, normalised", {"normalize": True, **SIX}),
+              ("our offsets, averaged", AVERAGED), GRASSMANN], seeds=3),
     *(Question(4, f"A second text, dropout {dropout:g}", "Python's documentation, which is read 3.7 times, at the rates of "
                "the first text.", [ATTENTION, BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, NO_PRODUCT],
                {"dropout": dropout}, text=(None, 0), rates_of=CONTROLS, seeds=3) for dropout in (0.0, 0.1)),
@@ -145,10 +146,10 @@ QUESTIONS = [
              rates_of=LONGER, seeds=(3, 1, 3, 1, 1)),
     on_bible("1 million, 8,000 steps, rates of 2,000", MILLION.settings | {"iters": 8000}, rates_of=MILLION),
     Question(6, "Subwords: 1,024 byte pairs", "The paper's regime: what of this holds on pieces of words?",
-             SUBWORDS, text=("shakespeare", 1024)),
+             SUBWORDS, text=("shakespeare", 1024), seeds=3),
     Question(6, "Subwords: 4,096 byte pairs", "The same on the King James Bible.", SUBWORDS, text=("bible", 4096), seeds=3),
     Question(7, "Context 256", "With as many windows a step as at 64, at the rates of context 64.",
-             [BEST_ATTENTION, GRASSMANN, MEMORY, HYBRID], {"context": 256}, rates_of=CONTROLS),
+             [BEST_ATTENTION, GRASSMANN, MEMORY, HYBRID], {"context": 256}, rates_of=CONTROLS, seeds=3),
     Question(8, "A far token", f"How far back can an answer lie? Accuracy against distance, {1 / tasks.ANSWERS:.1%} by "
              "chance. Two layers, 900 steps; the mean of five seeds, in brackets the lowest.",
              [(f"recall, {label}", changes | {"data": "recall", "lr": lr}) for (label, changes), lr in (

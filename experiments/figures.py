@@ -28,10 +28,9 @@ INK, BLUE, ORANGE = "#808080", "#3b8bc9", "#e07b28"
 MIDDLE = {"ha": "center", "va": "center"}
 STARTS_WITH_S = 109  # the number of the message that finds words that begin with s
 STYLE = {
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
-    "ytick.color": INK, "savefig.transparent": True, "svg.hashsalt": "grassmann", "font.size": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True,
-}
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "savefig.transparent": True, "svg.hashsalt": "grassmann", "font.size": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "figure.constrained_layout.use": True}
 
 def parallelogram(axes: plt.Axes, u, v, names: tuple[str, str], origin=(0, 0)) -> None:
     """The one with sides u and v, in two dimensions."""
