@@ -436,7 +436,7 @@ def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     figure = Figure(figsize=(12, 1.2 + 0.3 * max(6, len(rows))), layout="constrained")
     left, right = figure.subplots(1, 2)
     for k, row in enumerate(rows):
-        values, look = [*map(final, row.results)], {"color": colormaps["tab20"](2 * k % 19)}
+        values, look = [*map(final, row.results)], {"color": colormaps["turbo"]((k + 0.5) / len(rows))}
         left.plot(values, [k] * len(values), "o", alpha=0.7, **look)
         steps, losses = np.transpose(row.results[0]["curve"])
         right.plot(steps * row.ms / 1e3, losses, lw=1, label=row.label, **look)

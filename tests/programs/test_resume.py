@@ -48,7 +48,7 @@ def step_of(folder, name="last.npz"):
 def test_a_stopped_run_equals_one_that_was_not(begin, alone, tmp_path, wait_for_step, ended, plain):
     """Parameters, optimiser, best model and every line of the log, except the seconds. Ctrl-C may end who reads, too."""
     step, options = 0, []
-    for stop, read in ((signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGINT, False)):
+    for stop, read in ((signal.SIGTERM, True), (signal.SIGHUP, True), (signal.SIGINT, True), (signal.SIGINT, False)):
         process = begin(tmp_path, *options)
         wait_for_step(process, tmp_path, step + 25)
         None if read else process.stderr.close()  # as in 2>&1 | tee log
