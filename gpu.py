@@ -3,7 +3,7 @@
 Names and order are as in grassmann.py; from the blocks up, arguments are too. Plain array code is not written again:
 `_borrowed` takes a function of grassmann.py and gives it this module's names, so that its `np` is CuPy and its ops are
 the ops below. These ops are CUDA kernels (kernels.cu), where array code would pass over memory a dozen times, and
-cuBLAS's matrix products (gpu_cuda.py). Two things are fused into later kernels. The next LayerNorm computes the gate
+cuBLAS's matrix products (gpu_kernels/device.py). Two things are fused into later kernels. The next LayerNorm computes the gate
 and adds up what joins the residual path (`_Sum`). A gradient that is a sum over tokens may come in parts, one for each
 block of threads (`Parts`).
 
@@ -24,44 +24,82 @@ from types import FunctionType, SimpleNamespace
 
 import numpy
 
-import gpu_cuda
 import grassmann
-import parallel
-from gpu_cuda import Gradients, Parts, Step, cp, over_tokens, parts_of, per_element, per_token, product, row_stride
-from grassmann import Config, Rng, Scope, attention_shapes, check_model, mix_shapes, prefixed, require
+from charlm import processes
+from gpu_kernels import device
+from gpu_kernels.device import (
+    Gradients,
+    Parts,
+    Step,
+    cp,
+    over_tokens,
+    parts_of,
+    per_element,
+    per_token,
+    product,
+    row_stride,
+)
+from grassmann import (
+    Config,
+    Rng,
+    Scope,
+    attention_shapes,
+    check_model,
+    mix_shapes,
+    prefixed,
+    require,
+)
 
-Array, Flat, set_precision = gpu_cuda.Array, gpu_cuda.Flat, gpu_cuda.set_precision
-UserError, default_offsets, param_shapes = grassmann.UserError, grassmann.default_offsets, grassmann.param_shapes
+Array, Flat, set_precision = device.Array, device.Flat, device.set_precision
+UserError, default_offsets, param_shapes = (
+    grassmann.UserError,
+    grassmann.default_offsets,
+    grassmann.param_shapes,
+)
 Params = dict[str, Array]
 TOKENS_PER_PASS = 4096  # tokens in one forward pass of a validation or a stream
 ON_HOST = 5_000_000  # parameters; with fewer, NumPy writes a character before the GPU's kernels have started
-np = SimpleNamespace(**vars(cp) | {"random": numpy.random, "matmul": product})  # the np of borrowed functions
+np = SimpleNamespace(
+    **vars(cp) | {"random": numpy.random, "matmul": product}
+)  # the np of borrowed functions
 np.array = lambda a: _constant(a) if isinstance(a, tuple) else cp.array(a)  # (offsets: copied once)
 _constant = functools.cache(cp.array)
 
+
 def _borrowed(function: Callable) -> Callable:
     """A function of grassmann.py that finds this module's names: CuPy as np, and the ops below."""
-    return functools.update_wrapper(FunctionType(function.__code__, globals(), None, function.__defaults__), function)
+    return functools.update_wrapper(
+        FunctionType(function.__code__, globals(), None, function.__defaults__), function
+    )
+
 
 class _Weights(dict):
     """Parameters. Their attribute `gradients` is the `Gradients` that the backward writes into."""
+
 
 def _place(w: Scope, name: str) -> Array | None:
     """Where the gradient of w[name] belongs; None: anywhere."""
     return w.params.gradients[w.prefix + name] if isinstance(w.params, _Weights) else None
 
+
 # ---- small ops -------------------------------------------------------------------------------------------------------
 
-linear_forward, linear_backward = _borrowed(grassmann.linear_forward), _borrowed(grassmann.linear_backward)
+linear_forward, linear_backward = (
+    _borrowed(grassmann.linear_forward),
+    _borrowed(grassmann.linear_backward),
+)
+
 
 def dot(a: Array, b: Array) -> Array:
     """Dot product over the last axis, which stays as 1: (..., r), (..., r) -> (..., 1)."""
     return (a * b).sum(-1, keepdims=True)
 
+
 @dataclass
 class _Sum:
     """h + D(x + b), D dropout. The next LayerNorm computes this `total`. x (..., d) is a product without its bias b.
     With `hg` = [h' | g] (..., 2d) it is h + D(gate), where x + b are the logits of a gate between h' and g."""
+
     x: Array
     b: Array | None = None
     hg: Array | None = None
@@ -76,9 +114,11 @@ class _Sum:
     def __add__(self, other: Array | _Sum) -> Array | _Sum:
         return self.total + other
 
+
 @dataclass
 class _SumGrad:
     """The gradients of a `_Sum`: of h, of x, of b, and directly of hg."""
+
     h: Array
     x: Array
     b: Parts
@@ -87,7 +127,10 @@ class _SumGrad:
     def __add__(self, dh: Array) -> Array:
         return self.h + dh
 
-def layernorm_forward(x: Array | _Sum, w: Array, b: Array, eps: float = 1e-5, room: bool = False) -> tuple:
+
+def layernorm_forward(
+    x: Array | _Sum, w: Array, b: Array, eps: float = 1e-5, room: bool = False
+) -> tuple:
     """x̂ = (x - mean) / sqrt(var + eps) over the last axis, y = w ⊙ x̂ + b; x (..., d), w b (d). With `room` the result
     is [h | g] (..., 2d): h is y, and beside it is room for the g of the mixing layer."""
     s = x if isinstance(x, _Sum) else _Sum(cp.ascontiguousarray(x))
@@ -95,9 +138,26 @@ def layernorm_forward(x: Array | _Sum, w: Array, b: Array, eps: float = 1e-5, ro
     s.total = cp.empty(s.x.shape, w.dtype) if s is x else s.x
     y = cp.empty((*s.x.shape[:-1], 2 * d if room else d), w.dtype)
     mean, inv_std = cp.empty(T, w.dtype), cp.empty(T, w.dtype)
-    per_token("layernorm_forward", T, d, y.shape[-1], eps, *s.mask, s.b, s.hg, s.h, w, b, s.x,
-              s.total if s is x else None, [y[..., :d]], mean, inv_std)
+    per_token(
+        "layernorm_forward",
+        T,
+        d,
+        y.shape[-1],
+        eps,
+        *s.mask,
+        s.b,
+        s.hg,
+        s.h,
+        w,
+        b,
+        s.x,
+        s.total if s is x else None,
+        [y[..., :d]],
+        mean,
+        inv_std,
+    )
     return y, (s, w, mean, inv_std)
+
 
 def layernorm_backward(dy: Array, cache: tuple, dmore: Array | _SumGrad | None = None) -> tuple:
     """dx (for a `_Sum`, the gradients of its terms), dw, db. `dmore`, from another use of x, is added to dx."""
@@ -108,16 +168,36 @@ def layernorm_backward(dy: Array, cache: tuple, dmore: Array | _SumGrad | None =
     dhg = None if s.hg is None else cp.empty(s.hg.shape, x.dtype)
     dx = None if s.mask[0] is None and dhg is None else cp.empty(x.shape, x.dtype)
     dmore = dmore.h if isinstance(dmore, _SumGrad) else dmore
-    per_token("layernorm_backward", T, d, row or d, *s.mask, [dy] if row else dy, dmore, x, w, mean,
-              inv_std, s.x, s.b, s.hg, dsum, dx, dhg, parts)
+    per_token(
+        "layernorm_backward",
+        T,
+        d,
+        row or d,
+        *s.mask,
+        [dy] if row else dy,
+        dmore,
+        x,
+        w,
+        mean,
+        inv_std,
+        s.x,
+        s.b,
+        s.hg,
+        dsum,
+        dx,
+        dhg,
+        parts,
+    )
     of_terms = _SumGrad(dsum, dsum if dx is None else dx, Parts(parts[:, 2]), dhg)
     return dsum if s.total is s.x else of_terms, Parts(parts[:, 0]), Parts(parts[:, 1])
+
 
 def gelu_forward(x: Array, b: Array | None = None) -> tuple[Array, tuple]:
     """GELU(x + b) for x (..., d), b (d); GELU(x) = x/2 (1 + tanh q(x)), q as in grassmann.py."""
     y, d = cp.empty(x.shape, x.dtype), x.shape[-1]
     per_token("gelu_forward", x.size // d, d, x, b, y)
     return y, (x, b)
+
 
 def gelu_backward(dy: Array, cache: tuple) -> Array | tuple[Array, Parts]:
     """GELU' = (1 + tanh q)/2 + x/2 (1 - tanh² q) q'(x),  q'(x) = c (1 + 3 a x²). With b: dx, db."""
@@ -126,6 +206,7 @@ def gelu_backward(dy: Array, cache: tuple) -> Array | tuple[Array, Parts]:
     dx, db = cp.empty(x.shape, x.dtype), parts_of(T, d, dtype=x.dtype)
     per_token("gelu_backward", T, d, dy, x, b, dx, db)
     return dx if b is None else (dx, Parts(db))
+
 
 def draw_rows(seed: int | Sequence[int] | Array, first: int = 0, n: int | None = None) -> Callable:
     """Returns draw(shape): a key and a first place, for rows `first`, first + 1, … of a batch of n. Kernels draw each
@@ -140,8 +221,10 @@ def draw_rows(seed: int | Sequence[int] | Array, first: int = 0, n: int | None =
 
     return draw
 
+
 def _key(seed: int | Sequence[int]) -> numpy.ndarray:
     return numpy.random.SeedSequence(seed).generate_state(1, numpy.uint64).view(numpy.int64)
+
 
 def dropout_forward(x: Array | _Sum, rate: float, draw: Callable | None) -> tuple:
     """Set a fraction `rate` of x to 0 and divide the rest by 1 - rate: the mean stays. draw=None: no dropout."""
@@ -149,6 +232,7 @@ def dropout_forward(x: Array | _Sum, rate: float, draw: Callable | None) -> tupl
         return x, None
     mask = *draw(x.x.shape if isinstance(x, _Sum) else x.shape), float(rate)
     return replace(x, mask=mask) if isinstance(x, _Sum) else dropout_backward(x, mask), mask
+
 
 def dropout_backward(dy: Array | _SumGrad, mask: tuple | None) -> Array | _SumGrad:
     """y = mask ⊙ x, so dx = mask ⊙ dy. (The gradients of a `_Sum` have the mask already.)"""
@@ -158,13 +242,17 @@ def dropout_backward(dy: Array | _SumGrad, mask: tuple | None) -> Array | _SumGr
     per_element("dropout", dy.size, *mask, dy, dx)
     return dx
 
+
 embedding_forward = _borrowed(grassmann.embedding_forward)
+
+
 def embedding_backward(dx: Array, cache: tuple) -> Array:
     """dE_k = Σ dx_t over all t where token k stands. So dE = Oᵀ dx, where O (T, V) has one-hot rows."""
     tokens, (V, _) = cache
     one_hot = cp.empty((tokens.size, V), dx.dtype)
     per_element("one_hot", one_hot.size, V, tokens.astype(numpy.int32, copy=False), one_hot)
     return over_tokens(one_hot, dx)
+
 
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     """Mean over tokens of -log softmax(logits)[target] in nats; logits (..., V), targets (...). Caches the gradient."""
@@ -173,21 +261,34 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     per_token("cross_entropy", targets.size, V, logits, targets, losses, dlogits)
     return losses.mean(), (dlogits,)
 
+
 def cross_entropy_backward(dloss: float, cache: tuple) -> Array:
     """∂(log Σ exp(x) - x_target)/∂x = softmax(x) - onehot(target); the mean divides it by T; (T, V)."""
     return cache[0] if dloss == 1 else dloss * cache[0]
 
+
 # ---- the mixing layer, and attention for comparison ------------------------------------------------------------------
 
-unit_area_forward, unit_area_backward = _borrowed(grassmann.unit_area_forward), _borrowed(grassmann.unit_area_backward)
-partner_forward, partner_backward = _borrowed(grassmann.partner_forward), _borrowed(grassmann.partner_backward)
+unit_area_forward, unit_area_backward = (
+    _borrowed(grassmann.unit_area_forward),
+    _borrowed(grassmann.unit_area_backward),
+)
+partner_forward, partner_backward = (
+    _borrowed(grassmann.partner_forward),
+    _borrowed(grassmann.partner_backward),
+)
 associate = _borrowed(grassmann.associate)
-memory_forward, memory_backward = _borrowed(grassmann.memory_forward), _borrowed(grassmann.memory_backward)
+memory_forward, memory_backward = (
+    _borrowed(grassmann.memory_forward),
+    _borrowed(grassmann.memory_backward),
+)
+
 
 @functools.cache
 def _indices(offsets: tuple[int, ...], r: int) -> tuple[Array, Array, Array]:
     """The offsets (m) and the index pairs i < j below r (n), (n), on the GPU."""
     return tuple(cp.asarray(a, numpy.int32) for a in (offsets, *grassmann.pairs(r)))
+
 
 def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[_Sum, dict]:
     """The Grassmann mixing layer (paper, section 3): h (B, L, d), or [h | g] with room for g, -> mix (B, L, d).
@@ -213,18 +314,46 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tu
     z, s = cp.empty((B, L, r), h.dtype), cp.empty((B, L, r), h.dtype)
     cache, before = {"w": w, "offsets": offsets, "taps": taps}, x.shape[1] - L
     if taps is None:
-        every_s, cache["partner"] = partner_forward(x, w["taps"] if config.taps else None, offsets, config.normalize)
+        every_s, cache["partner"] = partner_forward(
+            x, w["taps"] if config.taps else None, offsets, config.normalize
+        )
         s = cp.ascontiguousarray(every_s[:, before:])
     deltas, i, j = _indices(offsets, r)
     p = cp.empty((B, L, len(i)), h.dtype)
-    per_token("wedge_forward", B * L, L + before, before, r, len(offsets), len(i), d, deltas, i, j,
-              x, b_red, taps, w["b_plu"], z, s, p, [g])
+    per_token(
+        "wedge_forward",
+        B * L,
+        L + before,
+        before,
+        r,
+        len(offsets),
+        len(i),
+        d,
+        deltas,
+        i,
+        j,
+        x,
+        b_red,
+        taps,
+        w["b_plu"],
+        z,
+        s,
+        p,
+        [g],
+    )
     product(p, w["W_plu"], out=g, add=True)
     if config.memory:
         m, cache["memory"] = memory_forward(h, z, s, w, past)
         g += m
     logits = product(hg, w["W_gate"])
-    return _Sum(logits, w["b_gate"], hg), cache | {"hg": hg, "z": z, "s": s, "p": p, "logits": logits}
+    return _Sum(logits, w["b_gate"], hg), cache | {
+        "hg": hg,
+        "z": z,
+        "s": s,
+        "p": p,
+        "logits": logits,
+    }
+
 
 def mix_backward(dmix: _SumGrad, cache: dict) -> tuple[Array, Params]:
     """The steps of `mix_forward` in reverse. h is used three times, so three gradients add up.
@@ -257,19 +386,27 @@ def mix_backward(dmix: _SumGrad, cache: dict) -> tuple[Array, Params]:
     grads["W_red"] = over_tokens(hg[..., :d], dz, _place(w, "W_red"))
     return product(dz, w["W_red"].T, out=dh, add=True), grads
 
+
 attention_core_forward = _borrowed(grassmann.attention_core_forward)
 attention_core_backward = _borrowed(grassmann.attention_core_backward)
-attention_forward, attention_backward = _borrowed(grassmann.attention_forward), _borrowed(grassmann.attention_backward)
+attention_forward, attention_backward = (
+    _borrowed(grassmann.attention_forward),
+    _borrowed(grassmann.attention_backward),
+)
 
-MIXERS = {"grassmann": (mix_forward, mix_backward, mix_shapes),
-          "attention": (attention_forward, attention_backward, attention_shapes)}
+MIXERS = {
+    "grassmann": (mix_forward, mix_backward, mix_shapes),
+    "attention": (attention_forward, attention_backward, attention_shapes),
+}
 
 # ---- the block -------------------------------------------------------------------------------------------------------
+
 
 def ffn_forward(x: Array, w: Scope) -> tuple[_Sum, tuple]:
     """GELU(x W_1 + b_1) W_2 + b_2, each token by itself; x (..., d)."""
     active, c_gelu = gelu_forward(product(x, w["W_1"]), w["b_1"])
     return _Sum(product(active, w["W_2"]), w["b_2"]), (x, w, active, c_gelu)
+
 
 def ffn_backward(dout: _SumGrad, cache: tuple) -> tuple[Array, Params]:
     """The steps of `ffn_forward` in reverse."""
@@ -279,7 +416,10 @@ def ffn_backward(dout: _SumGrad, cache: tuple) -> tuple[Array, Params]:
     grads["W_1"] = over_tokens(x, dinner, _place(w, "W_1"))
     return product(dinner, w["W_1"].T), grads
 
-def prenorm_block_forward(h: Array, w: Scope, config: Config, layer: int, past=None, draw=None) -> tuple[_Sum, dict]:
+
+def prenorm_block_forward(
+    h: Array, w: Scope, config: Config, layer: int, past=None, draw=None
+) -> tuple[_Sum, dict]:
     """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))). LN1 writes into the array that the mixing layer reads."""
     mixer_forward, *_ = MIXERS[config.mixer]
     normed, c_ln1 = layernorm_forward(h, w["ln1.w"], w["ln1.b"], room=mixer_forward is mix_forward)
@@ -291,6 +431,7 @@ def prenorm_block_forward(h: Array, w: Scope, config: Config, layer: int, past=N
     ffn, _ = dropout_forward(ffn, config.dropout, draw)
     return h + ffn, {"ln1": c_ln1, "mix": c_mix, "mask_mix": mask_mix, "ln2": c_ln2, "ffn": c_ffn}
 
+
 def prenorm_block_backward(dout: _SumGrad, cache: dict, config: Config) -> tuple:
     """h + f(h) passes its gradient to h twice: unchanged, and through f."""
     _, mixer_backward, _ = MIXERS[config.mixer]
@@ -301,27 +442,39 @@ def prenorm_block_backward(dout: _SumGrad, cache: dict, config: Config) -> tuple
     dh, grads["ln1.w"], grads["ln1.b"] = layernorm_backward(dnormed, cache["ln1"], dh)
     return dh, grads | prefixed("mix.", mix) | prefixed("ffn.", ffn)
 
+
 paper_block_forward = _borrowed(grassmann.paper_block_forward)
 paper_block_backward = _borrowed(grassmann.paper_block_backward)
 
-BLOCKS = {"prenorm": (prenorm_block_forward, prenorm_block_backward),
-          "paper": (paper_block_forward, paper_block_backward)}
+BLOCKS = {
+    "prenorm": (prenorm_block_forward, prenorm_block_backward),
+    "paper": (paper_block_forward, paper_block_backward),
+}
+
 
 def init_params(config: Config, seed: int = 0, dtype: type = numpy.float32) -> Params:
     """The same numbers as in grassmann.py."""
     return Flat(grassmann.init_params(config, seed, dtype))
 
+
 def check_tokens(tokens: Array, config: Config) -> None:
     """Does nothing, since reading tokens would wait for the GPU."""
+
 
 # ---- parameters, the model and its loss ------------------------------------------------------------------------------
 
 head_forward, head_backward = _borrowed(grassmann.head_forward), _borrowed(grassmann.head_backward)
-model_forward, model_backward = _borrowed(grassmann.model_forward), _borrowed(grassmann.model_backward)
+model_forward, model_backward = (
+    _borrowed(grassmann.model_forward),
+    _borrowed(grassmann.model_backward),
+)
 forward = _borrowed(grassmann.forward)
 
-@gpu_cuda.recordable_products()
-def _differentiate(params: Params, gradients: Gradients, config: Config, x: Array, y: Array, draw, share) -> Array:
+
+@device.recordable_products()
+def _differentiate(
+    params: Params, gradients: Gradients, config: Config, x: Array, y: Array, draw, share
+) -> Array:
     """Returns share times the loss, and writes its gradients into `gradients`."""
     weights = _Weights(params)
     weights.gradients = gradients
@@ -330,7 +483,10 @@ def _differentiate(params: Params, gradients: Gradients, config: Config, x: Arra
     gradients.gather(model_backward(cross_entropy_backward(share, c_loss), cache))
     return loss if share == 1 else share * loss
 
-def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None, rows=None) -> tuple[Array, Params]:
+
+def loss_and_grads(
+    params: Params, config: Config, x: Array, y: Array, seed=None, rows=None
+) -> tuple[Array, Params]:
     """As in grassmann.py, kernel by kernel. The gradients are new arrays. float(loss) waits for the GPU."""
     require(x.shape == y.shape, f"x and y must have the same shape, not {x.shape} and {y.shape}")
     check_model(params, config)
@@ -339,54 +495,87 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
     draw = None if seed is None else draw_rows(seed, first, n)
     return _differentiate(params, gradients, config, x, y, draw, len(x) / n), gradients
 
+
 # ---- optimiser -------------------------------------------------------------------------------------------------------
+
 
 def adamw_init(params: Params) -> dict[str, Params]:
     """The optimiser's state: running means of the gradient and of its square, zero at first."""
     return {mean: Flat(params, copy=False) for mean in ("adam_m", "adam_v")}
 
-def adamw_step(params, grads, state: dict, step: int, lr: float, betas=(0.9, 0.99), weight_decay=0.1, eps=1e-8) -> None:
+
+def adamw_step(
+    params, grads, state: dict, step: int, lr: float, betas=(0.9, 0.99), weight_decay=0.1, eps=1e-8
+) -> None:
     """One step of AdamW, as in grassmann.py, in place. `step` counts from 0; dicts are `Flat`."""
     _adamw(params, grads, state, cp.asarray(_rates(step, lr, betas, weight_decay, eps)))
 
-def _rates(step: int, lr: float, betas=(0.9, 0.99), weight_decay: float = 0.1, eps: float = 1e-8) -> numpy.ndarray:
+
+def _rates(
+    step: int, lr: float, betas=(0.9, 0.99), weight_decay: float = 0.1, eps: float = 1e-8
+) -> numpy.ndarray:
     """The numbers of an AdamW step: lr / (1 - β₁^(step+1)), 1 / (1 - β₂^(step+1)), lr λ, 1 - β₁, 1 - β₂, eps."""
     (beta_1, beta_2), t = betas, step + 1
-    return numpy.array([lr / (1 - beta_1**t), 1 / (1 - beta_2**t), lr * weight_decay, 1 - beta_1, 1 - beta_2, eps])
+    return numpy.array(
+        [lr / (1 - beta_1**t), 1 / (1 - beta_2**t), lr * weight_decay, 1 - beta_1, 1 - beta_2, eps]
+    )
+
 
 def _adamw(params: Params, grads: Params, state: dict[str, Params], rates: Array) -> None:
     buffers = [flat.buffer for flat in (grads, params, state["adam_m"], state["adam_v"])]
     per_element("adamw", params.buffer.size, numpy.int64(params.matrices), *buffers, rates)
 
+
 def clip_grads(grads: Params, max_norm: float) -> Array:
     """Scale all gradients by one factor, in place, to a joint norm of at most max_norm. Returns the norm before."""
     g, parts, norm = grads.buffer, cp.empty(256, numpy.float64), cp.empty((), numpy.float64)
-    gpu_cuda.launch("sum_of_squares", 256, numpy.int64(g.size), g, parts)
-    gpu_cuda.launch("clip", 256, numpy.int64(g.size), float(max_norm), g, parts, norm)
+    device.launch("sum_of_squares", 256, numpy.int64(g.size), g, parts)
+    device.launch("clip", 256, numpy.int64(g.size), float(max_norm), g, parts, norm)
     return norm
+
 
 # ---- a training step -------------------------------------------------------------------------------------------------
 
-def train_step(params: Flat, config: Config, training, optimizer: dict, step: int, tokens: Array) -> Array:
+
+def train_step(
+    params: Flat, config: Config, training, optimizer: dict, step: int, tokens: Array
+) -> Array:
     """One step, in place, on the batch that (training.seed, step) draws from tokens on the GPU. Returns the loss.
 
     The first call starts kernel by kernel, the second records a CUDA graph. From then on the host only sends what
     changes: where the windows start, dropout's key, AdamW's rates. Several processes have two graphs each, and NCCL
     adds up the gradients between them.
     """
-    B, L, mine = training.batch_size, config.context, parallel.rows(training.batch_size)
+    B, L, mine = training.batch_size, config.context, processes.rows(training.batch_size)
     require(len(tokens) > L, f"{len(tokens)} tokens are too few: a context of {L} needs {L + 1}")
-    places = [a.data.ptr for a in (tokens, *(flat.buffer for flat in (params, *optimizer.values())))]
-    key = config, training, MIXERS[config.mixer], BLOCKS[config.block], gpu_cuda.tf32, places, len(tokens), tokens.dtype
+    places = [
+        a.data.ptr for a in (tokens, *(flat.buffer for flat in (params, *optimizer.values())))
+    ]
+    key = (
+        config,
+        training,
+        MIXERS[config.mixer],
+        BLOCKS[config.block],
+        device.tf32,
+        places,
+        len(tokens),
+        tokens.dtype,
+    )
     if params.step is None or params.step.key != key:
         params.step = None  # first free the old memory
         params.step = Step(key, params, len(mine) + 7)
     owner = params.step  # of the graphs, the inputs, the gradients
     dropout_key = _key((training.seed, step, 1)) if config.dropout else numpy.zeros(1, numpy.int64)
     rates = _rates(step, training.rate(step), weight_decay=training.weight_decay)
-    starts = numpy.random.default_rng((training.seed, step)).integers(0, len(tokens) - L, B)  # as in `get_batch`
+    starts = numpy.random.default_rng((training.seed, step)).integers(
+        0, len(tokens) - L, B
+    )  # as in `get_batch`
     owner.send(starts[mine], dropout_key, rates)  # from here on, these names are arrays on the GPU
-    starts, dropout_key, rates = owner.inputs[:-7], owner.inputs[-7:-6], owner.inputs[-6:].view(numpy.float64)
+    starts, dropout_key, rates = (
+        owner.inputs[:-7],
+        owner.inputs[-7:-6],
+        owner.inputs[-6:].view(numpy.float64),
+    )
 
     def differentiate() -> Array:
         x, y = (cp.empty((len(mine), L), numpy.int32) for _ in "xy")
@@ -399,33 +588,40 @@ def train_step(params: Flat, config: Config, training, optimizer: dict, step: in
             clip_grads(owner.gradients, training.grad_clip)
         _adamw(params, owner.gradients, optimizer, rates)
 
-    if parallel.size == 1:
+    if processes.size == 1:
         return owner.run("step", lambda: (differentiate(), update())[0]).copy()
     loss = owner.run("gradients", differentiate)
     for array in (loss, owner.gradients.buffer):
         _nccl().all_reduce(array, array)
-    parallel.stop_if(parallel.comm.allreduce(len(parallel.caught)))
+    processes.stop_if(processes.comm.allreduce(len(processes.caught)))
     owner.run("update", update)
     return loss.copy()
+
 
 @functools.cache
 def _nccl() -> object:
     """A `cupyx.distributed.NCCLBackend` of all processes."""
     from cupyx.distributed import init_process_group
 
-    return init_process_group(parallel.size, parallel.rank, use_mpi=True)
+    return init_process_group(processes.size, processes.rank, use_mpi=True)
+
 
 # ---- batches, validation, sampling -----------------------------------------------------------------------------------
 
 get_batch, validation_loss = _borrowed(grassmann.get_batch), _borrowed(grassmann.validation_loss)
 stream_init, stream_read, stream_step = map(
-    _borrowed, (grassmann.stream_init, grassmann.stream_read, grassmann.stream_step))
+    _borrowed, (grassmann.stream_init, grassmann.stream_read, grassmann.stream_step)
+)
+
 
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
     """As in grassmann.py, with logits copied from the GPU. Raises UserError if they are not finite."""
     return grassmann.sample(logits.get(), temperature, top_k, rng)
 
-def generate(params: Params, config: Config, prompt, n: int, temperature=1.0, top_k=None, seed=0) -> Iterator[int]:
+
+def generate(
+    params: Params, config: Config, prompt, n: int, temperature=1.0, top_k=None, seed=0
+) -> Iterator[int]:
     """As in grassmann.py. NumPy computes it unless the model is large: starting dozens of kernels takes longer."""
     how = config, prompt, n, temperature, top_k, seed
     if params.buffer.size > ON_HOST:

@@ -25,6 +25,8 @@ from functools import lru_cache
 
 import numpy as np
 
+__version__ = "4.0"
+
 Array = np.ndarray
 Params = dict[str, Array]
 Rng = np.random.Generator
@@ -32,13 +34,16 @@ TOKENS_PER_PASS = 512  # tokens in one forward pass of a validation or a stream:
 
 # ---- what all parts use --------------------------------------------------------------------------
 
+
 class UserError(ValueError):
     """An error that the user can correct. The programs print only its message; other errors keep their traceback."""
+
 
 def require(fine: bool, rule: str) -> None:
     """Raises UserError with the message `rule`, unless `fine`."""
     if not fine:
         raise UserError(rule)
+
 
 class Scope:
     """A part of the parameters: Scope(params, "ln_f.")["w"] is params["ln_f.w"]."""
@@ -52,34 +57,45 @@ class Scope:
     def scope(self, prefix: str) -> Scope:
         return Scope(self.params, self.prefix + prefix)
 
+
 def prefixed(prefix: str, named: dict) -> dict:
     """The inverse of `Scope`: every name gets `prefix` in front."""
     return {prefix + name: value for name, value in named.items()}
 
+
 # ---- small ops -----------------------------------------------------------------------------------
+
 
 def linear_forward(x: Array, W: Array, b: Array) -> tuple[Array, tuple]:
     """y = x W + b for x (..., in), W (in, out), b (out); y is (..., out)."""
     if x.shape[-1] != len(W):  # otherwise reshape would silently cut x into other rows
-        raise ValueError(f"x {x.shape} has rows of {x.shape[-1]}, but W {W.shape} takes rows of {len(W)}")
+        raise ValueError(
+            f"x {x.shape} has rows of {x.shape[-1]}, but W {W.shape} takes rows of {len(W)}"
+        )
     y = x.reshape(-1, len(W)) @ W  # (T, in) @ (in, out) -> (T, out)
     y += b
     return y.reshape(*x.shape[:-1], -1), (x, W)
+
 
 def linear_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     """From y_tk = Σ_i x_ti W_ik + b_k:  dx = dy Wᵀ,  dW = xᵀ dy,  db = Σ_t dy_t."""
     x, W = cache
     dy, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, len(W))  # (T, out), (T, in)
-    dx = np.matmul(dy, W.T, out=np.empty_like(rows))  # in x's memory layout: faster for p, which is transposed
+    dx = np.matmul(
+        dy, W.T, out=np.empty_like(rows)
+    )  # in x's memory layout: faster for p, which is transposed
     return dx.reshape(x.shape), rows.T @ dy, dy.sum(0)
+
 
 def mean(x: Array) -> Array:
     """Mean over the last axis, which stays as 1: (..., d) -> (..., 1)."""
     return x.sum(-1, keepdims=True) / x.shape[-1]
 
+
 def dot(a: Array, b: Array) -> Array:
     """Dot product over the last axis, which stays as 1: (..., r), (..., r) -> (..., 1)."""
     return np.einsum("...i,...i->...", a, b)[..., None]
+
 
 def layernorm_forward(x: Array, w: Array, b: Array, eps: float = 1e-5) -> tuple[Array, tuple]:
     """x̂ = (x - mean) / sqrt(var + eps) over the last axis, y = w ⊙ x̂ + b; x (..., d), w b (d)."""
@@ -89,11 +105,12 @@ def layernorm_forward(x: Array, w: Array, b: Array, eps: float = 1e-5) -> tuple[
     x_hat = x * inv_std
     return x_hat * w + b, (x_hat, inv_std, w)
 
+
 def layernorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     """Let σ = sqrt(var + eps) and dx̂ = w ⊙ dy. Means are over the last axis, sums over all other axes.
 
-        ∂x̂_j/∂x_i = (δ_ij - 1/d - x̂_i x̂_j / d) / σ      (x_i acts directly, through the mean, through σ)
-        dx = (dx̂ - mean(dx̂) - x̂ mean(dx̂ ⊙ x̂)) / σ,   dw = Σ dy ⊙ x̂,   db = Σ dy.
+    ∂x̂_j/∂x_i = (δ_ij - 1/d - x̂_i x̂_j / d) / σ      (x_i acts directly, through the mean, through σ)
+    dx = (dx̂ - mean(dx̂) - x̂ mean(dx̂ ⊙ x̂)) / σ,   dw = Σ dy ⊙ x̂,   db = Σ dy.
     """
     x_hat, inv_std, w = cache
     dx_hat = dy * w
@@ -101,8 +118,10 @@ def layernorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     axes = tuple(range(dy.ndim - 1))
     return dx, (dy * x_hat).sum(axes), dy.sum(axes)
 
+
 GELU_C = math.sqrt(2 / math.pi)
 GELU_CA = GELU_C * 0.044715
+
 
 def gelu_forward(x: Array) -> tuple[Array, tuple]:
     """GELU(x) = x/2 (1 + tanh q(x)),  q(x) = c (x + a x³),  c = sqrt(2/π), a = 0.044715."""
@@ -110,11 +129,13 @@ def gelu_forward(x: Array) -> tuple[Array, tuple]:
     tanh = np.tanh(z * (GELU_C + GELU_CA * (z * z)))
     return 0.5 * x * (1 + tanh), (z, tanh)
 
+
 def gelu_backward(dy: Array, cache: tuple) -> Array:
     """GELU' = (1 + tanh q)/2 + x/2 (1 - tanh² q) q'(x),  q'(x) = c (1 + 3 a x²)."""
     z, tanh = cache
     slope = z * (0.5 * GELU_C + (1.5 * GELU_CA) * (z * z)) * (1 - tanh * tanh)
     return dy * (slope + 0.5 * (1 + tanh))
+
 
 def draw_rows(seed: int | Sequence[int], first: int = 0, n: int | None = None) -> Callable:
     """Returns draw(shape): uniform float32 numbers in [0, 1) for rows `first`, first + 1, … of a batch of n.
@@ -122,7 +143,11 @@ def draw_rows(seed: int | Sequence[int], first: int = 0, n: int | None = None) -
     A row gets the same numbers however the batch is split. One generator draws for the whole batch and
     skips the numbers of other rows. Each step of the generator makes two float32 numbers.
     """
-    bits, begin, done = np.random.PCG64(seed), 0, 0  # begin: where the next array starts; done: steps so far
+    bits, begin, done = (
+        np.random.PCG64(seed),
+        0,
+        0,
+    )  # begin: where the next array starts; done: steps so far
 
     def draw(shape: tuple[int, ...]) -> Array:
         nonlocal begin, done
@@ -135,6 +160,7 @@ def draw_rows(seed: int | Sequence[int], first: int = 0, n: int | None = None) -
 
     return draw
 
+
 def dropout_forward(x: Array, rate: float, draw: Callable | None) -> tuple[Array, Array | None]:
     """Set a fraction `rate` of x to 0 and divide the rest by 1 - rate: the mean stays. draw=None: no dropout."""
     if draw is None or rate == 0:
@@ -142,13 +168,16 @@ def dropout_forward(x: Array, rate: float, draw: Callable | None) -> tuple[Array
     mask = (draw(x.shape) >= rate).astype(x.dtype) / (1 - rate)
     return x * mask, mask
 
+
 def dropout_backward(dy: Array, mask: Array | None) -> Array:
     """y = mask ⊙ x, so dx = mask ⊙ dy."""
     return dy if mask is None else dy * mask
 
+
 def embedding_forward(tokens: Array, E: Array) -> tuple[Array, tuple]:
     """Each token's row of E (V, d): tokens (...), integers -> (..., d)."""
     return E[tokens], (tokens, E.shape)
+
 
 def embedding_backward(dx: Array, cache: tuple) -> Array:
     """dE_k = Σ dx_t over all t where token k stands. So sort the tokens, then sum each run of equal tokens."""
@@ -159,14 +188,18 @@ def embedding_backward(dx: Array, cache: tuple) -> Array:
     dE[ids] = np.add.reduceat(dx.reshape(-1, shape[1])[order], starts)
     return dE
 
+
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     """Mean over tokens of -log softmax(logits)[target] in nats; logits (..., V), targets (...)."""
     logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)  # (T, V), (T)
-    shifted = logits - logits.max(-1, keepdims=True)  # the softmax is the same, and exp cannot overflow
+    shifted = logits - logits.max(
+        -1, keepdims=True
+    )  # the softmax is the same, and exp cannot overflow
     exp = np.exp(shifted)
     total = exp.sum(-1, keepdims=True)  # (T, 1)
     losses = np.log(total[:, 0]) - shifted[np.arange(len(targets)), targets]  # (T)
     return losses.mean(), (exp / total, targets)
+
 
 def cross_entropy_backward(dloss: float, cache: tuple) -> Array:
     """∂(log Σ exp(x) - x_target)/∂x = softmax(x) - onehot(target); the mean divides it by T; (T, V)."""
@@ -175,12 +208,15 @@ def cross_entropy_backward(dloss: float, cache: tuple) -> Array:
     dlogits[np.arange(len(targets)), targets] -= 1
     return dlogits * (dloss / len(targets))
 
+
 # ---- the wedge product ---------------------------------------------------------------------------
+
 
 @lru_cache
 def pairs(r: int) -> tuple[Array, Array]:
     """All i < j below r in lexicographic order: (0,1), (0,2), …, (r-2,r-1), as two arrays (n)."""
     return np.triu_indices(r, 1)
+
 
 def plucker_forward(u: Array, v: Array) -> tuple[Array, tuple]:
     """Plücker coordinates of the plane spanned by u and v, the bivector u ∧ v (paper, section 3):
@@ -198,6 +234,7 @@ def plucker_forward(u: Array, v: Array) -> tuple[Array, tuple]:
     p = u.take(i, 0) * v.take(j, 0) - u.take(j, 0) * v.take(i, 0)  # (n, T): u[i] v[j] - u[j] v[i]
     return p.T.reshape(*shape, len(p)), (u, v, shape)  # (..., n)
 
+
 def plucker_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
     """du_i = Σ_j A_ij v_j, dv_i = -Σ_j A_ij u_j, where A is antisymmetric and has dp above its diagonal:
 
@@ -210,9 +247,11 @@ def plucker_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
     du, dv = np.einsum("ijt,jt->it", A, v), -np.einsum("ijt,jt->it", A, u)  # (r, T)
     return tuple(np.ascontiguousarray(a.T).reshape(*shape, len(u)) for a in (du, dv))
 
+
 def plucker(u: Array, v: Array) -> Array:
     """u ∧ v: (..., r), (..., r) -> (..., n). See `plucker_forward`."""
     return plucker_forward(u, v)[0]
+
 
 def unit_area_forward(u: Array, v: Array, parallel: float = 1e-5) -> tuple[Array, tuple]:
     """q = v / |u ∧ v|, so that u ∧ q is the unit bivector of the plane; u, v, q (..., r).
@@ -235,6 +274,7 @@ def unit_area_forward(u: Array, v: Array, parallel: float = 1e-5) -> tuple[Array
     q = inv_area * v
     return q, (q, inv_area, u_perp * (vv * inv_perp2 / uu), v_perp * inv_perp2)
 
+
 def unit_area_backward(dq: Array, cache: tuple) -> tuple[Array, Array]:
     """The area ρ = |u||v⊥| grows fastest if v moves along v⊥: ∂ρ/∂v = |u| v⊥/|v⊥|. By symmetry
     ∂ρ/∂u = |v| u⊥/|u⊥|. With q = v/ρ:
@@ -247,9 +287,13 @@ def unit_area_backward(dq: Array, cache: tuple) -> tuple[Array, Array]:
     along = dot(dq, q)
     return -along * u_normal, dq * inv_area - along * v_normal
 
+
 # ---- the mixing layer ----------------------------------------------------------------------------
 
-def partner_forward(z: Array, taps: Array | None, offsets: tuple[int, ...], normalize: bool) -> tuple[Array, tuple]:
+
+def partner_forward(
+    z: Array, taps: Array | None, offsets: tuple[int, ...], normalize: bool
+) -> tuple[Array, tuple]:
     """The partner s_t, whose wedge with z_t is the layer's bivector; z, s (B, L, r), taps (m, r).
 
     The paper averages the bivectors of all pairs (z_t, z_{t-Δ}). The wedge is linear in its second
@@ -283,11 +327,12 @@ def partner_forward(z: Array, taps: Array | None, offsets: tuple[int, ...], norm
         caches.append(cache)
     return s, (z, taps, offsets, caches, share)
 
+
 def partner_backward(ds: Array, cache: tuple) -> tuple[Array, Array | None]:
     """Each term of s_t is z_{t-Δ} times a weight, so dz_{t-Δ} gets ds_t times this weight:
 
-        taps:     dz_{t-Δ} += w_Δ ⊙ ds_t,   dw_Δ = Σ_t ds_t ⊙ z_{t-Δ}
-        average:  dz_{t-Δ} += c_Δ ds_t / |valid|; and c_Δ depends on z_t and z_{t-Δ}: `unit_area_backward`.
+    taps:     dz_{t-Δ} += w_Δ ⊙ ds_t,   dw_Δ = Σ_t ds_t ⊙ z_{t-Δ}
+    average:  dz_{t-Δ} += c_Δ ds_t / |valid|; and c_Δ depends on z_t and z_{t-Δ}: `unit_area_backward`.
     """
     z, taps, offsets, caches, share = cache
     dz, dtaps = np.zeros_like(z), None if taps is None else np.empty_like(taps)
@@ -306,12 +351,14 @@ def partner_backward(ds: Array, cache: tuple) -> tuple[Array, Array | None]:
         dz[:, :-delta] += dterm
     return dz, dtaps
 
+
 def gate_forward(h: Array, g: Array, W: Array, b: Array) -> tuple[Array, tuple]:
     """α = sigmoid([h ; g] W + b), out = α ⊙ h + (1-α) ⊙ g; h, g (..., d), W (2d, d), b (d)."""
     a, c_linear = linear_forward(np.concatenate([h, g], -1), W, b)  # (..., 2d) -> (..., d)
     alpha = 0.5 + 0.5 * np.tanh(0.5 * a)  # the sigmoid 1 / (1 + exp(-a)), without overflow
     difference = h - g
     return g + alpha * difference, (difference, alpha, c_linear)
+
 
 def gate_backward(dout: Array, cache: tuple) -> tuple[Array, Array, Array, Array]:
     """dα = dout ⊙ (h - g), sigmoid' = α(1-α). h and g act on the output directly and through the gate."""
@@ -321,7 +368,10 @@ def gate_backward(dout: Array, cache: tuple) -> tuple[Array, Array, Array, Array
     d = dout.shape[-1]
     return direct + dhg[..., :d], (dout - direct) + dhg[..., d:], dW, db
 
-def associate(q: Array, k: Array, v: Array, M: Array | None = None, chunk: int = 64) -> tuple[Array, Array]:
+
+def associate(
+    q: Array, k: Array, v: Array, M: Array | None = None, chunk: int = 64
+) -> tuple[Array, Array]:
     """q_t (M + Σ_{i<=t} k_iᵀ v_i) at every t, and the last sum; q k v (B, L, r), M (B, r, r).
 
     k_iᵀ v_i gives v_i to whoever asks with k_i. As matrices, out = (Q Kᵀ ⊙ causal) V + Q M: attention's
@@ -336,7 +386,10 @@ def associate(q: Array, k: Array, v: Array, M: Array | None = None, chunk: int =
         M = M + K_T @ V
     return out, M
 
-def memory_forward(h: Array, z: Array, s: Array, w: Scope, past: dict | None = None, read=None) -> tuple[Array, tuple]:
+
+def memory_forward(
+    h: Array, z: Array, s: Array, w: Scope, past: dict | None = None, read=None
+) -> tuple[Array, tuple]:
     """A matrix that every token writes and reads: h (B, L, d), z and its partner s (B, L, r) -> m (B, L, d).
 
         [k v] = h W_kv + b_kv,  k += s   a key and a value          (B, L, r) each
@@ -355,6 +408,7 @@ def memory_forward(h: Array, z: Array, s: Array, w: Scope, past: dict | None = N
     c, past["seen"] = c * scale, seen + L
     return c @ w["W_mem"], (z, k, v, c, scale, w["W_mem"], c_kv, read)
 
+
 def memory_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Array, Params]:
     """Let dc_t include the factor 1 / sqrt(r t), and hold it fixed. Differentiate Σ_t Σ_{i<=t} (z_t·k_i)(v_i·dc_t):
 
@@ -365,12 +419,19 @@ def memory_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Array, Param
     z, k, v, c, scale, W_mem, c_kv, read = cache
     dc = dm @ W_mem.T * scale
     z_r, k_r, v_r, dc_r = (x[:, ::-1] for x in (z, k, v, dc))  # from the end
-    dz, dk, dv = read(dc, v, k)[0], read(v_r, dc_r, z_r)[0][:, ::-1], read(k_r, z_r, dc_r)[0][:, ::-1]
+    dz, dk, dv = (
+        read(dc, v, k)[0],
+        read(v_r, dc_r, z_r)[0][:, ::-1],
+        read(k_r, z_r, dc_r)[0][:, ::-1],
+    )
     dh, dW_kv, db_kv = linear_backward(np.concatenate([dk, dv], -1), c_kv)
     dW_mem = c.reshape(-1, len(W_mem)).T @ dm.reshape(-1, dm.shape[-1])  # (r, T) @ (T, d)
     return dh, dz, dk, {"W_kv": dW_kv, "b_kv": db_kv, "W_mem": dW_mem}
 
-def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None, read=None) -> tuple[Array, dict]:
+
+def mix_forward(
+    h: Array, w: Scope, config: Config, layer: int, past=None, read=None
+) -> tuple[Array, dict]:
     """The Grassmann mixing layer (paper, section 3): h (B, L, d) -> mix (B, L, d).
 
         z = h W_red + b_red        reduce          (B, L, r)
@@ -399,6 +460,7 @@ def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None, read=
     mix, cache["gate"] = gate_forward(h, g, w["W_gate"], w["b_gate"])
     return mix, cache | {"z": z, "s": s, "p": p, "alpha": cache["gate"][1]}
 
+
 def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
     """The steps of `mix_forward` in reverse. z and h are used several times, so their gradients add up."""
     grads = {}
@@ -415,6 +477,7 @@ def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
     dh_red, grads["W_red"], grads["b_red"] = linear_backward(dz, cache["red"])
     return dh + dh_red, grads
 
+
 def mix_shapes(config: Config, layer: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the layer's parameters."""
     d, r, n = config.d_model, config.rank, config.rank * (config.rank - 1) // 2
@@ -423,9 +486,13 @@ def mix_shapes(config: Config, layer: int) -> dict[str, tuple[int, ...]]:
     project = {"W_plu": (n, d), "b_plu": (d,), "W_gate": (2 * d, d), "b_gate": (d,)}
     return {"W_red": (d, r), "b_red": (r,)} | taps | memory | project
 
+
 # ---- attention, for comparison -------------------------------------------------------------------
 
-def attention_core_forward(q: Array, k: Array, v: Array, past: dict | None = None) -> tuple[Array, tuple]:
+
+def attention_core_forward(
+    q: Array, k: Array, v: Array, past: dict | None = None
+) -> tuple[Array, tuple]:
     """softmax(q kᵀ / sqrt(d_k)) v over the past, an L x L table per head; q k v (B, n_head, L, d_k).
 
     While streaming, `past` holds all earlier keys and values, so it grows.
@@ -441,6 +508,7 @@ def attention_core_forward(q: Array, k: Array, v: Array, past: dict | None = Non
     a /= a.sum(-1, keepdims=True)
     return a @ v, (q, k, v, a)
 
+
 def attention_core_backward(do: Array, cache: tuple) -> tuple[Array, Array, Array]:
     """From o = a v:  da = do vᵀ, dv = aᵀ do. The softmax of one row has the derivative diag(a) - aᵀ a, so
     dscores = a ⊙ (da - Σ a ⊙ da). With dqk = dscores / sqrt(d_k):  dq = dqk k, dk = dqkᵀ q."""
@@ -449,35 +517,48 @@ def attention_core_backward(do: Array, cache: tuple) -> tuple[Array, Array, Arra
     dqk = a * (da - dot(a, da)) / math.sqrt(q.shape[-1])  # (B, n_head, L, L)
     return dqk @ k, dqk.swapaxes(-1, -2) @ q, dv
 
-def attention_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
+
+def attention_forward(
+    h: Array, w: Scope, config: Config, layer: int, past=None
+) -> tuple[Array, dict]:
     """Causal multi-head softmax attention: h (B, L, d) -> (B, L, d).
 
-        [q k v] = h W_qkv + b_qkv,   heads of width d_k = d / n_head,   out = attention(q, k, v) W_out + b_out
+    [q k v] = h W_qkv + b_qkv,   heads of width d_k = d / n_head,   out = attention(q, k, v) W_out + b_out
     """
     (B, L, d), n_head = h.shape, config.n_head
     qkv, c_qkv = linear_forward(h, w["W_qkv"], w["b_qkv"])  # (B, L, 3d)
-    heads, c_core = attention_core_forward(*qkv.reshape(B, L, 3, n_head, -1).transpose(2, 0, 3, 1, 4), past)
+    heads, c_core = attention_core_forward(
+        *qkv.reshape(B, L, 3, n_head, -1).transpose(2, 0, 3, 1, 4), past
+    )
     out, c_out = linear_forward(heads.swapaxes(1, 2).reshape(B, L, d), w["W_out"], w["b_out"])
     return out, {"core": c_core, "a": c_core[-1], "qkv": c_qkv, "out": c_out}
+
 
 def attention_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
     """The steps of `attention_forward` in reverse."""
     B, n_head, L, d_k = cache["core"][0].shape
     dheads, dW_out, db_out = linear_backward(dout, cache["out"])
     dqkv = attention_core_backward(dheads.reshape(B, L, n_head, d_k).swapaxes(1, 2), cache["core"])
-    dqkv = np.stack(dqkv).transpose(1, 3, 0, 2, 4).reshape(B, L, -1)  # (3, B, n_head, L, d_k) -> (B, L, 3d)
+    dqkv = (
+        np.stack(dqkv).transpose(1, 3, 0, 2, 4).reshape(B, L, -1)
+    )  # (3, B, n_head, L, d_k) -> (B, L, 3d)
     dh, dW_qkv, db_qkv = linear_backward(dqkv, cache["qkv"])
     return dh, {"W_qkv": dW_qkv, "b_qkv": db_qkv, "W_out": dW_out, "b_out": db_out}
+
 
 def attention_shapes(config: Config, layer: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of attention's parameters."""
     d = config.d_model
     return {"W_qkv": (d, 3 * d), "b_qkv": (3 * d,), "W_out": (d, d), "b_out": (d,)}
 
-MIXERS = {"grassmann": (mix_forward, mix_backward, mix_shapes),
-          "attention": (attention_forward, attention_backward, attention_shapes)}
+
+MIXERS = {
+    "grassmann": (mix_forward, mix_backward, mix_shapes),
+    "attention": (attention_forward, attention_backward, attention_shapes),
+}
 
 # ---- the block -----------------------------------------------------------------------------------
+
 
 def ffn_forward(x: Array, w: Scope) -> tuple[Array, tuple]:
     """GELU(x W_1 + b_1) W_2 + b_2, each token by itself; x (..., d)."""
@@ -485,6 +566,7 @@ def ffn_forward(x: Array, w: Scope) -> tuple[Array, tuple]:
     active, c_gelu = gelu_forward(inner)
     out, c_2 = linear_forward(active, w["W_2"], w["b_2"])  # (..., d)
     return out, (c_1, c_gelu, c_2)
+
 
 def ffn_backward(dout: Array, cache: tuple) -> tuple[Array, Params]:
     """The steps of `ffn_forward` in reverse."""
@@ -494,7 +576,10 @@ def ffn_backward(dout: Array, cache: tuple) -> tuple[Array, Params]:
     dx, grads["W_1"], grads["b_1"] = linear_backward(gelu_backward(dactive, c_gelu), c_1)
     return dx, grads
 
-def prenorm_block_forward(h: Array, w: Scope, config: Config, layer: int, past=None, draw=None) -> tuple[Array, dict]:
+
+def prenorm_block_forward(
+    h: Array, w: Scope, config: Config, layer: int, past=None, draw=None
+) -> tuple[Array, dict]:
     """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))), D dropout; h (B, L, d). The gate can keep only LN1(h)."""
     mixer_forward, *_ = MIXERS[config.mixer]
     normed, c_ln1 = layernorm_forward(h, w["ln1.w"], w["ln1.b"])
@@ -507,6 +592,7 @@ def prenorm_block_forward(h: Array, w: Scope, config: Config, layer: int, past=N
     cache = {"ln1": c_ln1, "mix": c_mix, "mask_mix": mask_mix}
     return h + ffn, cache | {"ln2": c_ln2, "ffn": c_ffn, "mask_ffn": mask_ffn}
 
+
 def prenorm_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Array, Params]:
     """h + f(h) passes its gradient to h twice: unchanged, and through f."""
     _, mixer_backward, _ = MIXERS[config.mixer]
@@ -518,7 +604,10 @@ def prenorm_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Ar
     dx, grads["ln1.w"], grads["ln1.b"] = layernorm_backward(dnormed, cache["ln1"])
     return dh + dx, grads | prefixed("mix.", mix) | prefixed("ffn.", ffn)
 
-def paper_block_forward(h: Array, w: Scope, config: Config, layer: int, past=None, draw=None) -> tuple[Array, dict]:
+
+def paper_block_forward(
+    h: Array, w: Scope, config: Config, layer: int, past=None, draw=None
+) -> tuple[Array, dict]:
     """h ← D(LN1(mix(h))),  h ← LN2(h + D(FFN(h))),  D dropout (paper, section 3); h (B, L, d).
 
     The gate inside mix can keep h. Attention has no gate and gets a residual path: mix(h) = h + attention(h).
@@ -535,6 +624,7 @@ def paper_block_forward(h: Array, w: Scope, config: Config, layer: int, past=Non
     cache = {"mix": c_mix, "ln1": c_ln1, "mask_mix": mask_mix}
     return out, cache | {"ffn": c_ffn, "mask_ffn": mask_ffn, "ln2": c_ln2}
 
+
 def paper_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Array, Params]:
     """The steps of `paper_block_forward` in reverse."""
     _, mixer_backward, _ = MIXERS[config.mixer]
@@ -548,20 +638,34 @@ def paper_block_backward(dout: Array, cache: dict, config: Config) -> tuple[Arra
         dh += dmix
     return dh, grads | prefixed("mix.", mix) | prefixed("ffn.", ffn)
 
-BLOCKS = {"prenorm": (prenorm_block_forward, prenorm_block_backward),
-          "paper": (paper_block_forward, paper_block_backward)}
+
+BLOCKS = {
+    "prenorm": (prenorm_block_forward, prenorm_block_backward),
+    "paper": (paper_block_forward, paper_block_backward),
+}
 
 # ---- configuration and parameters ----------------------------------------------------------------
 
-WIDENING = ((1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 4, 8, 12, 16))  # for each quarter of the layers
+WIDENING = (
+    (1, 2),
+    (1, 2, 3, 4),
+    (1, 2, 3, 4, 5, 6),
+    (1, 2, 4, 8, 12, 16),
+)  # for each quarter of the layers
+
 
 def default_offsets(n_layer: int, context: int, taps: bool) -> tuple[tuple[int, ...], ...]:
     """With taps, later layers have more and larger offsets. Without taps, each layer has one: 1, 2, 4, 8, 1, …"""
-    quarters = [3 - 4 * (n_layer - 1 - i) // n_layer for i in range(n_layer)]  # 0 to 3; the last layer is in 3
+    quarters = [
+        3 - 4 * (n_layer - 1 - i) // n_layer for i in range(n_layer)
+    ]  # 0 to 3; the last layer is in 3
     layers = [WIDENING[k] for k in quarters] if taps else [(2 ** (i % 4),) for i in range(n_layer)]
     return tuple(tuple(delta for delta in layer if delta < context) or (1,) for layer in layers)
 
-@dataclass(unsafe_hash=True)  # dataclasses.replace makes a changed copy, with the same d_ff and offsets
+
+@dataclass(
+    unsafe_hash=True
+)  # dataclasses.replace makes a changed copy, with the same d_ff and offsets
 class Config:
     """The sizes and options of one model. The defaults are train_char.py's. Raises UserError and TypeError.
 
@@ -574,13 +678,21 @@ class Config:
     n_layer: int = 4
     d_model: int = 128
     rank: int = 32  # width of the reduced states
-    offsets: tuple[tuple[int, ...], ...] | None = None  # how far back each layer looks; None: `default_offsets`
+    offsets: tuple[tuple[int, ...], ...] | None = (
+        None  # how far back each layer looks; None: `default_offsets`
+    )
     d_ff: int | None = None  # inner width of the FFN; None: 2 d_model, with attention 4 d_model
     dropout: float = 0.1
-    block: str = "prenorm"  # residual path around a normalised input; "paper": LayerNorm after each half
-    taps: bool = True  # learned weights for each offset; False: the average over the offsets (paper)
+    block: str = (
+        "prenorm"  # residual path around a normalised input; "paper": LayerNorm after each half
+    )
+    taps: bool = (
+        True  # learned weights for each offset; False: the average over the offsets (paper)
+    )
     normalize: bool = False  # divide each bivector by its length (paper: optional)
-    positions: bool = False  # a learned vector per position; False: the model takes texts of any length
+    positions: bool = (
+        False  # a learned vector per position; False: the model takes texts of any length
+    )
     mixer: str = "grassmann"  # or "attention", for comparison
     n_head: int = 4  # attention heads
     memory: bool = False  # besides its short past a layer reads a matrix that all tokens write
@@ -590,27 +702,51 @@ class Config:
         if self.d_ff is None:
             self.d_ff = (4 if attention else 2) * self.d_model
         if self.offsets is None:
-            self.offsets = () if attention else default_offsets(self.n_layer, self.context, self.taps)
+            self.offsets = (
+                () if attention else default_offsets(self.n_layer, self.context, self.taps)
+            )
         self.offsets = tuple(tuple(map(operator.index, layer)) for layer in self.offsets)
         for name in ("vocab_size", "context", "n_layer", "d_model", "rank", "d_ff", "n_head"):
             size, least = operator.index(getattr(self, name)), 2 if name == "rank" else 1
             require(size >= least, f"{name} must be at least {least}, not {size}")
             setattr(self, name, size)
         self.dropout = float(self.dropout)
-        require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+        require(
+            0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}"
+        )
         require(self.block in [*BLOCKS], f"block must be one of {[*BLOCKS]}, not {self.block!r}")
-        require(self.mixer in [*MIXERS], f"mixer must be one of {[*MIXERS]}, not {self.mixer!r}; for a "
-                "layer of your own give --mixer and its file, unchanged (behind the # is its hash)")
+        require(
+            self.mixer in [*MIXERS],
+            f"mixer must be one of {[*MIXERS]}, not {self.mixer!r}; for a "
+            "layer of your own give --mixer and its file, unchanged (behind the # is its hash)",
+        )
         if attention:
-            require(not self.memory and not self.offsets, "attention has neither memory nor offsets")
-            require(self.d_model % self.n_head == 0, f"n_head, {self.n_head}, must divide d_model, {self.d_model}")
+            require(
+                not self.memory and not self.offsets, "attention has neither memory nor offsets"
+            )
+            require(
+                self.d_model % self.n_head == 0,
+                f"n_head, {self.n_head}, must divide d_model, {self.d_model}",
+            )
         else:
-            require(not (self.memory and self.normalize), "memory needs partners that are not normalised")
-            require(len(self.offsets) == self.n_layer, f"{self.n_layer} layers need as many groups of offsets, not {len(self.offsets)}")
+            require(
+                not (self.memory and self.normalize),
+                "memory needs partners that are not normalised",
+            )
+            require(
+                len(self.offsets) == self.n_layer,
+                f"{self.n_layer} layers need as many groups of offsets, not {len(self.offsets)}",
+            )
         for layer in self.offsets:
-            require(len(set(layer)) == len(layer) > 0, f"a layer needs offsets, all distinct, not {layer}")
-            require(0 < min(layer) <= max(layer) < self.context,
-                    f"offsets must be from 1 to context - 1, here {self.context - 1}, not {layer}")
+            require(
+                len(set(layer)) == len(layer) > 0,
+                f"a layer needs offsets, all distinct, not {layer}",
+            )
+            require(
+                0 < min(layer) <= max(layer) < self.context,
+                f"offsets must be from 1 to context - 1, here {self.context - 1}, not {layer}",
+            )
+
 
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in order."""
@@ -627,6 +763,7 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         shapes |= {"ln_f.w": (d,), "ln_f.b": (d,)}
     return shapes
 
+
 def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Params:
     """Draw the initial parameters, a flat dict from name to array.
 
@@ -635,7 +772,11 @@ def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Para
     N(0, 0.5²), so that offsets differ from the start. LayerNorm: w = 1, b = 0. Biases: 0.
     """
     rng, params, residual = np.random.default_rng(seed), {}, 0.02 / math.sqrt(2 * config.n_layer)
-    scales = dict.fromkeys(("W_red", "W_kv"), config.d_model**-0.5) | {"taps": 0.5, "W_2": residual, "W_out": residual}
+    scales = dict.fromkeys(("W_red", "W_kv"), config.d_model**-0.5) | {
+        "taps": 0.5,
+        "W_2": residual,
+        "W_out": residual,
+    }
     for name, shape in param_shapes(config).items():
         kind = name.split(".")[-1]
         if kind == "w" or kind.startswith("b"):
@@ -644,25 +785,35 @@ def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Para
             params[name] = (scales.get(kind, 0.02) * rng.standard_normal(shape)).astype(dtype)
     return params
 
+
 def check_model(params: Params, config: Config) -> None:
     """Raises UserError if the parameters do not fit the config."""
     shapes, given = param_shapes(config), {name: value.shape for name, value in params.items()}
     for name in shapes | given if given != shapes else ():
-        require(given.get(name) == shapes.get(name), f"the parameters do not fit the config: {name} is "
-                f"{given.get(name, 'missing')}, the config has {shapes.get(name, 'no such parameter')}")
+        require(
+            given.get(name) == shapes.get(name),
+            f"the parameters do not fit the config: {name} is "
+            f"{given.get(name, 'missing')}, the config has {shapes.get(name, 'no such parameter')}",
+        )
+
 
 def check_tokens(tokens: Array, config: Config) -> None:
     """Raises UserError unless tokens are whole numbers of shape (B, L), below vocab_size."""
-    require(tokens.ndim == 2 and tokens.size > 0 and tokens.dtype.kind in "iu",
-            f"tokens must be whole numbers of shape (B, L), not {tokens.dtype} of shape {tokens.shape}")
+    require(
+        tokens.ndim == 2 and tokens.size > 0 and tokens.dtype.kind in "iu",
+        f"tokens must be whole numbers of shape (B, L), not {tokens.dtype} of shape {tokens.shape}",
+    )
     low, high, last = tokens.min(), tokens.max(), config.vocab_size - 1
     require(low >= 0 and high <= last, f"tokens must be from 0 to {last}, not from {low} to {high}")
 
+
 # ---- the model and its loss ----------------------------------------------------------------------
+
 
 def head_forward(h: Array, E: Array) -> tuple[Array, tuple]:
     """logits = h Eᵀ, dot products of each state with all embeddings; h (B, L, d), E (V, d) -> (B, L, V)."""
     return (h.reshape(-1, E.shape[1]) @ E.T).reshape(*h.shape[:-1], -1), (h, E)
+
 
 def head_backward(dlogits: Array, cache: tuple) -> tuple[Array, Array]:
     """dh = dlogits E,  dE = dlogitsᵀ h."""
@@ -670,7 +821,10 @@ def head_backward(dlogits: Array, cache: tuple) -> tuple[Array, Array]:
     dlogits, rows = dlogits.reshape(-1, len(E)), h.reshape(-1, E.shape[1])  # (T, V), (T, d)
     return (dlogits @ E).reshape(h.shape), dlogits.T @ rows
 
-def model_forward(params: Params, config: Config, tokens: Array, past=None, start=0, draw=None) -> tuple[Array, dict]:
+
+def model_forward(
+    params: Params, config: Config, tokens: Array, past=None, start=0, draw=None
+) -> tuple[Array, dict]:
     """Embed, N blocks, project onto the embedding: tokens (B, L) -> logits (B, L, V), cache.
 
     Streaming needs `past`, one dict per layer, and `start`, the position of the first token. `draw`
@@ -680,7 +834,10 @@ def model_forward(params: Params, config: Config, tokens: Array, past=None, star
     h, c_embed = embedding_forward(tokens, params["E"])  # (B, L) -> (B, L, d)
     if config.positions:
         end = start + tokens.shape[1]
-        require(end <= config.context, f"with positions, {end} tokens exceed the context of {config.context}")
+        require(
+            end <= config.context,
+            f"with positions, {end} tokens exceed the context of {config.context}",
+        )
         h = h + params["P"][start:end]
     h, mask = dropout_forward(h, config.dropout, draw)
     cache = {"config": config, "embed": c_embed, "mask": mask, "blocks": []}
@@ -691,6 +848,7 @@ def model_forward(params: Params, config: Config, tokens: Array, past=None, star
         h, cache["ln_f"] = layernorm_forward(h, params["ln_f.w"], params["ln_f.b"])
     logits, cache["head"] = head_forward(h, params["E"])  # (B, L, V)
     return logits, cache
+
 
 def model_backward(dlogits: Array, cache: dict) -> Params:
     """Gradients of all parameters. E is used twice, as embedding and as head, so its two gradients add up."""
@@ -709,6 +867,7 @@ def model_backward(dlogits: Array, cache: dict) -> Params:
     grads["E"] = dE + embedding_backward(dh, cache["embed"])
     return grads
 
+
 def forward(params: Params, config: Config, tokens: Array) -> Array:
     """Logits of the next token at every position: (B, L) integers -> (B, L, V). Raises UserError if parameters do not
     fit the config, if tokens are not in the vocabulary, or if a model with positions gets more than its context."""
@@ -717,7 +876,10 @@ def forward(params: Params, config: Config, tokens: Array) -> Array:
     check_tokens(tokens, config)
     return model_forward(params, config, tokens)[0]
 
-def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None, rows=None) -> tuple[float, Params]:
+
+def loss_and_grads(
+    params: Params, config: Config, x: Array, y: Array, seed=None, rows=None
+) -> tuple[float, Params]:
     """Mean cross-entropy in nats of predicting y from x, both (B, L), and its gradients, a new dict.
 
     `seed`, one whole number or several, decides the dropout masks; None: no dropout. With `rows` = (first, n),
@@ -736,20 +898,32 @@ def loss_and_grads(params: Params, config: Config, x: Array, y: Array, seed=None
     share = len(x) / n
     return share * loss, model_backward(cross_entropy_backward(share, c_loss), cache)
 
+
 # ---- optimiser -----------------------------------------------------------------------------------
+
 
 def adamw_init(params: Params) -> dict[str, Params]:
     """The optimiser's state: running means of the gradient and of its square, zero at first."""
-    return {key: {name: np.zeros_like(value) for name, value in params.items()} for key in ("adam_m", "adam_v")}
+    return {
+        key: {name: np.zeros_like(value) for name, value in params.items()}
+        for key in ("adam_m", "adam_v")
+    }
+
 
 def adamw_step(
-    params: Params, grads: Params, state: dict[str, Params], step: int, lr: float,
-    betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.1, eps: float = 1e-8,
+    params: Params,
+    grads: Params,
+    state: dict[str, Params],
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.1,
+    eps: float = 1e-8,
 ) -> None:
     """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101), in place; `step` counts from 0.
 
-        m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²,   m̂ = m / (1 - β₁^(step+1)),   v̂ likewise
-        θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ),   with λ = weight_decay for matrices, 0 for vectors
+    m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²,   m̂ = m / (1 - β₁^(step+1)),   v̂ likewise
+    θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ),   with λ = weight_decay for matrices, 0 for vectors
     """
     (beta_1, beta_2), t = betas, step + 1
     fix_1, fix_2 = 1 - beta_1**t, 1 - beta_2**t
@@ -761,6 +935,7 @@ def adamw_step(
             theta *= 1 - lr * weight_decay
         theta -= (lr / fix_1) * m / (np.sqrt(v / fix_2) + eps)
 
+
 def clip_grads(grads: Params, max_norm: float) -> float:
     """Scale all gradients by one factor, in place, to a joint norm of at most max_norm. Returns the norm before."""
     norm = math.hypot(*(np.linalg.norm(g.astype(np.float64)) for g in grads.values()))
@@ -769,15 +944,23 @@ def clip_grads(grads: Params, max_norm: float) -> float:
             g *= max_norm / norm
     return norm
 
+
 # ---- batches and validation ----------------------------------------------------------------------
+
 
 def get_batch(tokens: Array, batch_size: int, context: int, seed: int, step: int) -> tuple:
     """x (B, L) and y, the same windows one token later. (seed, step) decides where they start. Raises UserError."""
-    require(len(tokens) > context, f"{len(tokens)} tokens are too few: a context of {context} needs {context + 1}")
+    require(
+        len(tokens) > context,
+        f"{len(tokens)} tokens are too few: a context of {context} needs {context + 1}",
+    )
     rng = np.random.default_rng((seed, step))
-    starts = np.asarray(rng.integers(0, len(tokens) - context, batch_size))  # gpu.py's np copies them to the GPU
+    starts = np.asarray(
+        rng.integers(0, len(tokens) - context, batch_size)
+    )  # gpu.py's np copies them to the GPU
     windows = starts[:, None] + np.arange(context)  # (B, L)
     return tokens[windows], tokens[windows + 1]
+
 
 def validation_loss(params: Params, config: Config, tokens: Array, each: Callable = map) -> float:
     """Mean nats per token over `tokens`, in consecutive windows. Every token except the first is a target, once.
@@ -799,7 +982,9 @@ def validation_loss(params: Params, config: Config, tokens: Array, each: Callabl
 
     return math.fsum(each(total, chunks)) / targets
 
+
 # ---- streaming and sampling ----------------------------------------------------------------------
+
 
 def stream_init(params: Params, config: Config) -> dict:
     """The state of a decoder that has read nothing yet.
@@ -810,6 +995,7 @@ def stream_init(params: Params, config: Config) -> dict:
     check_model(params, config)
     return {"past": [{} for _ in range(config.n_layer)], "position": 0, "recent": []}
 
+
 def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tuple[Array, dict]:
     """Read one token or more. Returns the next token's logits (V) and the state, which is updated in place.
 
@@ -818,7 +1004,10 @@ def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tu
     """
     tokens, most = list(tokens), TOKENS_PER_PASS
     require(len(tokens) > 0, "there is nothing to read: give one token or more")
-    require(0 <= min(tokens) <= max(tokens) < config.vocab_size, f"tokens must be from 0 to {config.vocab_size - 1}")
+    require(
+        0 <= min(tokens) <= max(tokens) < config.vocab_size,
+        f"tokens must be from 0 to {config.vocab_size - 1}",
+    )
     while tokens:
         if config.positions:
             if state["position"] == config.context:
@@ -831,14 +1020,19 @@ def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tu
         state["position"] += len(now)
     return logits[0, -1], state
 
+
 def stream_step(params: Params, config: Config, state: dict, token: int) -> tuple[Array, dict]:
     """`stream_read` of one token."""
     return stream_read(params, config, state, [token])
 
+
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
     """Draw a token from softmax(logits / temperature), only among the top_k largest logits and what equals one of them.
     Temperature 0 takes the largest logit. Raises UserError if the logits are not finite."""
-    require(np.isfinite(logits).all(), "the model's logits are not finite: train it again with a lower learning rate")
+    require(
+        np.isfinite(logits).all(),
+        "the model's logits are not finite: train it again with a lower learning rate",
+    )
     logits = logits.astype(np.float64)
     if temperature == 0:
         return int(logits.argmax())
@@ -848,15 +1042,24 @@ def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> in
         cumulative = np.exp((logits - logits.max()) / temperature).cumsum()
     return int(cumulative.searchsorted(rng.random() * cumulative[-1], side="right"))
 
+
 def generate(
-    params: Params, config: Config, prompt: Iterable[int], n: int, temperature=1.0, top_k=None, seed=0
+    params: Params,
+    config: Config,
+    prompt: Iterable[int],
+    n: int,
+    temperature=1.0,
+    top_k=None,
+    seed=0,
 ) -> Iterator[int]:
     """Read the prompt (token 0 if it is empty), then yield n tokens. Each is drawn, yielded, and read. Raises
     UserError and TypeError at once, not at the first token, if an argument makes no sense."""
     prompt, rng = [operator.index(token) for token in prompt] or [0], np.random.default_rng(seed)
     state = stream_init(params, config)
     check_tokens(np.array([prompt]), config)
-    require(0 <= temperature < math.inf, f"temperature must be 0 or more and finite, not {temperature}")
+    require(
+        0 <= temperature < math.inf, f"temperature must be 0 or more and finite, not {temperature}"
+    )
     require(operator.index(n) >= 0, f"the number of tokens must be 0 or more, not {n}")
     require(top_k is None or operator.index(top_k) >= 1, f"top_k must be at least 1, not {top_k}")
 

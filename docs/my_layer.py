@@ -9,6 +9,7 @@ import numpy as np
 
 from grassmann import linear_backward, linear_forward, partner_backward, partner_forward
 
+
 def forward(h, w, config, layer, past=None):
     """h (B, L, d) -> (B, L, d), and what backward needs. `past` keeps what later tokens need."""
     z, c_red = linear_forward(h, w["W_red"], w["b_red"])  # (B, L, r)
@@ -21,6 +22,7 @@ def forward(h, w, config, layer, past=None):
     out, c_out = linear_forward(z * s, w["W_mix"], w["b_mix"])
     return out, {"red": c_red, "partner": c_partner, "out": c_out, "z": z, "s": s}
 
+
 def backward(dout, cache):
     """dout (B, L, d) -> dh, and the gradient of each parameter."""
     dp, dW_mix, db_mix = linear_backward(dout, cache["out"])
@@ -28,6 +30,7 @@ def backward(dout, cache):
     dz = dz + dp * cache["s"]  # z is a factor here, and a partner of later tokens
     dh, dW_red, db_red = linear_backward(dz, cache["red"])
     return dh, {"W_red": dW_red, "b_red": db_red, "taps": dtaps, "W_mix": dW_mix, "b_mix": db_mix}
+
 
 def shapes(config, layer):
     """The names and shapes of the layer's parameters."""

@@ -12,9 +12,9 @@ Times are medians over the turns. "x ours" is the median over the turns of their
 is PyTorch as it is usually written (experiments/requirements.txt has it); without it there is a dash.
 """
 
-import cli
+from charlm import command_line
 
-cli.prepare()  # before NumPy
+command_line.prepare()  # before NumPy
 
 import time
 from collections.abc import Callable
@@ -25,14 +25,15 @@ from statistics import median
 import numpy as np
 
 import grassmann
-import parallel
+from charlm import processes
+from charlm.text import read_corpus
 from experiments import bench_gpu
 from experiments.bench_models import Model, Ours, Setup, Theirs, gpt_of_size, n_parameters, torch
 from experiments.common import alternate, machine, markdown, quotient
 from grassmann import require
-from text import read_corpus
 
 # ---- sections: each returns the rows of its table ------------------------------------------------
+
 
 def step(setup: Setup) -> list[dict]:
     """Milliseconds per training step: batch, forward, backward, clipping, AdamW
@@ -44,7 +45,10 @@ def step(setup: Setup) -> list[dict]:
     one = setup.config(taps=False, normalize=True, positions=True)  # 1, 2, 4, 8 back, one a layer
     six = replace(one, offsets=((1, 2, 4, 8, 12, 16),) * one.n_layer)
     back_1, back_16 = (replace(default, offsets=[range(1, m + 1)] * one.n_layer) for m in (1, 16))
-    gpts = {"GPT, equal width": setup.gpt_config(), "GPT, equal parameters": gpt_of_size(setup, n_parameters(default))}
+    gpts = {
+        "GPT, equal width": setup.gpt_config(),
+        "GPT, equal parameters": gpt_of_size(setup, n_parameters(default)),
+    }
     for what, config, others in (
         ("default", default, gpts | {"the same": default}),
         ("one offset per layer", one, {"as usually written": one}),
@@ -56,12 +60,20 @@ def step(setup: Setup) -> list[dict]:
             side = Ours if name.startswith("ours") else torch and Theirs
             runs[name] = side and side(setup, other).step
         times = alternate(runs, 2 if setup.quick else 25, 4)
-        rows += [{
-            "ours": what, "parameters": n_parameters(config), "ms": 1e3 * median(times["ours"]), "against": name,
-            "its parameters": n_parameters(other), "its ms": 1e3 * median(times[name]),
-            "x ours": quotient(times[name], times["ours"]),
-        } for name, other in others.items()]
+        rows += [
+            {
+                "ours": what,
+                "parameters": n_parameters(config),
+                "ms": 1e3 * median(times["ours"]),
+                "against": name,
+                "its parameters": n_parameters(other),
+                "its ms": 1e3 * median(times[name]),
+                "x ours": quotient(times[name], times["ours"]),
+            }
+            for name, other in others.items()
+        ]
     return rows
+
 
 def race(setup: Setup, iters: int = 2000) -> list[dict]:
     """Validation loss (nats per character) and seconds of training, against nanoGPT's laptop recipe
@@ -85,6 +97,7 @@ def race(setup: Setup, iters: int = 2000) -> list[dict]:
             row["seconds"] += time.perf_counter() - start
     return [row | {"loss": run.validate()} for run, row in zip(runs, rows, strict=True)]
 
+
 def gpt_writer(setup: Setup, text: np.ndarray) -> Callable[[], None]:
     """A function that writes one character and reads it, with a cache of keys and values. At the end of the context the
     cache starts again from half of the context."""
@@ -105,6 +118,7 @@ def gpt_writer(setup: Setup, text: np.ndarray) -> Callable[[], None]:
 
     return write
 
+
 def generation(setup: Setup, positions: tuple[int, ...] = (100, 20_000)) -> list[dict]:
     """Characters written per second on one thread, after a text of so many characters as the position"""
     if torch:
@@ -113,14 +127,19 @@ def generation(setup: Setup, positions: tuple[int, ...] = (100, 20_000)) -> list
     calls = 2 * (config.context - config.context // 2 + 1)  # twice from a full cache to a full one
     for position in positions[:1] if setup.quick else positions:
         text = np.resize(setup.corpus.train, position)
-        runs = {name: grassmann.generate(grassmann.init_params(own), own, text, 10**9, temperature=0.8).__next__
-                for name, own in (("ours", config), ("with memory", memory))}
+        runs = {
+            name: grassmann.generate(
+                grassmann.init_params(own), own, text, 10**9, temperature=0.8
+            ).__next__
+            for name, own in (("ours", config), ("with memory", memory))
+        }
         runs["GPT with cache"] = torch and gpt_writer(setup, text)
         times = alternate(runs, 2 if setup.quick else 20, calls)
         row = {name: median(1 / t for t in seconds) for name, seconds in times.items()}
         ratios = {f"ours / {name}": quotient(times[name], times["ours"]) for name in [*times][1:]}
         rows.append({"position": position} | row | ratios)
     return rows
+
 
 def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> list[dict]:
     """Microseconds per token of a training step by the length of its windows, on at most 2 threads
@@ -130,6 +149,7 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
     and reading a text with a memory, as `sample.py` reads a prompt, on one thread. "x" is the time divided by
     the time at the shortest length.
     """
+
     def read(L: int) -> None:
         for text in np.resize(setup.corpus.train, (tokens // L, L)):
             grassmann.stream_read(params, config, grassmann.stream_init(params, config), text)
@@ -143,44 +163,76 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
         own = replace(setup, training=training, threads=min(2, setup.threads))
         runs[L, "grassmann"] = Ours(own, setup.config(context=L)).step
         runs[L, "memory"] = Ours(own, setup.config(memory=True, context=L)).step
-        runs[L, "attention"] = Ours(own, setup.config(mixer="attention", context=L)).step if longest_table >= L else None
+        runs[L, "attention"] = (
+            Ours(own, setup.config(mixer="attention", context=L)).step
+            if longest_table >= L
+            else None
+        )
         runs[L, "reading"] = partial(read, L)
     times = alternate(runs, 2 if setup.quick else 5, 1)
-    return [{"length": L, "windows": tokens // L,
-             **{mixer: 1e6 / tokens * median(times[L, mixer]) for mixer in columns},
-             **{f"{mixer} x": quotient(times[L, mixer], times[lengths[0], mixer]) for mixer in columns}}
-            for L in lengths]
+    return [
+        {
+            "length": L,
+            "windows": tokens // L,
+            **{mixer: 1e6 / tokens * median(times[L, mixer]) for mixer in columns},
+            **{
+                f"{mixer} x": quotient(times[L, mixer], times[lengths[0], mixer])
+                for mixer in columns
+            },
+        }
+        for L in lengths
+    ]
+
 
 SECTIONS = {f.__name__: f for f in (step, race, generation, length)}
 
 # ---- the program -----------------------------------------------------------------------------------
 
+
 def main() -> None:
-    cli.plain_output()
-    parser = cli.Parser(__doc__)
+    command_line.plain_output()
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: the text of train_char.py)")
-    add("--threads", type=int, default=len(parallel.available_cores()), help="CPU threads (default: all cores)")
+    add(
+        "--threads",
+        type=int,
+        default=len(processes.available_cores()),
+        help="CPU threads (default: all cores)",
+    )
     add("--quick", action="store_true", help="fewer turns, and no race")
     add("--gpu", action="store_true", help="measure gpu.py on a CUDA GPU instead")
     add("--report", action="store_true", help="with --gpu: write experiments/results/gpu-NAME.md")
-    add("--rehearse", action="store_true", help="with --gpu: tiny models on the tests' CPU stand-in, into out/")
+    add(
+        "--rehearse",
+        action="store_true",
+        help="with --gpu: tiny models on the tests' CPU stand-in, into out/",
+    )
     add("--only", nargs="+", choices=[*SECTIONS, *bench_gpu.SECTIONS], help="some sections")
     args = parser.parse_args()
-    with cli.short_errors(parser, args.data, "not enough memory for this model"):
+    with command_line.short_errors(parser, args.data, "not enough memory for this model"):
         require(args.threads >= 1, f"--threads must be 1 or more, not {args.threads}")
-        require(set(args.only or []) <= (bench_gpu.SECTIONS if args.gpu else SECTIONS).keys(),
-                f"--only {' '.join(args.only or [])}: not all are sections {'of' if args.gpu else 'without'} --gpu")
-        require(args.gpu or not (args.report or args.rehearse), "--report and --rehearse need --gpu")
+        require(
+            set(args.only or []) <= (bench_gpu.SECTIONS if args.gpu else SECTIONS).keys(),
+            f"--only {' '.join(args.only or [])}: not all are sections {'of' if args.gpu else 'without'} --gpu",
+        )
+        require(
+            args.gpu or not (args.report or args.rehearse), "--report and --rehearse need --gpu"
+        )
         if args.gpu:
             folder = "out" if args.rehearse else "experiments/results" if args.report else None
-            return bench_gpu.main(args.only, args.data, folder and bench_gpu.ROOT / folder, args.rehearse)
+            return bench_gpu.main(
+                args.only, args.data, folder and bench_gpu.ROOT / folder, args.rehearse
+            )
         setup = Setup(read_corpus(args.data, 16_384), args.threads, args.quick)
-        print(f"{args.data or 'pydoc_data.topics'}; {machine()}; {setup.threads} threads; "
-              f"PyTorch {torch.__version__ if torch else 'is missing'}")
+        print(
+            f"{args.data or 'pydoc_data.topics'}; {machine()}; {setup.threads} threads; "
+            f"PyTorch {torch.__version__ if torch else 'is missing'}"
+        )
         for name in args.only or SECTIONS:
             print(f"\n{name}: {SECTIONS[name].__doc__.splitlines()[0]}\n", flush=True)
             print(markdown(SECTIONS[name](setup)))
+
 
 if __name__ == "__main__":
     main()

@@ -13,16 +13,29 @@ from types import ModuleType
 import numpy as np
 
 import grassmann
-import parallel
+from charlm import processes
+from charlm.training import Training, step_on_batch, train_step
 from grassmann import Array, Config
-from training import Training, step_on_batch, train_step
+
 
 class Learner:
     """A model in training on a text, or on batches x, y (B, L) that a function of the step returns."""
 
-    def __init__(self, config: Config, training: Training, text: Array | Callable, threads: int = 1,
-                 model: ModuleType = grassmann):
-        self.config, self.training, self.text, self.threads, self.model = config, training, text, threads, model
+    def __init__(
+        self,
+        config: Config,
+        training: Training,
+        text: Array | Callable,
+        threads: int = 1,
+        model: ModuleType = grassmann,
+    ):
+        self.config, self.training, self.text, self.threads, self.model = (
+            config,
+            training,
+            text,
+            threads,
+            model,
+        )
         self.params = model.init_params(config, training.seed)
         self.optimizer, self.k = model.adamw_init(self.params), 0
 
@@ -36,7 +49,9 @@ class Learner:
         self.k += 1
         return loss
 
+
 # ---- the clock -----------------------------------------------------------------------------------
+
 
 def alternate(runs: dict, rounds: int, calls: int) -> dict:
     """Seconds per call for each of `runs`, one number a round; nan for a run that is None (no PyTorch).
@@ -54,9 +69,11 @@ def alternate(runs: dict, rounds: int, calls: int) -> dict:
             times[name].append((time.perf_counter() - start) / calls)
     return {name: seconds[1:] for name, seconds in times.items()}
 
+
 def quotient(theirs: list[float], ours: list[float]) -> float:
     """The median over rounds of theirs / ours."""
     return median(a / b for a, b in zip(theirs, ours, strict=True))
+
 
 def machine() -> str:
     """What times depend on: versions, and the processor's name."""
@@ -65,15 +82,18 @@ def machine() -> str:
         name = line.partition(":")[2].strip() if line.startswith("model name") else name
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
-    return f"{versions}, {blas['name']} {blas['version']}, {len(parallel.available_cores())} cores, {name}"
+    return f"{versions}, {blas['name']} {blas['version']}, {len(processes.available_cores())} cores, {name}"
+
 
 # ---- the table -----------------------------------------------------------------------------------
+
 
 def cell(value: object) -> str:
     """A value as a table shows it: whole numbers in full, other numbers with four digits, a dash for nan."""
     if isinstance(value, float):
         return "–" if math.isnan(value) else f"{value:,.{max(0, 4 - len(str(int(value))))}f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
 
 def markdown(rows: list[dict]) -> str:
     """A table with the rows' keys as its heading. A row may lack some keys."""

@@ -13,9 +13,9 @@ again), and runs.jsonl, a line per finished run. After an interruption the same 
 settings or another text are other runs. (If grassmann.py itself has changed, choose another --out.)
 """
 
-import cli
+from charlm import command_line
 
-cli.prepare()  # before NumPy
+command_line.prepare()  # before NumPy
 
 import bisect
 import hashlib
@@ -37,23 +37,27 @@ from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
 import grassmann
-import parallel
+from charlm import processes
+from charlm.training import Training
 from experiments import mixers, tasks
 from experiments.common import Learner, alternate, machine, markdown
 from experiments.ngram import best_ngram
 from experiments.texts import Text, read_text
 from grassmann import Config, Params, UserError, default_offsets, param_shapes, require
-from training import Training
 
 # Settings are the fields of Config and Training, with train_char.py's defaults, and the settings here.
 # As in nanoGPT's laptop recipe, runs are short and have no dropout: they do not overfit.
-BASE = {"iters": 2000, "dropout": 0.0,
-        "larger": ()}  # matrices that start from N(0, 1/d), as W_red does, instead of N(0, 0.02²); W_out from N(0, 1/(2Nd))
+BASE = {
+    "iters": 2000,
+    "dropout": 0.0,
+    "larger": (),
+}  # matrices that start from N(0, 1/d), as W_red does, instead of N(0, 0.02²); W_out from N(0, 1/(2Nd))
 ON_THE_WAY = 2**16  # tokens that a curve is measured on, all that a short text has
 LEARNING_RATES = (2e-3, 4e-3)  # tried first, see best_lr
 mixers.install()  # in every process: Config then takes their names
 
 # ---- the questions -------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Question:
@@ -73,46 +77,90 @@ class Question:
     tasks: bool = False  # of tasks.py in place of the text: accuracy, not loss
     ngrams: bool = False  # the first row is what counting alone does
 
+
 def mixer(name: str, **more) -> tuple[str, dict]:
     return name, {"mixer": name, **more}
+
 
 WIDE = {"ratio": 4}  # d_ff = 4 d_model, as usual with attention and in the paper
 ATTENTION = mixer("attention", positions=True)
 TAPS = "rotary attention with taps"
-BEST_ATTENTION = ("attention with taps and our gate", {"mixer": f"{TAPS} and our gate", "larger": ("W_out",)})
-BEST_CONVOLUTION = ("convolution with our gate",
-                    {"mixer": "gated convolution with our gate", "larger": ("W_in", "W_out")})
+BEST_ATTENTION = (
+    "attention with taps and our gate",
+    {"mixer": f"{TAPS} and our gate", "larger": ("W_out",)},
+)
+BEST_CONVOLUTION = (
+    "convolution with our gate",
+    {"mixer": "gated convolution with our gate", "larger": ("W_in", "W_out")},
+)
 GRASSMANN = ("Grassmann", {})
 NO_PRODUCT = ("no product, rank 64", {"mixer": "sum", "rank": 64})
 UNIT = ("one per layer, normalised", {"taps": False, "normalize": True})
 PAPER = {"block": "paper", "taps": False, "normalize": True, "positions": True, **WIDE}
 SIX = {"offsets": ((1, 2, 4, 8, 12, 16),) * Config.n_layer}  # the paper's, all in every layer
 TAPPED = ("six with taps, normalised", {"normalize": True, **SIX})
-AVERAGED = ("our offsets, averaged", {"taps": False, "offsets": default_offsets(Config.n_layer, Config.context, True)})
-MEMORY, BIVECTOR, HYBRID = ("with memory", {"memory": True}), {"mixer": "bivector memory"}, mixer("hybrid")
-SMALL = {"vocab_size": tasks.VOCAB_SIZE, "context": 160, "batch_size": 8, "n_layer": 2, "d_model": 64, "rank": 16}
+AVERAGED = (
+    "our offsets, averaged",
+    {"taps": False, "offsets": default_offsets(Config.n_layer, Config.context, True)},
+)
+MEMORY, BIVECTOR, HYBRID = (
+    ("with memory", {"memory": True}),
+    {"mixer": "bivector memory"},
+    mixer("hybrid"),
+)
+SMALL = {
+    "vocab_size": tasks.VOCAB_SIZE,
+    "context": 160,
+    "batch_size": 8,
+    "n_layer": 2,
+    "d_model": 64,
+    "rank": 16,
+}
 KEYS = SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE, "context": 128, "iters": 1500}
 CONTROLS = Question(
-    1, "Grassmann or attention", "Which predicts text better at equal size, when attention has rotary "
+    1,
+    "Grassmann or attention",
+    "Which predicts text better at equal size, when attention has rotary "
     "positions, a short convolution (taps) before it, larger first weights, and our gate around it?",
-    [ATTENTION, mixer("rotary attention", **WIDE), mixer(TAPS, **WIDE),
-     ("the same, larger W_qkv", {"mixer": TAPS, "larger": ("W_qkv",), **WIDE}),
-     ("narrow FFN, larger W_out", {"mixer": TAPS, "larger": ("W_out",)}),
-     ("the same with a shortcut", {"mixer": f"{TAPS} and a shortcut", "larger": ("W_out",)}),
-     ("our gate, usual first weights", {"mixer": f"{TAPS} and our gate"}), BEST_ATTENTION,
-     mixer("gated convolution"), ("the same, larger W_in", {"mixer": "gated convolution", "larger": ("W_in",)}),
-     BEST_CONVOLUTION, GRASSMANN, HYBRID], seeds=3, ngrams=True)
+    [
+        ATTENTION,
+        mixer("rotary attention", **WIDE),
+        mixer(TAPS, **WIDE),
+        ("the same, larger W_qkv", {"mixer": TAPS, "larger": ("W_qkv",), **WIDE}),
+        ("narrow FFN, larger W_out", {"mixer": TAPS, "larger": ("W_out",)}),
+        ("the same with a shortcut", {"mixer": f"{TAPS} and a shortcut", "larger": ("W_out",)}),
+        ("our gate, usual first weights", {"mixer": f"{TAPS} and our gate"}),
+        BEST_ATTENTION,
+        mixer("gated convolution"),
+        ("the same, larger W_in", {"mixer": "gated convolution", "larger": ("W_in",)}),
+        BEST_CONVOLUTION,
+        GRASSMANN,
+        HYBRID,
+    ],
+    seeds=3,
+    ngrams=True,
+)
 SUBWORDS = [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, ("the paper's model", PAPER)]
 
+
 def on_bible(title: str, settings: dict, more: tuple = (), **how) -> Question:
-    return Question(5, title, "Does the lead last as models grow, and as training does? On the King James Bible, "
-                    "which is four times as long.", [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, *more], settings,
-                    text=("bible", 0), **how)
+    return Question(
+        5,
+        title,
+        "Does the lead last as models grow, and as training does? On the King James Bible, "
+        "which is four times as long.",
+        [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, *more],
+        settings,
+        text=("bible", 0),
+        **how,
+    )
+
 
 TENTH = {"n_layer": 3, "d_model": 64, "rank": 16}  # 0.1 million
 OTHERS = ("no product, rank 32", {"mixer": "sum", "rank": 32}), HYBRID
 LONGER = on_bible("0.1 million, 8,000 steps", TENTH | {"iters": 8000}, OTHERS, seeds=3)
 MILLION = on_bible("1 million", {"n_layer": 5, "d_model": 144, "rank": 32})
+
 
 def dispute(title: str, rates: tuple[float, ...], text: tuple[str, int] | None = None) -> Question:
     """Offsets, size of the message, block: each as the paper has it, and not."""
@@ -120,52 +168,163 @@ def dispute(title: str, rates: tuple[float, ...], text: tuple[str, int] | None =
     for block, where in (("prenorm", ""), ("paper", ", paper's block")):
         for label, offsets, factor in (("one per layer", {}, 31), ("average of six", SIX, 76)):
             unit = UNIT[1] | offsets | {"block": block}
-            rows += [(f"{label}, normalised{where}", unit),
-                     (f"{label}, normalised x {factor}{where}", unit | {"mixer": f"rescaled by {factor}"})]
-    return Question(10, title, "One offset per layer or the average of six; unit bivectors, or unit bivectors "
-                    "multiplied so that at first the message is about as long as without normalising, with one offset; "
-                    "two blocks. Rates in steps of the square root of 2.", rows, seeds=3,
-                    text=text, rates=rates, spacing=math.sqrt(2))
+            rows += [
+                (f"{label}, normalised{where}", unit),
+                (
+                    f"{label}, normalised x {factor}{where}",
+                    unit | {"mixer": f"rescaled by {factor}"},
+                ),
+            ]
+    return Question(
+        10,
+        title,
+        "One offset per layer or the average of six; unit bivectors, or unit bivectors "
+        "multiplied so that at first the message is about as long as without normalising, with one offset; "
+        "two blocks. Rates in steps of the square root of 2.",
+        rows,
+        seeds=3,
+        text=text,
+        rates=rates,
+        spacing=math.sqrt(2),
+    )
+
 
 QUESTIONS = [
     CONTROLS,
-    Question(2, "Is it the geometry?", "Other features of a token and its partner, at equal size: other products, none "
-             "at all; learned planes, which are determinants of dot products. And is the gate worth its parameters?",
-             [GRASSMANN, NO_PRODUCT, mixer("symmetric product"), mixer("outer product"), mixer("wedge without a gate"),
-              ("the same with a shortcut", {"mixer": "wedge with a shortcut"}), mixer("learned planes", rank=64)], seeds=3),
-    Question(3, "The paper's layer", "One offset per layer, or all in every layer, averaged or with taps? Normalised "
-             "or not? In the paper's block?",
-             [BEST_ATTENTION, ("the paper's model", PAPER), UNIT, ("one offset per layer", {"taps": False}),
-              ("average of six, normalised", UNIT[1] | SIX), TAPPED, AVERAGED, GRASSMANN], seeds=3),
-    *(Question(4, f"A second text, dropout {dropout:g}", "Python's documentation, which is read 3.7 times, at the rates of "
-               "the first text.", [ATTENTION, BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, NO_PRODUCT],
-               {"dropout": dropout}, text=(None, 0), rates_of=CONTROLS, seeds=3) for dropout in (0.0, 0.1)),
+    Question(
+        2,
+        "Is it the geometry?",
+        "Other features of a token and its partner, at equal size: other products, none "
+        "at all; learned planes, which are determinants of dot products. And is the gate worth its parameters?",
+        [
+            GRASSMANN,
+            NO_PRODUCT,
+            mixer("symmetric product"),
+            mixer("outer product"),
+            mixer("wedge without a gate"),
+            ("the same with a shortcut", {"mixer": "wedge with a shortcut"}),
+            mixer("learned planes", rank=64),
+        ],
+        seeds=3,
+    ),
+    Question(
+        3,
+        "The paper's layer",
+        "One offset per layer, or all in every layer, averaged or with taps? Normalised "
+        "or not? In the paper's block?",
+        [
+            BEST_ATTENTION,
+            ("the paper's model", PAPER),
+            UNIT,
+            ("one offset per layer", {"taps": False}),
+            ("average of six, normalised", UNIT[1] | SIX),
+            TAPPED,
+            AVERAGED,
+            GRASSMANN,
+        ],
+        seeds=3,
+    ),
+    *(
+        Question(
+            4,
+            f"A second text, dropout {dropout:g}",
+            "Python's documentation, which is read 3.7 times, at the rates of the first text.",
+            [ATTENTION, BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, NO_PRODUCT],
+            {"dropout": dropout},
+            text=(None, 0),
+            rates_of=CONTROLS,
+            seeds=3,
+        )
+        for dropout in (0.0, 0.1)
+    ),
     on_bible("0.1 million", TENTH, seeds=3),
-    on_bible("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}), MILLION, LONGER,
-    on_bible("0.1 million, 32,000 steps, rates of 8,000", TENTH | {"iters": 32_000, "eval_every": 500}, OTHERS,
-             rates_of=LONGER, seeds=(3, 1, 3, 1, 1)),
-    on_bible("1 million, 8,000 steps, rates of 2,000", MILLION.settings | {"iters": 8000}, rates_of=MILLION),
-    Question(6, "Subwords: 1,024 byte pairs", "The paper's regime: what of this holds on pieces of words?",
-             SUBWORDS, text=("shakespeare", 1024), seeds=3),
-    Question(6, "Subwords: 4,096 byte pairs", "On the King James Bible.", [*SUBWORDS, TAPPED], text=("bible", 4096), seeds=3),
-    Question(7, "Context 256", "With as many windows a step as at 64, at the rates of context 64.",
-             [BEST_ATTENTION, GRASSMANN, MEMORY, HYBRID], {"context": 256}, rates_of=CONTROLS, seeds=3),
-    Question(8, "A far token", f"How far back can an answer lie? Accuracy against distance, {1 / tasks.ANSWERS:.1%} by "
-             "chance. Two layers, 900 steps; the mean of five seeds, in brackets the lowest.",
-             [(f"recall, {label}", changes | {"data": "recall", "lr": lr}) for (label, changes), lr in (
-                 (ATTENTION, 2e-3), (GRASSMANN, 2e-3), (MEMORY, 1e-3), (MEMORY, 2e-3), (MEMORY, 3e-3))],
-             SMALL | {"iters": 900}, tasks=True, seeds=5),
-    Question(9, "How much a memory holds", "2, 4, 8 or 16 keys, each under a name: which one is asked for? Guessing the "
-             "most frequent: 56, 41, 32, 26%. Mean of three seeds, in brackets the lowest; 1,500 steps; sizes differ.",
-             [(f"keys, {label}", changes | {"data": "keys"}) for label, changes in (
-                 BEST_ATTENTION, ("with memory, rank 16", MEMORY[1]), ("with a bivector, rank 16", BIVECTOR),
-                 ("with a bivector, rank 23", BIVECTOR | {"rank": 23}))],
-             KEYS, same_size=False, tasks=True, seeds=3, rates=(1e-3, 2e-3, 4e-3)),
+    on_bible("0.3 million", {"n_layer": 4, "d_model": 96, "rank": 20}),
+    MILLION,
+    LONGER,
+    on_bible(
+        "0.1 million, 32,000 steps, rates of 8,000",
+        TENTH | {"iters": 32_000, "eval_every": 500},
+        OTHERS,
+        rates_of=LONGER,
+        seeds=(3, 1, 3, 1, 1),
+    ),
+    on_bible(
+        "1 million, 8,000 steps, rates of 2,000",
+        MILLION.settings | {"iters": 8000},
+        rates_of=MILLION,
+    ),
+    Question(
+        6,
+        "Subwords: 1,024 byte pairs",
+        "The paper's regime: what of this holds on pieces of words?",
+        SUBWORDS,
+        text=("shakespeare", 1024),
+        seeds=3,
+    ),
+    Question(
+        6,
+        "Subwords: 4,096 byte pairs",
+        "On the King James Bible.",
+        [*SUBWORDS, TAPPED],
+        text=("bible", 4096),
+        seeds=3,
+    ),
+    Question(
+        7,
+        "Context 256",
+        "With as many windows a step as at 64, at the rates of context 64.",
+        [BEST_ATTENTION, GRASSMANN, MEMORY, HYBRID],
+        {"context": 256},
+        rates_of=CONTROLS,
+        seeds=3,
+    ),
+    Question(
+        8,
+        "A far token",
+        f"How far back can an answer lie? Accuracy against distance, {1 / tasks.ANSWERS:.1%} by "
+        "chance. Two layers, 900 steps; the mean of five seeds, in brackets the lowest.",
+        [
+            (f"recall, {label}", changes | {"data": "recall", "lr": lr})
+            for (label, changes), lr in (
+                (ATTENTION, 2e-3),
+                (GRASSMANN, 2e-3),
+                (MEMORY, 1e-3),
+                (MEMORY, 2e-3),
+                (MEMORY, 3e-3),
+            )
+        ],
+        SMALL | {"iters": 900},
+        tasks=True,
+        seeds=5,
+    ),
+    Question(
+        9,
+        "How much a memory holds",
+        "2, 4, 8 or 16 keys, each under a name: which one is asked for? Guessing the "
+        "most frequent: 56, 41, 32, 26%. Mean of three seeds, in brackets the lowest; 1,500 steps; sizes differ.",
+        [
+            (f"keys, {label}", changes | {"data": "keys"})
+            for label, changes in (
+                BEST_ATTENTION,
+                ("with memory, rank 16", MEMORY[1]),
+                ("with a bivector, rank 16", BIVECTOR),
+                ("with a bivector, rank 23", BIVECTOR | {"rank": 23}),
+            )
+        ],
+        KEYS,
+        same_size=False,
+        tasks=True,
+        seeds=3,
+        rates=(1e-3, 2e-3, 4e-3),
+    ),
     dispute("The dispute", (2.83e-3, 4e-3, 5.66e-3)),
-    dispute("The dispute in subwords: 4,096 byte pairs", (2e-3, 2.83e-3, 4e-3), text=("bible", 4096)),
+    dispute(
+        "The dispute in subwords: 4,096 byte pairs", (2e-3, 2.83e-3, 4e-3), text=("bible", 4096)
+    ),
 ]
 
 # ---- one run -------------------------------------------------------------------------------------
+
 
 class Trial:
     """A run from its settings. Its result depends only on `spec`, and Trial(spec) is the same run again."""
@@ -176,7 +335,8 @@ class Trial:
             settings["d_ff"] = ratio * settings.get("d_model", Config.d_model)
         self.config, training = (
             kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
-            for kind in (Config, Training))
+            for kind in (Config, Training)
+        )
         warmup = min(training.warmup_iters, training.iters // 10)  # short runs reach the peak, too
         self.training = replace(training, warmup_iters=warmup)
         everything = settings | asdict(self.config) | asdict(self.training)
@@ -185,8 +345,10 @@ class Trial:
                 everything.pop(name, None)
         self.spec = dict(sorted(everything.items()))
 
+
 def count_params(trial: Trial) -> int:
     return sum(math.prod(shape) for shape in param_shapes(trial.config).values())
+
 
 def matched(trial: Trial, target: int) -> Trial:
     """The trial with a model of about `target` parameters. First d_model becomes the multiple of n_head that comes
@@ -198,14 +360,20 @@ def matched(trial: Trial, target: int) -> Trial:
         return Trial(trial.spec | {"d_model": d_model, "d_ff": ratio * d_model})
 
     k = bisect.bisect(widths, target, hi=len(widths) - 1, key=lambda d: count_params(sized(d)))
-    best = min(map(sized, widths[max(0, k - 1) : k + 1]), key=lambda size: abs(count_params(size) - target))
+    best = min(
+        map(sized, widths[max(0, k - 1) : k + 1]), key=lambda size: abs(count_params(size) - target)
+    )
     unit = best.config.n_layer * (2 * best.config.d_model + 1)
     more = round((target - count_params(best)) / unit)
     return Trial(best.spec | {"d_ff": max(1, best.config.d_ff + more)})
 
+
 def learner(trial: Trial, text: Text, threads: int = 1) -> Learner:
     """The model before its first step; all models with this data and seed read the same batches."""
-    sizes, task = (trial.training.batch_size, trial.config.context), tasks.TASKS.get(trial.spec["data"])
+    sizes, task = (
+        (trial.training.batch_size, trial.config.context),
+        tasks.TASKS.get(trial.spec["data"]),
+    )
 
     def batch(step: int) -> tuple:
         return task(np.random.default_rng((trial.training.seed, step)), *sizes)[:2]
@@ -217,13 +385,19 @@ def learner(trial: Trial, text: Text, threads: int = 1) -> Learner:
             new.params[name] /= 0.02 * math.sqrt(trial.config.d_model)
     return new
 
-def evaluate(trial: Trial, text: Text, params: Params, test: bool, most: int | None = None) -> float | list[float]:
+
+def evaluate(
+    trial: Trial, text: Text, params: Params, test: bool, most: int | None = None
+) -> float | list[float]:
     """The validation loss, or the test loss, on at most `most` tokens. For a task, the list that `accuracy` returns."""
     if task := tasks.TASKS.get(name := trial.spec["data"]):
-        rng = np.random.default_rng((trial.training.seed, trial.training.iters + test))  # never trained on
+        rng = np.random.default_rng(
+            (trial.training.seed, trial.training.iters + test)
+        )  # never trained on
         held_out = task(rng, 512, trial.config.context)
         return tasks.accuracy(params, trial.config, *held_out, tasks.GROUPS[name])
     return grassmann.validation_loss(params, trial.config, (text.test if test else text.val)[:most])
+
 
 def train(what: tuple[str, Trial, Text]) -> dict:
     """Train on one thread: label, trial, text. Returns a line of runs.jsonl. Its curve is a [step, what `evaluate` says]
@@ -236,9 +410,16 @@ def train(what: tuple[str, Trial, Text]) -> dict:
             curve.append([step, evaluate(trial, text, new.params, False, ON_THE_WAY)])
         if last:
             break
-    return {"label": label, "spec": trial.spec, "parameters": count_params(trial), "curve": curve,
-            "validation": evaluate(trial, text, new.params, False),
-            "bytes_per_token": text.bytes_per_token, "test": evaluate(trial, text, new.params, True)}
+    return {
+        "label": label,
+        "spec": trial.spec,
+        "parameters": count_params(trial),
+        "curve": curve,
+        "validation": evaluate(trial, text, new.params, False),
+        "bytes_per_token": text.bytes_per_token,
+        "test": evaluate(trial, text, new.params, True),
+    }
+
 
 def train_all(todo: list[tuple], jobs: int) -> Iterator[dict]:
     """Yields results as they come. After an error or Ctrl-C no process is left. (If the system kills a process
@@ -252,16 +433,20 @@ def train_all(todo: list[tuple], jobs: int) -> Iterator[dict]:
         signal.signal(signal.SIGINT, usual)
         yield from pool.imap_unordered(train, todo)
 
+
 # ---- the answers ---------------------------------------------------------------------------------
+
 
 def digest(spec: dict | list[dict]) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+
 
 @dataclass
 class Row:
     label: str  # of a model in a table
     results: list[dict]  # its lines of runs.jsonl, one per seed
     ms: float = math.nan  # of a step
+
 
 def final(result: dict, test: bool = True) -> float:
     """The result of a run, smaller is better: the final test or validation loss, inf if the run diverged; or minus
@@ -272,7 +457,10 @@ def final(result: dict, test: bool = True) -> float:
         return -np.nanmean(value)
     return value if step == result["spec"]["iters"] and math.isfinite(value) else math.inf
 
-def best_lr(ask: Callable, rates: tuple[float, ...], spacing: float = 2.0, enough: float = -math.inf) -> float | None:
+
+def best_lr(
+    ask: Callable, rates: tuple[float, ...], spacing: float = 2.0, enough: float = -math.inf
+) -> float | None:
     """The best learning rate. If it is the smallest or the largest rate so far, one more is tried beyond it, unless
     its loss is good `enough`. ask(lr) returns a run, or None if the run is missing: then the best is None, too."""
     runs = {lr: ask(lr) for lr in rates}
@@ -284,6 +472,7 @@ def best_lr(ask: Callable, rates: tuple[float, ...], spacing: float = 2.0, enoug
         other = float(f"{best / spacing if best == min(runs) else best * spacing:.3g}")
         runs[other] = ask(other)
     return None
+
 
 class Laboratory:
     """What all questions share: the texts; the finished runs, which are lines of a file; and the missing runs, which
@@ -303,13 +492,19 @@ class Laboratory:
     def text(self, question: Question) -> Text:
         which = question.text or (self.data, 0)
         if which not in self.texts:
-            self.texts[which] = read_text(*which, context=question.settings.get("context", Config.context))
+            self.texts[which] = read_text(
+                *which, context=question.settings.get("context", Config.context)
+            )
         return self.texts[which]
 
     def ask(self, question: Question, label: str, changes: dict, **more) -> dict | None:
         """The run of a question's model, in the same size as the other models. None if the run is missing."""
         text, iters = self.text(question), (BASE | question.settings)["iters"]
-        settings = {"data": text.sha256, "vocab_size": text.vocab_size, "eval_every": max(1, iters // 10)}
+        settings = {
+            "data": text.sha256,
+            "vocab_size": text.vocab_size,
+            "eval_every": max(1, iters // 10),
+        }
         settings = BASE | settings | question.settings | more
         trial, plain = Trial(settings | changes), Trial(settings)
         if question.same_size:
@@ -326,7 +521,9 @@ class Laboratory:
         def search(lr: float) -> dict | None:
             return self.ask(question, f"{label}, lr {lr:g}", changes, lr=lr)
 
-        return best_lr(search, question.rates, question.spacing, -0.99 if question.tasks else -math.inf)
+        return best_lr(
+            search, question.rates, question.spacing, -0.99 if question.tasks else -math.inf
+        )
 
     def answer(self, question: Question) -> list[Row]:
         """Ask for the runs of a question: the search for learning rates, then the runs with the best rates.
@@ -334,7 +531,10 @@ class Laboratory:
         rows, seeds = [], np.broadcast_to(question.seeds, len(question.models))
         for (label, changes), n in zip(question.models, seeds, strict=True):
             if lr := changes.get("lr") or self.rate(question, label, changes):
-                runs = [self.ask(question, f"{label}, seed {k}", changes, lr=lr, seed=k) for k in range(n)]
+                runs = [
+                    self.ask(question, f"{label}, seed {k}", changes, lr=lr, seed=k)
+                    for k in range(n)
+                ]
                 rows += [Row(label, finished)] if (finished := [*filter(None, runs)]) else []
         return rows
 
@@ -344,8 +544,15 @@ class Laboratory:
         key = digest(spec := {"data": text.sha256, "ngrams": True, "iters": 1, "window": window})
         if key not in self.finished:
             order, val, test = best_ngram(text, window)
-            self.add({"label": f"{order}-gram, counted", "spec": spec, "curve": [[1, val]], "test": test,
-                      "bytes_per_token": text.bytes_per_token})
+            self.add(
+                {
+                    "label": f"{order}-gram, counted",
+                    "spec": spec,
+                    "curve": [[1, val]],
+                    "test": test,
+                    "bytes_per_token": text.bytes_per_token,
+                }
+            )
         return Row(self.finished[key]["label"], [self.finished[key]])
 
     def train_missing(self, jobs: int) -> None:
@@ -366,49 +573,73 @@ class Laboratory:
             os.fsync(file.fileno())
         self.finished[digest(result["spec"])] = result
 
+
 def add_times(rows: list[Row], text: Text, path: Path) -> None:
     """Add the milliseconds of a step from a file. If they are missing, and the file is from this machine, measure."""
     specs = [row.results[0]["spec"] for row in rows]
     key, known = digest(specs), read_times(path)
     if key not in known["ms"] and known["machine"] == machine():
-        runs = {k: learner(Trial(spec), text, len(parallel.available_cores())).step for k, spec in enumerate(specs)}
+        runs = {
+            k: learner(Trial(spec), text, len(processes.available_cores())).step
+            for k, spec in enumerate(specs)
+        }
         known["ms"][key] = [1e3 * median(seconds) for seconds in alternate(runs, 10, 3).values()]
         path.write_text(json.dumps(known), encoding="utf-8")
     for row, ms in zip(rows, known["ms"].get(key, []), strict=False):
         row.ms = ms
 
+
 def read_times(path: Path) -> dict:
     """{"machine": …, "ms": {…}} from the file, or without times if there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": machine(), "ms": {}}
+    return (
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.exists()
+        else {"machine": machine(), "ms": {}}
+    )
+
 
 # ---- tables and figures --------------------------------------------------------------------------
+
 
 def mean_and_deviation(row: Row) -> tuple[float, float]:
     """Of the test loss, over the seeds; one seed has a deviation of nan."""
     losses = [*map(final, row.results)]
     return fmean(losses), stdev(losses) if len(losses) > 1 and max(losses) < math.inf else math.nan
 
-def loss_table(question: Question, rows: list[Row], counted: Row | None = None) -> list[dict[str, str]]:
+
+def loss_table(
+    question: Question, rows: list[Row], counted: Row | None = None
+) -> list[dict[str, str]]:
     """One line per model. Gaps are those to the first model that was trained; one that is below two standard
     deviations of the difference of two runs is level."""
     unit = "token" if question.text and question.text[1] else "character"
     (first, of_first), table = mean_and_deviation(rows[0]), []
     first = first if first < math.inf else math.nan  # no gap to that
     for row in [counted, *rows] if counted else rows:
-        (loss, deviation), result, trained = mean_and_deviation(row), row.results[0], row is not counted
+        (loss, deviation), result, trained = (
+            mean_and_deviation(row),
+            row.results[0],
+            row is not counted,
+        )
         level = abs(loss - first) < 2 * math.hypot(deviation, of_first)
-        table.append({
-            "model": row.label, "learning rate": f"{result['spec']['lr']:g}" if trained else "",
-            "seeds": len(row.results) if trained else "",
-            f"test loss, nats per {unit}": f"{loss:.3f}" + ("" if math.isnan(deviation) else f" ± {deviation:.3f}"),
-            "bits per byte": f"{loss / math.log(2) / result.get('bytes_per_token', 1):.3f}",
-            "validation": f"{fmean(final(each, test=False) for each in row.results):.3f}",
-            "parameters": f"{result['parameters']:,}" if trained else "",
-            "ms per step": "" if math.isnan(row.ms) else f"{row.ms:.1f}",
-            f"gap to {rows[0].label}":
-                "" if row is rows[0] else f"{100 * np.expm1(loss - first):+.1f}%" + level * ", level",
-        })
+        table.append(
+            {
+                "model": row.label,
+                "learning rate": f"{result['spec']['lr']:g}" if trained else "",
+                "seeds": len(row.results) if trained else "",
+                f"test loss, nats per {unit}": f"{loss:.3f}"
+                + ("" if math.isnan(deviation) else f" ± {deviation:.3f}"),
+                "bits per byte": f"{loss / math.log(2) / result.get('bytes_per_token', 1):.3f}",
+                "validation": f"{fmean(final(each, test=False) for each in row.results):.3f}",
+                "parameters": f"{result['parameters']:,}" if trained else "",
+                "ms per step": "" if math.isnan(row.ms) else f"{row.ms:.1f}",
+                f"gap to {rows[0].label}": ""
+                if row is rows[0]
+                else f"{100 * np.expm1(loss - first):+.1f}%" + level * ", level",
+            }
+        )
     return table
+
 
 def report(lab: Laboratory, answers: list[tuple[Question, list[Row]]], timed_on: str) -> str:
     """compare.md"""
@@ -430,22 +661,31 @@ a difference. Milliseconds: medians on all cores, by turns; what is not in grass
         parts += [f"## {question.number}. {question.title}", question.asks + told, markdown(table)]
     return "\n\n".join(parts) + "\n"
 
+
 def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     """Left, the losses of a table, a dot per run. Right, the validation loss against seconds."""
-    (question, rows), = answers
+    ((question, rows),) = answers
     figure = Figure(figsize=(12, 1.2 + 0.3 * max(6, len(rows))), layout="constrained")
     left, right = figure.subplots(1, 2)
     for k, row in enumerate(rows):
-        values, look = [*map(final, row.results)], {"color": colormaps["turbo"]((k + 0.5) / len(rows))}
+        values, look = (
+            [*map(final, row.results)],
+            {"color": colormaps["turbo"]((k + 0.5) / len(rows))},
+        )
         left.plot(values, [k] * len(values), "o", alpha=0.7, **look)
         steps, losses = np.transpose(row.results[0]["curve"])
         right.plot(steps * row.ms / 1e3, losses, lw=1, label=row.label, **look)
-    left.set(yticks=range(len(rows)), yticklabels=[row.label for row in rows], xlabel="test loss, nats; a dot per seed",
-             title=f"{question.number}. {question.title}")
+    left.set(
+        yticks=range(len(rows)),
+        yticklabels=[row.label for row in rows],
+        xlabel="test loss, nats; a dot per seed",
+        title=f"{question.number}. {question.title}",
+    )
     left.invert_yaxis()
     right.set(xlabel="seconds of training", ylabel="validation loss, nats")
     right.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=110)
+
 
 def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     """Test losses against parameters after the fewest steps; validation losses along the longest runs, less the first's."""
@@ -455,17 +695,30 @@ def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     for longest, (_, rows) in zip(iters, answers, strict=True):
         for k, row in enumerate(rows):
             if longest == min(iters):
-                left.semilogx(row.results[0]["parameters"], mean_and_deviation(row)[0], "o", color=f"C{k}")
+                left.semilogx(
+                    row.results[0]["parameters"], mean_and_deviation(row)[0], "o", color=f"C{k}"
+                )
             if longest == max(iters):
                 steps, losses = np.transpose([run["curve"] for run in row.results]).mean(-1)
                 first = losses if first is None else first
                 right.plot(steps, losses - first, color=f"C{k}", label=row.label)
-    left.set(xlabel="parameters", ylabel="test loss, nats per character", title=f"after {min(iters):,} steps")
-    right.set(xlabel="steps", ylabel="validation loss minus attention's", title="0.1 million parameters", ylim=(-0.1, 0.06))
+    left.set(
+        xlabel="parameters",
+        ylabel="test loss, nats per character",
+        title=f"after {min(iters):,} steps",
+    )
+    right.set(
+        xlabel="steps",
+        ylabel="validation loss minus attention's",
+        title="0.1 million parameters",
+        ylim=(-0.1, 0.06),
+    )
     right.legend(loc="lower right")
     figure.savefig(path, dpi=110)
 
+
 # ---- the program ---------------------------------------------------------------------------------
+
 
 def compare(args) -> None:
     """Answer the questions. Raises UserError and OSError."""
@@ -492,21 +745,34 @@ def compare(args) -> None:
     print(text)
     print(f"written to {args.out}: " + ", ".join(sorted(p.name for p in args.out.glob("compare*"))))
 
+
 def main() -> None:
-    cli.plain_output()
-    parser = cli.Parser(__doc__)
+    command_line.plain_output()
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--data", help="a UTF-8 text file, or 'shakespeare' (default: Python's own documentation)")
     add("--out", type=Path, default="compare", help="folder to write into (default: compare)")
     numbers = sorted({question.number for question in QUESTIONS})
-    add("--only", type=int, choices=numbers, default=numbers, nargs="+", metavar="QUESTION",
-        help=f"some of 1 to {numbers[-1]}")
-    add("--jobs", type=int, default=len(parallel.available_cores()),
-        help="runs at a time; results do not depend on it (default: one per core); 0: show finished runs")
+    add(
+        "--only",
+        type=int,
+        choices=numbers,
+        default=numbers,
+        nargs="+",
+        metavar="QUESTION",
+        help=f"some of 1 to {numbers[-1]}",
+    )
+    add(
+        "--jobs",
+        type=int,
+        default=len(processes.available_cores()),
+        help="runs at a time; results do not depend on it (default: one per core); 0: show finished runs",
+    )
     args = parser.parse_args()
     stopped = f"\nstopped; what is finished is in {args.out}, the same command goes on from there\n"
-    with cli.short_errors(parser, args.out, stopped=stopped):
+    with command_line.short_errors(parser, args.out, stopped=stopped):
         compare(args)
+
 
 if __name__ == "__main__":
     main()

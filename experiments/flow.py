@@ -1,6 +1,6 @@
 """Measure the flow: the planes that a text passes through, as a trained model sees them.
 
-  python -m experiments.flow shakespeare.npz       the text held out from its training
+  python -m experiments.flow explorer/shakespeare.npz the text held out from its training
   python -m experiments.flow out/best.npz --text "To be, or not to be, that is the question."
   python -m experiments.flow --file my.txt         a text in a file
 
@@ -11,9 +11,9 @@ plane the character explains. The explorer (python -m explorer) shows a text cha
 no partner and spans no plane. With positions, windows overlap by half a context.
 """
 
-import cli
+from charlm import command_line
 
-cli.prepare()  # before NumPy
+command_line.prepare()  # before NumPy
 
 import re
 from collections.abc import Iterable
@@ -24,17 +24,18 @@ import numpy as np
 from tqdm import tqdm
 
 import grassmann as G
+from charlm.own_layer import load_layer
+from charlm.text import encode, read_file
 from experiments.common import markdown
-from experiments.layer_checks import load_layer
 from experiments.texts import held_out
 from grassmann import Array, Config, Params, UserError, require
 from sample import load_trained
-from text import encode, read_file
 
 MEASURED, LEAST = 16384, 20  # characters: at most, at least
 KINDS = ("in a word", "word start", "capital", "punctuation", "space", "line end")
 
 # ---- planes of Gr(2, r): any orthonormal basis (r, 2); nan where there is no plane ---------------
+
 
 def plane(u: Array, v: Array, parallel: float = 1e-5) -> Array:
     """A basis of the plane that u and v span: (..., r), (..., r) -> (..., r, 2). nan if there is no
@@ -44,17 +45,22 @@ def plane(u: Array, v: Array, parallel: float = 1e-5) -> Array:
     least = parallel * np.linalg.norm(u, axis=-1) * np.linalg.norm(v, axis=-1)
     return np.where((area > least)[..., None, None], basis, np.nan)
 
+
 def principal_angles(A: Array, B: Array) -> Array:
     """Two angles, 0 to π/2, ascending: (..., r, 2), (..., r, 2) -> (..., 2). Their cosines are the singular values of
     AᵀB. Their sines, exact for small angles, are those of B - A AᵀB, the part of B outside A (Björck, Golub 1973)."""
     inside = np.swapaxes(A, -1, -2) @ B  # (..., 2, 2)
-    cosines, sines = (np.linalg.svd(np.nan_to_num(M), compute_uv=False)  # LAPACK refuses nan
-                      for M in (inside, B - A @ inside))
+    cosines, sines = (
+        np.linalg.svd(np.nan_to_num(M), compute_uv=False)  # LAPACK refuses nan
+        for M in (inside, B - A @ inside)
+    )
     return np.where(np.isnan(inside[..., 0]), np.nan, np.arctan2(sines[..., ::-1], cosines))
+
 
 def distance(A: Array, B: Array) -> Array:
     """Length of the shortest path, sqrt(θ₁² + θ₂²) <= π/√2: (..., r, 2), (..., r, 2) -> (...)."""
     return np.linalg.norm(principal_angles(A, B), axis=-1)
+
 
 def nearest_plane(p: Array) -> Array:
     """The plane nearest to a bivector: (..., n) -> (..., r, 2); nan for p = 0. Let A be antisymmetric, with
@@ -65,7 +71,9 @@ def nearest_plane(p: Array) -> Array:
     A[..., i, j], A[..., j, i] = p, -p
     return np.where(p.any(-1)[..., None, None], np.linalg.eigh(A @ A)[1][..., :2], np.nan)
 
+
 # ---- the flow of a text --------------------------------------------------------------------------
+
 
 @dataclass
 class Flow:
@@ -83,6 +91,7 @@ class Flow:
         self.step = np.full(self.gate.shape, np.nan)  # (N, T)  distance from the plane before
         self.step[:, 1:] = distance(self.planes[:, :-1], self.planes[:, 1:])
 
+
 def read_flow(params: Params, config: Config, text: str, vocab: list[int]) -> Flow:
     """Read a text in pieces. Each begins early enough to see the whole past (with positions: half a context)."""
     if unknown := sorted(set(text) - set(map(chr, vocab))):
@@ -97,22 +106,36 @@ def read_flow(params: Params, config: Config, text: str, vocab: list[int]) -> Fl
         first = max(0, start - before)
         _, cache = G.model_forward(params, config, tokens[None, first : start + size])
         mixes = [block["mix"] for block in cache["blocks"]]
-        require(all("z" in mix and "s" in mix for mix in mixes), "this layer's cache has no z and s that span planes")
-        seen = [(mix["z"][0], mix["s"][0], mix.get("alpha", np.nan * mix["z"])[0].mean(-1)) for mix in mixes]
+        require(
+            all("z" in mix and "s" in mix for mix in mixes),
+            "this layer's cache has no z and s that span planes",
+        )
+        seen = [
+            (mix["z"][0], mix["s"][0], mix.get("alpha", np.nan * mix["z"])[0].mean(-1))
+            for mix in mixes
+        ]
         pieces.append([np.stack(a)[:, start - first :] for a in zip(*seen, strict=True)])
     return Flow(text, *(np.concatenate(a, 1, dtype=float) for a in zip(*pieces, strict=True)))
+
 
 def character_kinds(text: str) -> Array:
     """The kind of each character, one of KINDS."""
     c, before = np.array([*text]), np.array([" ", *text[:-1]])
-    tests = {"line end": c == "\n", "space": np.char.isspace(c), "punctuation": ~np.char.isalnum(c),
-             "capital": np.char.isupper(c), "in a word": np.char.isalnum(before)}
+    tests = {
+        "line end": c == "\n",
+        "space": np.char.isspace(c),
+        "punctuation": ~np.char.isalnum(c),
+        "capital": np.char.isupper(c),
+        "in a word": np.char.isalnum(before),
+    }
     return np.select([*tests.values()], [*tests], "word start")  # the first that holds
+
 
 def by_kind(text: str, values: Array) -> dict[str, Array]:
     """For each kind of character in the text, the mean of values (N, T) per layer (N)."""
     kinds = np.where(np.isfinite(values).any(0), character_kinds(text), "none")
     return {k: np.nanmean(values[:, kinds == k], axis=1) for k in KINDS if (kinds == k).any()}
+
 
 def coastline(flow: Flow, layer: int) -> Array:
     """The path of one layer in steps of different sizes, a table with these columns:
@@ -138,6 +161,7 @@ def coastline(flow: Flow, layer: int) -> Array:
         rows.append((scale, size, np.nanmean(distance(path[:-1], path[1:])), noise))
     return np.rec.fromrecords(rows, names="scale,size,step,noise")
 
+
 def explained(planes: Array, labels: Array) -> float:
     """The share of the variance of the planes' projectors, planes (T, r, 2), that labels (T) explain."""
     planes, labels = (x[np.isfinite(planes[:, 0, 0])] for x in (planes, labels))  # nan: no plane
@@ -146,15 +170,20 @@ def explained(planes: Array, labels: Array) -> float:
     total, *within = (np.square(A @ A.T).sum() / (A.shape[1] / 2) for A in sides)  # |Σ A Aᵀ|² / T
     return (sum(within) - total) / (2 * len(planes) - total)  # a single projector has |A Aᵀ|² = 2
 
+
 # ---- the program ---------------------------------------------------------------------------------
+
 
 def text_of_run(checkpoint: Path, extra: dict) -> str:
     """The text held out from the training. Raises UserError if it is not found."""
     try:
         return held_out(extra)
     except UserError as error:
-        raise UserError(f"the text that {checkpoint} was trained on is not here ({error}); "
-                        "give one with --text or --file") from None
+        raise UserError(
+            f"the text that {checkpoint} was trained on is not here ({error}); "
+            "give one with --text or --file"
+        ) from None
+
 
 def verdict(table: Array, shuffled: Array) -> str:
     """Says whether one layer's path is a flow. Its steps must be shorter than in random order, and shorter than the
@@ -162,68 +191,116 @@ def verdict(table: Array, shuffled: Array) -> str:
     share, other = step_shares(table)["ruler 1"], step_shares(shuffled)["ruler 1"]
     nearer = min(1, other) - share
     kind = "no flow" if nearer < 0.01 else "hardly a flow" if nearer < 0.1 else "a flow"
-    return (f"{kind}, since a step to the next character is {share:.2f} of a step in random order "
-            f"(in the shuffled text {other:.2f})")
+    return (
+        f"{kind}, since a step to the next character is {share:.2f} of a step in random order "
+        f"(in the shuffled text {other:.2f})"
+    )
+
 
 def print_table(title: str, rows: Iterable[tuple[str, list[str]]]) -> None:
     """Print a table in Markdown with a column for each layer."""
-    print("\n" + markdown([{title: name} | {f"layer {i}": cell for i, cell in enumerate(cells, 1)}
-                           for name, cells in rows]))
+    print(
+        "\n"
+        + markdown(
+            [
+                {title: name} | {f"layer {i}": cell for i, cell in enumerate(cells, 1)}
+                for name, cells in rows
+            ]
+        )
+    )
+
 
 def beside(*values: Array, digits: int = 2) -> list[str]:
     """Several numbers for each layer, as "1.90 / 1.85"; – for nan."""
     cells = (" / ".join(f"{x:.{digits}f}" for x in layer) for layer in zip(*values, strict=True))
     return [cell.replace("nan / nan", "–") for cell in cells]
 
+
 def step_shares(table: Array) -> dict[str, float]:
     """The mean step at each scale, as a share of the mean step in random order."""
-    return {row["scale"] + (f" {row['size']:.0f}" if row["scale"] in ("ruler", "block") else ""):
-            row["step"] / row["noise"] for row in table}
+    return {
+        row["scale"] + (f" {row['size']:.0f}" if row["scale"] in ("ruler", "block") else ""): row[
+            "step"
+        ]
+        / row["noise"]
+        for row in table
+    }
+
 
 def main() -> None:
-    cli.plain_output()
-    parser, best = cli.Parser(__doc__), cli.BEST
+    command_line.plain_output()
+    parser, best = command_line.Parser(__doc__), command_line.BEST
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, default=best, help=f"the model (default: {best})")
     add("--text", help="a text (default: the text held out from the training)")
     add("--file", type=Path, help="a text in a UTF-8 file")
     add("--mixer", help="the file of your own layer, if the model was trained with one")
     args = parser.parse_args()
-    with cli.short_errors(parser, args.checkpoint, "not enough memory for this model and this text"):
+    with command_line.short_errors(
+        parser, args.checkpoint, "not enough memory for this model and this text"
+    ):
         if args.mixer:
             load_layer(args.mixer)
         measure(args.checkpoint, read_file(args.file) if args.file else args.text)
 
+
 def measure(checkpoint: Path, text: str | None) -> None:
     """Read a text (None: the held-out text), measure, print. Raises UserError and OSError."""
     params, config, extra = load_trained(G, checkpoint)
-    require(config.mixer != "attention" and config.rank > 2,
-            f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)")
+    require(
+        config.mixer != "attention" and config.rank > 2,
+        f"{checkpoint} has no flow: it is a Transformer, or of rank 2 (one plane)",
+    )
     text = (text_of_run(checkpoint, extra) if text is None else text)[:MEASURED]
     require(len(text) >= LEAST, f"give a text of at least {LEAST} characters")
     rng, vocab = np.random.default_rng(0), extra["vocab"]
     shuffled = "".join(text[t] for t in rng.permutation(len(text)))
-    flows = {"trained": read_flow(params, config, text, vocab),
-             "untrained": read_flow(G.init_params(config), config, text, vocab),
-             "trained, shuffled text": read_flow(params, config, shuffled, vocab)}
+    flows = {
+        "trained": read_flow(params, config, text, vocab),
+        "untrained": read_flow(G.init_params(config), config, text, vocab),
+        "trained, shuffled text": read_flow(params, config, shuffled, vocab),
+    }
     flow, untrained, other = flows.values()
     random_step = distance(*plane(*rng.standard_normal((2, 2, 4000, config.rank)))).mean()
-    measured = {name: [coastline(flow, i) for i in range(config.n_layer)]
-                for name, flow in tqdm(flows.items(), "measuring", leave=False, disable=None)}
+    measured = {
+        name: [coastline(flow, i) for i in range(config.n_layer)]
+        for name, flow in tqdm(flows.items(), "measuring", leave=False, disable=None)
+    }
     steps = [by_kind(text, f.step) for f in (flow, untrained)]
     gates, all_steps = by_kind(text, flow.gate), [np.nanmean(f.step, 1) for f in (flow, untrained)]
-    for i, tables in enumerate(zip(measured["trained"], measured["trained, shuffled text"], strict=True)):
+    for i, tables in enumerate(
+        zip(measured["trained"], measured["trained, shuffled text"], strict=True)
+    ):
         print(f"Layer {i + 1}: {verdict(*tables)}.")
-    print(f"\n{len(text)} characters. Steps: 0 to {np.pi / np.sqrt(2):.2f}, random planes {random_step:.2f}. "
-          "ruler k: every k-th plane. block k, word, line: the plane nearest to the sum of its bivectors.")
-    print_table("mean step to: trained / untrained", [("all", beside(*all_steps)), *(
-        (kind, beside(*(means[kind] for means in steps))) for kind in steps[0])])
+    print(
+        f"\n{len(text)} characters. Steps: 0 to {np.pi / np.sqrt(2):.2f}, random planes {random_step:.2f}. "
+        "ruler k: every k-th plane. block k, word, line: the plane nearest to the sum of its bivectors."
+    )
+    print_table(
+        "mean step to: trained / untrained",
+        [
+            ("all", beside(*all_steps)),
+            *((kind, beside(*(means[kind] for means in steps))) for kind in steps[0]),
+        ],
+    )
     print_table("mean gate α at", ((kind, beside(gates[kind])) for kind in gates))
-    shares = [[step_shares(table) for table in tables] for tables in measured.values()]  # nan: too few words or lines
-    print_table(f"step, as a share of that in random order: {' / '.join(measured)}", (
-        (name, beside(*([layer.get(name, np.nan) for layer in flow] for flow in shares))) for name in shares[0][0]))
-    letters = [[explained(planes, np.array([*f.text])) for planes in f.planes] for f in (flow, other)]
-    print_table("text / shuffled text", [("share of variance explained by the character", beside(*letters, digits=3))])
+    shares = [
+        [step_shares(table) for table in tables] for tables in measured.values()
+    ]  # nan: too few words or lines
+    print_table(
+        f"step, as a share of that in random order: {' / '.join(measured)}",
+        (
+            (name, beside(*([layer.get(name, np.nan) for layer in flow] for flow in shares)))
+            for name in shares[0][0]
+        ),
+    )
+    letters = [
+        [explained(planes, np.array([*f.text])) for planes in f.planes] for f in (flow, other)
+    ]
+    print_table(
+        "text / shuffled text",
+        [("share of variance explained by the character", beside(*letters, digits=3))],
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ import numpy as np
 from experiments.texts import Text
 from grassmann import Array
 
-def ngram_loss(train: Array, test: Array, order: int, vocab_size: int, window: int | None = None) -> float:
+
+def ngram_loss(
+    train: Array, test: Array, order: int, vocab_size: int, window: int | None = None
+) -> float:
     """Mean nats per token of `test`, without its first `order - 1` tokens, from counts in `train`.
 
         P_n(c | context) = (N(context c) + T(context) P_{n-1}(c | shorter context)) / (N(context) + T(context))
@@ -30,6 +33,7 @@ def ngram_loss(train: Array, test: Array, order: int, vocab_size: int, window: i
         p = np.where((N > 0) & (n - 1 <= before), (N_gram + T * p) / np.maximum(N + T, 1), p)
     return float(-np.log(p).mean())
 
+
 def numbered(tokens: Array, n: int, vocab_size: int) -> tuple[Array, Array]:
     """For every n-gram, its first n-1 tokens as one number, and all n tokens as another; (len - n + 1) each."""
     grams = np.zeros(len(tokens) - n + 1, np.int64)
@@ -37,10 +41,12 @@ def numbered(tokens: Array, n: int, vocab_size: int) -> tuple[Array, Array]:
         grams = grams * vocab_size + tokens[k : len(tokens) - n + 1 + k]
     return grams // vocab_size, grams
 
+
 def look_up(keys: Array, known: Array, values: Array) -> Array:
     """values[i] where a key is known[i], else 0; `known` is sorted."""
     place = np.searchsorted(known, keys).clip(max=len(known) - 1)
     return np.where(known[place] == keys, values[place], 0)
+
 
 def best_ngram(text: Text, window: int) -> tuple[int, float, float]:
     """The order with the lowest validation loss; this loss, and the test loss of the order. Orders are 1 to 7, or as

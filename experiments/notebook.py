@@ -1,8 +1,8 @@
-"""Make tutorial.ipynb from tutorial.md, and run it to fill in its outputs: python -m experiments.notebook"""
+"""Make docs/tutorial.ipynb from tutorial.md, and run it to fill in its outputs: python -m experiments.notebook"""
 
-import cli
+from charlm import command_line
 
-cli.prepare()  # before NumPy
+command_line.prepare()  # before NumPy
 
 import re
 from pathlib import Path
@@ -15,24 +15,40 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST = """\
 # In a hosted notebook: fetch the repository, and what it needs. Elsewhere this does nothing.
 import importlib.util, os
+if os.path.exists("../grassmann.py"):
+    os.chdir("..")
 if not os.path.exists("grassmann.py"):
     !git clone -q URL-OF-THIS-REPOSITORY grassmann
     %cd grassmann
     %pip install -q -r requirements.txt
 gpu = "--gpu" if importlib.util.find_spec("cupy") and os.path.exists("/dev/nvidia0") else \"\""""
-LAST = ["## Your turn\n\nTrain a model of your own text, on the GPU if there is one.",
-        "# !python train_char.py --data my.txt --preset tiny $gpu"]
+LAST = [
+    "## Your turn\n\nTrain a model of your own text, on the GPU if there is one.",
+    "# !python train_char.py --data my.txt --preset tiny $gpu",
+]
+
 
 def notebook() -> NotebookNode:
     """The page as cells, without the outputs that the page shows: running the cells makes them."""
     page = (ROOT / "tutorial.md").read_text(encoding="utf-8")
     page = re.sub(r"(```python\n.*?```\n)```text\n.*?```\n", r"\1", page, flags=re.DOTALL)
+    page = re.sub(r"\]\((?!https?:|#)", "](../", page).replace("](../docs/", "](")
     made = jupytext.reads(page, "md")
-    made.cells = [v4.new_code_cell(FIRST), *made.cells, v4.new_markdown_cell(LAST[0]), v4.new_code_cell(LAST[1])]
+    made.cells = [
+        v4.new_code_cell(FIRST),
+        *made.cells,
+        v4.new_markdown_cell(LAST[0]),
+        v4.new_code_cell(LAST[1]),
+    ]
     for k, cell in enumerate(made.cells):
         cell.id = f"cell-{k}"  # the same each time
-    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    made.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     return made
+
 
 def run(made: NotebookNode) -> NotebookNode:
     """The notebook with outputs. Raises nbclient's CellExecutionError."""
@@ -44,6 +60,6 @@ def run(made: NotebookNode) -> NotebookNode:
 
 
 if __name__ == "__main__":
-    cli.Parser(__doc__).parse_args()
-    jupytext.write(run(notebook()), ROOT / "tutorial.ipynb")
-    print(ROOT / "tutorial.ipynb")
+    command_line.Parser(__doc__).parse_args()
+    jupytext.write(run(notebook()), ROOT / "docs" / "tutorial.ipynb")
+    print(ROOT / "docs" / "tutorial.ipynb")

@@ -15,10 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
+from charlm.text import corpus_of, load_text, text_sha256
 from grassmann import Array, UserError, require
-from text import corpus_of, load_text, text_sha256
 
-NAMES = {None: "Python's documentation", "shakespeare": "Tiny Shakespeare", "bible": "the King James Bible"}
+NAMES = {
+    None: "Python's documentation",
+    "shakespeare": "Tiny Shakespeare",
+    "bible": "the King James Bible",
+}
+
 
 @dataclass(frozen=True)
 class Text:
@@ -30,6 +35,7 @@ class Text:
     val: Array
     test: Array
     bytes_per_token: float  # of `test`, in UTF-8
+
 
 def read_text(data: str | None, pieces: int = 0, context: int = 1) -> Text:
     """The text that --data names, or "bible", as characters, or as byte pairs with `pieces` different tokens.
@@ -49,12 +55,15 @@ def read_text(data: str | None, pieces: int = 0, context: int = 1) -> Text:
     n_bytes = len(parts[-1].encode("utf-8", "surrogatepass"))
     return Text(name, sha256, size, vocab, *tokens, n_bytes / len(tokens[-1]))
 
+
 def byte_pairs(parts: tuple[str, ...], size: int) -> tuple[Array, ...]:
     """The parts as tokens of a byte pair encoding (Sennrich, arXiv 1508.07909) learned from the first part."""
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
-        raise UserError("byte pairs need the library that experiments/requirements.txt lists") from None
+        raise UserError(
+            "byte pairs need the library that experiments/requirements.txt lists"
+        ) from None
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,14 +75,23 @@ def byte_pairs(parts: tuple[str, ...], size: int) -> tuple[Array, ...]:
         raise ValueError("the byte pairs do not give the text again")
     return tuple(np.array(ids, np.uint16) for ids in tokens)
 
+
 def king_james() -> str:
     """The King James Bible, a verse a line, from Debian's package bible-kjv. Raises UserError."""
     try:
-        verses = subprocess.run(["bible", "-f", "Gen1:1-Rev22:21"], stdin=subprocess.DEVNULL, check=True,
-                                capture_output=True, text=True).stdout
+        verses = subprocess.run(
+            ["bible", "-f", "Gen1:1-Rev22:21"],
+            stdin=subprocess.DEVNULL,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
-        raise UserError("questions 5, 6 and 10 read the King James Bible: apt install bible-kjv") from None
+        raise UserError(
+            "questions 5, 6 and 10 read the King James Bible: apt install bible-kjv"
+        ) from None
     return re.sub(r"^\S+ ", "", verses, flags=re.MULTILINE)
+
 
 def held_out(extra: dict) -> str:
     """The held-out text of a checkpoint's run, found by the run's settings, from the start of a paragraph.

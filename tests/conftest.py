@@ -1,13 +1,13 @@
 """What the tests share: small models, weights of ordinary size, and gradients by differences.
 
 A gradient that is derived by hand is compared with (f(x + hD) - f(x - hD)) / 2h in float64
-(experiments/layer_checks.py). Rounding of f adds an error of 1e-16 / h, the third derivative an
+(experiments/own_layer.py). Rounding of f adds an error of 1e-16 / h, the third derivative an
 error of h². With h = 1e-5 both stay near 1e-10.
 """
 
-import cli
+from charlm import command_line
 
-cli.prepare()  # before NumPy
+command_line.prepare()  # before NumPy
 
 import signal
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from experiments import layer_checks
+from charlm import own_layer
 from grassmann import Array, Config, Params, param_shapes
 
 # In the background or under nohup, these signals are ignored. The tests' programs would inherit this.
@@ -25,34 +25,59 @@ for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SI
 
 errors: list[tuple[float, str]] = []  # (error, "what, tensor") of every gradient of this run
 
+
 def pytest_terminal_summary(terminalreporter) -> None:
     if errors:
         terminalreporter.write_line("worst gradient error {:.1e} ({})".format(*max(errors)))
+
 
 def helper(function: Callable):
     """Makes the function a fixture with its own name."""
     return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
 
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
+
 VARIANTS = {
-    f"{block}-{name}": {"block": block, **options} for block in ("prenorm", "paper") for name, options in {
-        "taps": {}, "taps-normalized": {"normalize": True}, "average": {"taps": False}, "memory": {"memory": True},
-        "average-normalized": {"taps": False, "normalize": True}, "attention": {"mixer": "attention"}}.items()}
+    f"{block}-{name}": {"block": block, **options}
+    for block in ("prenorm", "paper")
+    for name, options in {
+        "taps": {},
+        "taps-normalized": {"normalize": True},
+        "average": {"taps": False},
+        "memory": {"memory": True},
+        "average-normalized": {"taps": False, "normalize": True},
+        "attention": {"mixer": "attention"},
+    }.items()
+}
+
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
 def variant(request) -> dict:
     """The arguments of Config for each of the twelve kinds of model."""
     return request.param
 
+
 @helper
 def tiny_config(**changes) -> Config:
     """The smallest model in which all sizes differ."""
-    sizes = {"vocab_size": 11, "context": 9, "n_layer": 2, "d_model": 8, "rank": 4, "d_ff": 10, "dropout": 0.0}
+    sizes = {
+        "vocab_size": 11,
+        "context": 9,
+        "n_layer": 2,
+        "d_model": 8,
+        "rank": 4,
+        "d_ff": 10,
+        "dropout": 0.0,
+    }
     attention = changes.get("mixer") == "attention"  # has no offsets: a test's offsets are left out
-    return Config(**sizes | {"offsets": ((1,), (1, 3))} | changes | ({"offsets": ()} if attention else {}))
+    return Config(
+        **sizes | {"offsets": ((1,), (1, 3))} | changes | ({"offsets": ()} if attention else {})
+    )
+
 
 @helper
 def ordinary_params(config: Config, seed: int = 0, dtype: type = np.float64) -> Params:
@@ -64,13 +89,17 @@ def ordinary_params(config: Config, seed: int = 0, dtype: type = np.float64) -> 
         params[name] = ((kind == "w") + scale * rng.standard_normal(shape)).astype(dtype)
     return params
 
+
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config, ordinary_params) -> Callable[..., tuple[Params, Config]]:
     """tiny_model(dtype, seed, ...): a small model with ordinary weights; ... are arguments of Config."""
+
     def tiny_model(dtype: type = np.float64, seed: int = 0, **changes) -> tuple[Params, Config]:
         config = tiny_config(**changes)
         return ordinary_params(config, seed, dtype), config
+
     return tiny_model
+
 
 @helper
 def batch(B: int, L: int = 9, seed: int = 2) -> tuple[Array, Array]:
@@ -79,7 +108,9 @@ def batch(B: int, L: int = 9, seed: int = 2) -> tuple[Array, Array]:
     text[-1, 1:3] = text[-1, 0]
     return text[:, :-1], text[:, 1:]
 
-slope = helper(layer_checks.slope)
+
+slope = helper(own_layer.slope)
+
 
 @helper
 def relative_error(a: Array, b: Array) -> float:
@@ -87,27 +118,38 @@ def relative_error(a: Array, b: Array) -> float:
     size = np.linalg.norm(a) + np.linalg.norm(b)
     return np.linalg.norm(a - b) / size if size else 0.0
 
+
 @helper
 def check_gradients(label: str, loss: Callable, inputs: Params, grads: Params) -> None:
     """Compare grads with central differences of loss(), which reads the arrays `inputs`."""
     assert {g.dtype for g in grads.values()} == {np.dtype(np.float64)}
-    error, name, derived, measured = max(layer_checks.gradient_errors(loss, inputs, grads))
+    error, name, derived, measured = max(own_layer.gradient_errors(loss, inputs, grads))
     errors.append((error, f"{label}, {name}"))
     assert error <= 1e-6, f"{label}, {name}: derived {derived}, measured {measured}"
+
 
 def named(values) -> Params:
     """Arrays and dicts of arrays, in one dict: "0", "1", "2.W_red", …"""
     parts = {f"{k}": value for k, value in enumerate(values) if value is not None}
-    return {f"{k}.{name}": a for k, part in parts.items()
-            for name, a in (part if isinstance(part, dict) else {"": part}).items()}
+    return {
+        f"{k}.{name}": a
+        for k, part in parts.items()
+        for name, a in (part if isinstance(part, dict) else {"": part}).items()
+    }
+
 
 @pytest.fixture(scope="session")
 def check_op(check_gradients) -> Callable:
-    def check_op(label: str, forward: Callable, backward: Callable, *inputs: Array | Params) -> None:
+    def check_op(
+        label: str, forward: Callable, backward: Callable, *inputs: Array | Params
+    ) -> None:
         """forward(*inputs) -> (out, cache) and backward(dout, cache) -> gradients are a pair."""
         out, cache = forward(*inputs)
         dout = np.random.default_rng(1).standard_normal(out.shape)
         grads = backward(dout * 1, cache)
         grads = grads if isinstance(grads, tuple) else (grads,)
-        check_gradients(label, lambda: (forward(*inputs)[0] * dout).sum(), named(inputs), named(grads))
+        check_gradients(
+            label, lambda: (forward(*inputs)[0] * dout).sum(), named(inputs), named(grads)
+        )
+
     return check_op

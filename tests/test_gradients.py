@@ -23,24 +23,34 @@ OPS = {
     "gate": (G.gate_forward, [(2, 3, 8), (2, 3, 8), (16, 8), (8,)]),
     "memory of three chunks": (G.memory_forward, [(1, 150, 8), (1, 150, 4), (1, 150, 4), MEMORY]),
     "attention_core": (G.attention_core_forward, [(2, 2, 5, 3)] * 3),
-    "ffn": (G.ffn_forward, [(2, 3, 8), {"W_1": (8, 10), "b_1": (10,), "W_2": (10, 8), "b_2": (8,)}]),
+    "ffn": (
+        G.ffn_forward,
+        [(2, 3, 8), {"W_1": (8, 10), "b_1": (10,), "W_2": (10, 8), "b_2": (8,)}],
+    ),
     "head": (G.head_forward, [(2, 3, 8), (5, 8)]),
 }
+
 
 def test_no_backward_is_forgotten():
     names = {name.removesuffix("_backward") for name in dir(G) if name.endswith("_backward")}
     in_models = {"mix", "attention", "prenorm_block", "paper_block", "model"}  # test_model
     assert names - {op.split()[0] for op in OPS} == in_models
 
+
 @pytest.mark.parametrize("op", OPS)
 def test_op(rng, check_op, op):
     forward, shapes = OPS[op]
     draw = rng.standard_normal
-    inputs = [{name: draw(shape) for name, shape in one.items()} if isinstance(one, dict)
-              else draw(one) for one in shapes]
+    inputs = [
+        {name: draw(shape) for name, shape in one.items()} if isinstance(one, dict) else draw(one)
+        for one in shapes
+    ]
     check_op(op, forward, getattr(G, f"{op.split()[0]}_backward"), *inputs)
 
-@pytest.mark.parametrize("L", [9, 4])  # 4 tokens are fewer than the largest offset, and than P has rows
+
+@pytest.mark.parametrize(
+    "L", [9, 4]
+)  # 4 tokens are fewer than the largest offset, and than P has rows
 def test_model(tiny_model, batch, check_gradients, variant, L, request):
     """With dropout: its masks are a function of the seed, a whole number or several."""
     params, config = tiny_model(**variant, offsets=((1, 2, 8), (1, 3)), positions=True, dropout=0.3)
@@ -51,6 +61,7 @@ def test_model(tiny_model, batch, check_gradients, variant, L, request):
     value, grads = loss()
     assert value not in [loss(seed)[0] for seed in (None, 5, (5, 2))]
     check_gradients(request.node.name, lambda: loss()[0], params, grads)
+
 
 def test_gradients_belong_to_the_caller(tiny_model, batch, variant):
     """A later call on other data does not overwrite earlier gradients or the parameters."""

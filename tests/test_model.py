@@ -11,10 +11,13 @@ import grassmann as G
 
 positions = pytest.mark.parametrize("positions", [True, False], ids=["positions", "anywhere"])
 
+
 def near(a, b, atol=1e-12):
     np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
+
 # ---- the model, written out token by token -------------------------------------------------------
+
 
 def written_out(params, config, text):
     """Logits (L, V) of one text, directly from the equations, and for each layer z, p (L, …) and the gate alpha, or with
@@ -41,10 +44,16 @@ def written_out(params, config, text):
         for t in range(len(h)):
             past = [(k, z[t - delta]) for k, delta in enumerate(offsets) if t >= delta]
             if config.taps:
-                s.append(sum((params[name + "taps"][k] * v for k, v in past), np.zeros(config.rank)))
+                s.append(
+                    sum((params[name + "taps"][k] * v for k, v in past), np.zeros(config.rank))
+                )
                 p.append(wedge(z[t], s[t]))
             else:
-                p.append(sum(wedge(z[t], v) for _, v in past) / len(past) if past else 0 * G.plucker(z[t], z[t]))
+                p.append(
+                    sum(wedge(z[t], v) for _, v in past) / len(past)
+                    if past
+                    else 0 * G.plucker(z[t], z[t])
+                )
         g = p @ params[name + "W_plu"] + params[name + "b_plu"]
         if config.memory:
             kv, M, c = h @ params[name + "W_kv"] + params[name + "b_kv"], 0, []
@@ -52,7 +61,12 @@ def written_out(params, config, text):
                 M = M + np.outer(key + s[t], value)
                 c.append(z[t] @ M / math.sqrt(config.rank * (t + 1)))
             g = g + c @ params[name + "W_mem"]
-        alpha = 1 / (1 + np.exp(-(np.concatenate([h, g], 1) @ params[name + "W_gate"] + params[name + "b_gate"])))
+        alpha = 1 / (
+            1
+            + np.exp(
+                -(np.concatenate([h, g], 1) @ params[name + "W_gate"] + params[name + "b_gate"])
+            )
+        )
         inside.append({"z": z, "p": p, "alpha": alpha})
         return alpha * h + (1 - alpha) * g
 
@@ -70,7 +84,11 @@ def written_out(params, config, text):
     for i in range(config.n_layer):
         ln1, ln2, inner, mixer = (f"blocks.{i}.{part}." for part in ("ln1", "ln2", "ffn", "mix"))
         attends = config.mixer == "attention"
-        mix = partial(attention, name=mixer) if attends else partial(grassmann, name=mixer, offsets=config.offsets[i])
+        mix = (
+            partial(attention, name=mixer)
+            if attends
+            else partial(grassmann, name=mixer, offsets=config.offsets[i])
+        )
         if config.block == "prenorm":
             h = h + mix(layernorm(h, ln1))
             h = h + ffn(layernorm(h, ln2), inner)
@@ -81,11 +99,14 @@ def written_out(params, config, text):
         h = layernorm(h, "ln_f.")
     return h @ params["E"].T, inside
 
+
 @positions
 def test_the_model_is_its_equations(tiny_model, batch, variant, positions):
     """Logits, loss, and the values that the caches name. Equal tokens make degenerate pairs, and one offset is longer
     than the text."""
-    params, config = tiny_model(**variant, positions=positions, context=12, offsets=((1, 2, 5), (3, 10)))
+    params, config = tiny_model(
+        **variant, positions=positions, context=12, offsets=((1, 2, 5), (3, 10))
+    )
     texts, y = batch(2)
     found, cache = G.model_forward(params, config, texts)
     logits, inside = zip(*(written_out(params, config, text) for text in texts), strict=True)
@@ -97,7 +118,9 @@ def test_the_model_is_its_equations(tiny_model, batch, variant, positions):
     expected = -np.mean([math.log(p[row, t, y[row, t]]) for row, t in np.ndindex(2, 9)])
     assert G.loss_and_grads(params, config, texts, y)[0] == pytest.approx(expected, rel=1e-12)
 
+
 # ---- streaming -----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize(("dtype", "atol"), [(np.float64, 1e-10), (np.float32, 1e-3)])
 def test_streaming_equals_forward_far_beyond_the_context(tiny_model, variant, dtype, atol):
@@ -114,7 +137,10 @@ def test_streaming_equals_forward_far_beyond_the_context(tiny_model, variant, dt
         arrays = [a for layer in state["past"] for a in map(np.asarray, layer.values())]
         held.append(sum((a if a.base is None else a.base).size for a in arrays))
     assert last.dtype == dtype
-    assert "mixer" in variant or max(held[20:]) <= (6 + 10) * 4 + 2 * (4 * 4 + 1) * ("memory" in variant)
+    assert "mixer" in variant or max(held[20:]) <= (6 + 10) * 4 + 2 * (4 * 4 + 1) * (
+        "memory" in variant
+    )
+
 
 @pytest.mark.parametrize("context", [8, 9])
 def test_streaming_with_positions_re_reads_half_the_context(tiny_model, variant, context):
@@ -130,16 +156,20 @@ def test_streaming_with_positions_re_reads_half_the_context(tiny_model, variant,
     G.stream_read(*model, state, text[:5])
     near(G.stream_read(*model, state, text[5:])[0], logits)  # many tokens at once
 
+
 # ---- sampling ------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def model(tiny_model):
     return tiny_model(vocab_size=7)
 
+
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 1}, {"temperature": 1e-300}])
 def test_greedy_sampling_takes_the_largest_logit(model, how):
     text = [3, 1, *G.generate(*model, [3, 1], 20, **how)]
     assert (G.forward(*model, np.array([text]))[0].argmax(-1)[1:-1] == text[2:]).all()
+
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.5, None), (2.0, 4), (3.0, 100)])
 def test_frequencies_are_softmax_of_logits_over_temperature(model, temperature, top_k):
@@ -151,6 +181,7 @@ def test_frequencies_are_softmax_of_logits_over_temperature(model, temperature, 
     draws = [next(G.generate(*model, [3, 1], 1, temperature, top_k, seed)) for seed in range(n)]
     assert (np.abs(np.bincount(draws, minlength=7) / n - p) <= 4 * np.sqrt(p * (1 - p) / n)).all()
 
+
 @positions
 def test_prompts(tiny_model, positions):
     """An empty prompt, any iterable, every token, longer than the context; nothing to write; seeds."""
@@ -160,7 +191,9 @@ def test_prompts(tiny_model, positions):
     assert write([]) == write([0])
     assert len(write([*range(11), *[1] * 20], 50)) == 50 and write([1, 2], 0) == []
 
+
 # ---- sizes and configurations --------------------------------------------------------------------
+
 
 def test_initial_weights(tiny_config, variant):
     config = tiny_config(**variant, vocab_size=50, d_model=64, rank=16, d_ff=256, positions=True)
@@ -169,12 +202,15 @@ def test_initial_weights(tiny_config, variant):
     for name, value in params.items():
         kind = name.split(".")[-1]
         assert value.dtype == np.float32
-        scale = {"taps": 0.5, "W_red": 1 / 8, "W_kv": 1 / 8, "W_2": 0.01, "W_out": 0.01}.get(kind, 0.02)
+        scale = {"taps": 0.5, "W_red": 1 / 8, "W_kv": 1 / 8, "W_2": 0.01, "W_out": 0.01}.get(
+            kind, 0.02
+        )
         if value.ndim == 1:
             assert (value == (kind == "w")).all()
         else:
             assert value.std() == pytest.approx(scale, rel=5 / np.sqrt(value.size))
     assert not np.array_equal(G.init_params(config, seed=4)["E"], params["E"])
+
 
 def test_defaults_that_follow_from_other_values(tiny_config):
     config, attention = G.Config(65), G.Config(65, mixer="attention")
@@ -182,11 +218,19 @@ def test_defaults_that_follow_from_other_values(tiny_config):
     assert (attention.d_ff, attention.offsets) == (4 * config.d_model, ())
     assert G.Config(65, taps=False, n_layer=5).offsets == ((1,), (2,), (4,), (8,), (1,))
     assert G.Config(65, n_layer=2, context=5).offsets == (G.WIDENING[1], (1, 2, 4))
-    assert [G.WIDENING.index(layer) for layer in G.Config(65, n_layer=6).offsets] == [0, 1, 1, 2, 3, 3]
+    assert [G.WIDENING.index(layer) for layer in G.Config(65, n_layer=6).offsets] == [
+        0,
+        1,
+        1,
+        2,
+        3,
+        3,
+    ]
     assert G.Config(65, n_layer=1, context=2).offsets == ((1,),)
     config = tiny_config(vocab_size=np.int64(11), offsets=[[np.int32(1)], [1, 3]])
     assert config == tiny_config() and hash(config) == hash(tiny_config())
     assert type(config.vocab_size) is type(config.offsets[0][0]) is int
+
 
 WRONG = {  # of tiny_config
     "rank must be at least 2, not 1": [{"rank": 1}],
@@ -196,19 +240,28 @@ WRONG = {  # of tiny_config
     "offsets, all distinct": [{"offsets": ((1, 1), (2,))}, {"offsets": ((), (1,))}],
     "1 to context - 1, here 8": [{"offsets": ((1,), (wrong,))} for wrong in (0, 9)],
     "n_head, 3, must divide d_model, 8": [{"mixer": "attention", "n_head": 3}],
-    "neither memory nor offsets": [{"mixer": "attention"} | x for x in ({"memory": True}, {"offsets": ((1,),) * 2})],
+    "neither memory nor offsets": [
+        {"mixer": "attention"} | x for x in ({"memory": True}, {"offsets": ((1,),) * 2})
+    ],
     "partners that are not normalised": [{"memory": True, "normalize": True}],
     "block must be one of": [{"block": "postnorm"}, {"block": ["paper"]}],
     "mixer must be one of": [{"mixer": "lstm"}, {"mixer": {}}],
 }
 
+
 @pytest.mark.parametrize(("rule", "changes"), [(r, c) for r in WRONG for c in WRONG[r]], ids=str)
 def test_a_wrong_configuration_gets_a_sentence(rule, changes):
     """The sentence does not show the whole configuration."""
-    sizes = {"context": 9, "n_layer": 2, "d_model": 8, "offsets": None if "mixer" in changes else ((1,), (1, 3))}
+    sizes = {
+        "context": 9,
+        "n_layer": 2,
+        "d_model": 8,
+        "offsets": None if "mixer" in changes else ((1,), (1, 3)),
+    }
     with pytest.raises(G.UserError, match=rule) as error:
         G.Config(11, **sizes | changes)
     assert "\n" not in str(error.value) and "Config(" not in str(error.value)
+
 
 TEXT, TABLE = np.array([[1, 2, 3]]), {"P": np.zeros((9, 8))}
 DOORS = {  # the message, and the call that raises it
@@ -222,8 +275,9 @@ DOORS = {  # the message, and the call that raises it
     "P is missing": lambda p, c: G.stream_init(p, dataclasses.replace(c, positions=True)),
     "P is .* no such parameter": lambda p, c: G.forward(p | TABLE, c, TEXT),
     "E is": lambda p, c: G.loss_and_grads(p | {"E": TEXT}, c, TEXT, TEXT),
-    "10 tokens exceed the context of 9":
-        lambda p, c: G.forward(p | TABLE, dataclasses.replace(c, positions=True), np.zeros((1, 10), int)),
+    "10 tokens exceed the context of 9": lambda p, c: G.forward(
+        p | TABLE, dataclasses.replace(c, positions=True), np.zeros((1, 10), int)
+    ),
     "nothing to read": lambda p, c: G.stream_read(p, c, G.stream_init(p, c), []),
     "tokens must be from 0 to 6$": lambda p, c: G.stream_step(p, c, G.stream_init(p, c), -1),
     "from 0 to 6$": lambda p, c: G.stream_step(p, c, G.stream_init(p, c), 7),
@@ -234,14 +288,18 @@ DOORS = {  # the message, and the call that raises it
     "not finite": lambda p, c: next(G.generate(p | {"E": p["E"] * np.nan}, c, [3], 1)),
 }
 
+
 @pytest.mark.parametrize("rule", DOORS)
 def test_what_makes_no_sense_gets_a_sentence(model, rule):
     with pytest.raises(G.UserError, match=rule):
         DOORS[rule](*model)
 
+
 def test_mistakes_of_the_program_keep_their_traceback():
     """x (4, 6) has as many numbers as 8 rows for W (3, 5). Sizes of a wrong type are a TypeError."""
-    with pytest.raises(ValueError, match=r"x \(4, 6\) has rows of 6, but W \(3, 5\) takes rows of 3") as error:
+    with pytest.raises(
+        ValueError, match=r"x \(4, 6\) has rows of 6, but W \(3, 5\) takes rows of 3"
+    ) as error:
         G.linear_forward(np.ones((4, 6)), np.ones((3, 5)), np.ones(5))
     assert error.type is ValueError  # not a UserError
     for changes in ({"offsets": ((1.0,),)}, {"offsets": "1"}, {"context": 2.5}, {"dropout": None}):

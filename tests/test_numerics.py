@@ -10,13 +10,16 @@ import pytest
 
 import grassmann as G
 
+
 @pytest.fixture
 def draw(rng):
     def draw(size, *shape):
         """Random float32 numbers of this size; "mixed": of all sizes from 1e-15 to 1e15."""
         factor = 10 ** rng.uniform(-15, 15, shape) if size == "mixed" else size
         return (factor * rng.standard_normal(shape)).astype(np.float32)
+
     return draw
+
 
 def both_ways(op, *inputs, other=()):
     """[out, *gradients] of an op. The last input is the gradient that the backward takes."""
@@ -24,6 +27,7 @@ def both_ways(op, *inputs, other=()):
     out, cache = getattr(G, f"{op}_forward")(*inputs, *other)
     grads = getattr(G, f"{op}_backward")(dout, cache)
     return [out, *(grads if isinstance(grads, tuple) else [grads])]
+
 
 def check(op, *inputs, other=(), scale=0):
     """float32 differs little from float64, compared with the largest number of a row, or with `scale`."""
@@ -34,6 +38,7 @@ def check(op, *inputs, other=(), scale=0):
         fits = np.abs(exact) < 0.99 * np.finfo(np.float32).max
         assert (np.abs(np.where(fits, got - exact, 0)) <= tolerance).all(), f"{got} is not {exact}"
 
+
 @pytest.mark.parametrize(("a", "b"), [*itertools.product([0, 1e-15, 1e15, "mixed"], [0, 1, 1e15])])
 def test_products_and_unit_areas(draw, a, b):
     check("linear", draw(a, 4, 5), draw(b, 5, 3), draw(1, 3), draw(1e-15, 4, 3))
@@ -42,12 +47,14 @@ def test_products_and_unit_areas(draw, a, b):
     check("unit_area", u, v, draw(1, 20, 5))
     check("unit_area", v, u, draw(1, 20, 5))
 
+
 @pytest.mark.parametrize(("a", "b"), [*itertools.product([1e-20, 1e-40, 0], [1e15, 1e-25])])
 def test_a_vector_whose_square_underflows_counts_as_zero(draw, a, b):
     """Below 1e-19 there is no plane and no gradient. float64 would still see a plane."""
     u, v = draw(a, 20, 5), draw(b, 20, 5)
     for pair in ((u, v), (v, u)):
         np.testing.assert_array_equal(both_ways("unit_area", *pair, draw(1, 20, 5)), 0)
+
 
 @pytest.mark.parametrize("size", [0, 1e-40, 1, 30, 1e4, 1e30, "mixed"])
 def test_layernorm_gelu_and_cross_entropy(rng, draw, size):
@@ -57,9 +64,21 @@ def test_layernorm_gelu_and_cross_entropy(rng, draw, size):
     check("gelu", x, draw(1, 9, 6), scale=np.abs(x).max())
     check("cross_entropy", x, np.float32(1), other=(targets,), scale=np.abs(x).max())
 
-@pytest.mark.parametrize("change", [
-    {}, {"E": 0}, {"E": 1e4}, {"W_gate": 1e4}, {"W_red": 1e-15, "b_red": 1e-15}, {"W_red": 1e6}, {"W_qkv": 1e6},
-    {"W_1": 1e6}], ids=str)
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"E": 0},
+        {"E": 1e4},
+        {"W_gate": 1e4},
+        {"W_red": 1e-15, "b_red": 1e-15},
+        {"W_red": 1e6},
+        {"W_qkv": 1e6},
+        {"W_1": 1e6},
+    ],
+    ids=str,
+)
 def test_models_are_finite_and_right(tiny_model, variant, change):
     """With equal letters, and with some weights far too large, far too small or zero."""
     params, config = tiny_model(np.float32, **variant)

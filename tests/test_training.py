@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import grassmann as G
-import training
-from training import Training
+from charlm import training
+from charlm.training import Training
+
 
 @pytest.mark.parametrize("given", [(), ((0.8, 0.95), 0.0, 1e-2)])
 def test_adamw_is_the_formula(rng, given):
@@ -21,23 +22,34 @@ def test_adamw_is_the_formula(rng, given):
         grads = {name: rng.standard_normal(theta.shape) for name, theta in params.items()}
         G.adamw_step(params, grads, state, t - 1, 0.03, *given)
         for name, (theta, m, v) in expected.items():
-            m, v = beta_1 * m + (1 - beta_1) * grads[name], beta_2 * v + (1 - beta_2) * grads[name] ** 2
+            m, v = (
+                beta_1 * m + (1 - beta_1) * grads[name],
+                beta_2 * v + (1 - beta_2) * grads[name] ** 2,
+            )
             m_hat, v_hat = m / (1 - beta_1**t), v / (1 - beta_2**t)
             theta = theta - 0.03 * (m_hat / (np.sqrt(v_hat) + eps) + decay * (name == "W") * theta)
             expected[name] = theta, m, v
-            for found, value in zip((params, state["adam_m"], state["adam_v"]), expected[name], strict=True):
+            for found, value in zip(
+                (params, state["adam_m"], state["adam_v"]), expected[name], strict=True
+            ):
                 np.testing.assert_allclose(found[name], value, rtol=1e-12)
     assert params["W"] is same[0] and params["b"] is same[1]
 
-@pytest.mark.parametrize(("size", "max_norm", "clipped"), [(1, 5, 5), (1, 20, 13), (1e-30, 5, 5), (1e30, 20, 13)])
+
+@pytest.mark.parametrize(
+    ("size", "max_norm", "clipped"), [(1, 5, 5), (1, 20, 13), (1e-30, 5, 5), (1e30, 20, 13)]
+)
 def test_clip_grads(size, max_norm, clipped):
     """(3, 4) and (12, 0) together have the norm 13. All are scaled by one factor, in place, or not at all."""
     same = [np.float32([[3, 4]]) * size, np.float32([12, 0]) * size]
     grads = dict(enumerate(same))
     assert G.clip_grads(grads, size * max_norm) == pytest.approx(size * 13, rel=1e-6)
-    assert all(g is kept and g.dtype == np.float32 for g, kept in zip(grads.values(), same, strict=True))
+    assert all(
+        g is kept and g.dtype == np.float32 for g, kept in zip(grads.values(), same, strict=True)
+    )
     found = np.concatenate([g.ravel() for g in same])
     np.testing.assert_allclose(found, size * np.array([3, 4, 12, 0]) * (clipped / 13), rtol=1e-6)
+
 
 def test_learning_rate():
     """Equal steps up, the peak right after the warm-up, then half a cosine down to min_lr."""
@@ -47,6 +59,7 @@ def test_learning_rate():
     np.testing.assert_allclose([t.rate(step) for step in range(103)], expected, rtol=1e-12)
     assert Training(iters=100, lr=2.0, warmup_iters=0).rate(0) == 2.0
     assert Training(iters=200, lr=2.0).rate(200) == pytest.approx(0.2)  # a tenth, unless given
+
 
 def test_a_batch_is_windows_of_the_text_drawn_from_seed_and_step():
     """In 20 tokens, windows of 6 (with targets) start at 0 … 14, equally often. 6 tokens have one window, 5 none."""
@@ -60,6 +73,7 @@ def test_a_batch_is_windows_of_the_text_drawn_from_seed_and_step():
     with pytest.raises(G.UserError, match="5 tokens are too few: a context of 5 needs 6"):
         G.get_batch(np.arange(5), 3, 5, 0, 0)
 
+
 def test_dropout_keeps_the_mean(rng):
     """A fraction `rate` becomes 0, the rest is divided by 1 - rate."""
     x = rng.standard_normal((100, 100))
@@ -67,6 +81,7 @@ def test_dropout_keeps_the_mean(rng):
     assert (out == 0).mean() == pytest.approx(0.3, abs=0.02)
     np.testing.assert_allclose(out[out != 0], x[out != 0] / 0.7, rtol=1e-6)
     assert G.dropout_forward(x, 0.3, None)[0] is G.dropout_forward(x, 0.0, G.draw_rows(0))[0] is x
+
 
 @pytest.mark.parametrize("length", [2, 10, 20, 29, 2000])
 def test_validation_takes_every_target_once(tiny_model, length):
@@ -81,25 +96,35 @@ def test_validation_takes_every_target_once(tiny_model, length):
     with pytest.raises(G.UserError, match="at least 2 tokens, not 1"):
         G.validation_loss(*model, text[:1])
 
+
 @pytest.mark.parametrize("threads", [0, 1, 3])
 @pytest.mark.parametrize(("B", "shard_tokens"), [(1, 1), (1, 4096), (5, 1), (5, 20), (5, 4096)])
 def test_shards_and_threads_change_nothing_but_rounding(
-        tiny_model, batch, relative_error, monkeypatch, threads, B, shard_tokens):
+    tiny_model, batch, relative_error, monkeypatch, threads, B, shard_tokens
+):
     """The masks are those of the whole batch. With the same number of threads, results repeat bit for bit."""
     monkeypatch.setattr(training, "SHARD_TOKENS", shard_tokens)
     model = tiny_model(dropout=0.3, d_model=7)
     loss, grads = G.loss_and_grads(*model, *batch(B), (1, 2, 1))
-    assert loss != G.loss_and_grads(*model, *batch(B), (1, 2))[0]  # the batch is drawn with other numbers
+    assert (
+        loss != G.loss_and_grads(*model, *batch(B), (1, 2))[0]
+    )  # the batch is drawn with other numbers
     loss_2, grads_2 = training.loss_and_grads(G, *model, *batch(B), (1, 2), threads)
     assert loss_2 == pytest.approx(loss, rel=1e-12)
     assert max(relative_error(grads[name], grads_2[name]) for name in grads) < 1e-12
     loss_3, grads_3 = training.loss_and_grads(G, *model, *batch(B), (1, 2), threads)
     assert loss_2 == loss_3 and all(map(np.array_equal, grads_2.values(), grads_3.values()))
 
-@pytest.mark.parametrize("changes", [{}, {"grad_clip": 0.0}, {"grad_clip": 1e-3, "min_lr": 0.2, "seed": 7}], ids=str)
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"grad_clip": 0.0}, {"grad_clip": 1e-3, "min_lr": 0.2, "seed": 7}], ids=str
+)
 @pytest.mark.parametrize("step", [0, 9])
 def test_a_step_is_batch_rate_gradients_clipping_adamw(tiny_model, changes, step):
-    t = Training(**{"iters": 10, "lr": 0.5, "warmup_iters": 2, "batch_size": 4, "weight_decay": 0.5} | changes)
+    t = Training(
+        **{"iters": 10, "lr": 0.5, "warmup_iters": 2, "batch_size": 4, "weight_decay": 0.5}
+        | changes
+    )
     params, config = tiny_model(dropout=0.2)
     expected, _ = tiny_model()
     optimizer, other_optimizer = G.adamw_init(params), G.adamw_init(expected)
@@ -115,12 +140,24 @@ def test_a_step_is_batch_rate_gradients_clipping_adamw(tiny_model, changes, step
         np.testing.assert_array_equal(params[name], expected[name])
         np.testing.assert_array_equal(optimizer["adam_v"][name], other_optimizer["adam_v"][name])
     own = SimpleNamespace(train_step=lambda *args: args)  # a module's own train_step is used
-    assert training.train_step(own, params, config, t, optimizer, 3, text) == (params, config, t, optimizer, 3, text)
+    assert training.train_step(own, params, config, t, optimizer, 3, text) == (
+        params,
+        config,
+        t,
+        optimizer,
+        3,
+        text,
+    )
+
 
 def test_wrong_settings_get_a_sentence(tiny_model, batch):
-    for rule, changes in (("lr must be 0 or more and finite, not -1", {"lr": -1}), ("lr must be", {"lr": math.nan}),
-                          ("lr must be 0 or more and finite, not None", {"lr": None}), ("seed must be", {"seed": 2.5}),
-                          ("iters must be 1 or more and whole", {"iters": 0})):
+    for rule, changes in (
+        ("lr must be 0 or more and finite, not -1", {"lr": -1}),
+        ("lr must be", {"lr": math.nan}),
+        ("lr must be 0 or more and finite, not None", {"lr": None}),
+        ("seed must be", {"seed": 2.5}),
+        ("iters must be 1 or more and whole", {"iters": 0}),
+    ):
         with pytest.raises(G.UserError, match=rule):
             Training(**changes)
     with pytest.raises(G.UserError, match="threads must be 1 or more"):

@@ -16,23 +16,45 @@ import numpy as np
 import pytest
 
 import grassmann
-import training
+from charlm import training
 from experiments import compare, mixers, tasks
-from experiments.compare import ATTENTION, GRASSMANN, QUESTIONS, Laboratory, Question, Row, Trial, count_params
+from experiments.compare import (
+    ATTENTION,
+    GRASSMANN,
+    QUESTIONS,
+    Laboratory,
+    Question,
+    Row,
+    Trial,
+    count_params,
+)
 from experiments.texts import Text
 
-TINY = {"context": 8, "n_layer": 2, "d_model": 8, "rank": 5, "n_head": 2,
-        "batch_size": 4, "iters": 3, "vocab_size": 11, "data": "text", "eval_every": 20}
+TINY = {
+    "context": 8,
+    "n_layer": 2,
+    "d_model": 8,
+    "rank": 5,
+    "n_head": 2,
+    "batch_size": 4,
+    "iters": 3,
+    "vocab_size": 11,
+    "data": "text",
+    "eval_every": 20,
+}
 TEXT = "".join(f"{k} green bottles on the wall, and if {k % 7} should fall\n" for k in range(50))
 RESULTS = Path(compare.__file__).with_name("results")
 
+
 def trial_with(**settings) -> Trial:
     return Trial(compare.BASE | TINY | settings)
+
 
 def text_of(tokens, sizes=(10, 10), vocab_size: int = 11, name: str = "text") -> Text:
     n_val, n_test = sizes
     parts = tokens[: -n_val - n_test], tokens[-n_val - n_test : -n_test], tokens[-n_test:]
     return Text(name, name, vocab_size, [*range(vocab_size)], *parts, 1.0)
+
 
 @pytest.fixture
 def lab(tmp_path) -> Laboratory:
@@ -41,23 +63,33 @@ def lab(tmp_path) -> Laboratory:
     new.texts["first", 0] = text_of(np.zeros(99, int), name="first")
     return new
 
-def settle(lab: Laboratory, question: Question, loss=lambda trial: 1.0) -> tuple[list[Row], list[Trial]]:
+
+def settle(
+    lab: Laboratory, question: Question, loss=lambda trial: 1.0
+) -> tuple[list[Row], list[Trial]]:
     """Finish what a question needs, with this validation loss and its negative as test loss: rows, trials."""
     asked, rows = [], lab.answer(question)
     while lab.missing:
         for _, trial, _ in lab.missing.values():
             asked.append(trial)
             lab.finished[compare.digest(trial.spec)] = {
-                "spec": trial.spec, "curve": [[trial.training.iters, loss(trial)]], "test": -loss(trial)}
+                "spec": trial.spec,
+                "curve": [[trial.training.iters, loss(trial)]],
+                "test": -loss(trial),
+            }
         lab.missing.clear()
         rows = lab.answer(question)
     return rows, asked
 
+
 # ---- models of equal size ------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.title)
 def test_all_models_of_a_question_have_the_same_size(lab, question):
-    lab.texts = dict.fromkeys([q.text or ("first", 0) for q in QUESTIONS], text_of(np.zeros(99, int), vocab_size=65))
+    lab.texts = dict.fromkeys(
+        [q.text or ("first", 0) for q in QUESTIONS], text_of(np.zeros(99, int), vocab_size=65)
+    )
     settings = {"vocab_size": 65, "data": "text", "eval_every": 1} | question.settings
     plain, (rows, _) = Trial(compare.BASE | settings), settle(lab, question)
     assert [row.label for row in rows] == [label for label, _ in question.models]
@@ -65,13 +97,18 @@ def test_all_models_of_a_question_have_the_same_size(lab, question):
     for (_, changes), row in zip(question.models, rows, strict=True):
         run, as_is = Trial(row.results[0]["spec"]), Trial(compare.BASE | settings | changes)
         optional = {"memory", "larger"}
-        assert as_is.spec.keys() - optional == plain.spec.keys() - optional, f"{row.label}: no such setting"
-        assert {*changes.get("larger", ())} <= {name.split(".")[-1] for name in grassmann.param_shapes(run.config)}
+        assert as_is.spec.keys() - optional == plain.spec.keys() - optional, (
+            f"{row.label}: no such setting"
+        )
+        assert {*changes.get("larger", ())} <= {
+            name.split(".")[-1] for name in grassmann.param_shapes(run.config)
+        }
         if question.same_size:
             assert abs(count_params(run) / count_params(plain) - 1) < 0.02, row.label
             for config in (run.config, as_is.config):
                 config.d_model = config.d_ff = 8  # nothing else is changed
             assert run.config == as_is.config
+
 
 def test_rates_are_those_of_another_question_where_it_says_so(lab):
     """And a rate is chosen on the validation part, whatever the test part says."""
@@ -80,12 +117,26 @@ def test_rates_are_those_of_another_question_where_it_says_so(lab):
     question = Question(2, "", "", [GRASSMANN], text=("other", 0), rates_of=first, seeds=2)
     _, asked = settle(lab, question, lambda trial: (trial.training.lr - 4e-3) ** 2)
     assert [(trial.spec["data"], trial.training.lr) for trial in asked] == [
-        ("first", 2e-3), ("first", 4e-3), ("first", 8e-3), ("other", 4e-3), ("other", 4e-3)]
+        ("first", 2e-3),
+        ("first", 4e-3),
+        ("first", 8e-3),
+        ("other", 4e-3),
+        ("other", 4e-3),
+    ]
+
 
 # ---- one run -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes", [
-    {}, {"mixer": "outer product"}, {"mixer": "attention", "larger": ("W_qkv", "W_out")}, {"dropout": 0.2}])
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mixer": "outer product"},
+        {"mixer": "attention", "larger": ("W_qkv", "W_out")},
+        {"dropout": 0.2},
+    ],
+)
 def test_a_run_is_training_by_hand(monkeypatch, changes):
     """The same losses to the last bit: start, batches, rate, clipping, optimiser, validation."""
     tokens = np.random.default_rng(1).integers(0, 11, 900)
@@ -95,7 +146,9 @@ def test_a_run_is_training_by_hand(monkeypatch, changes):
     params = grassmann.init_params(config, 3)
     mixers.scale_features(params)
     for name in params:
-        if name.endswith(changes.get("larger", ())):  # N(0, 1/8), W_out N(0, 1/32), in place of N(0, 0.02²)
+        if name.endswith(
+            changes.get("larger", ())
+        ):  # N(0, 1/8), W_out N(0, 1/32), in place of N(0, 0.02²)
             params[name] /= 0.02 * math.sqrt(8)
     optimizer, curve = grassmann.adamw_init(params), []
     for step in range(40):
@@ -103,27 +156,59 @@ def test_a_run_is_training_by_hand(monkeypatch, changes):
         training.step_on_batch(grassmann, params, config, pace, optimizer, step, x, y)
         if step in (19, 39):
             curve.append([step + 1, grassmann.validation_loss(params, config, tokens[800:860])])
-    test, n = grassmann.validation_loss(params, config, tokens[860:]), sum(a.size for a in params.values())
-    assert result == {"label": "label", "spec": trial.spec, "curve": curve, "validation": curve[-1][1], "test": test,
-                      "parameters": n, "bytes_per_token": 1.0}
+    test, n = (
+        grassmann.validation_loss(params, config, tokens[860:]),
+        sum(a.size for a in params.values()),
+    )
+    assert result == {
+        "label": "label",
+        "spec": trial.spec,
+        "curve": curve,
+        "validation": curve[-1][1],
+        "test": test,
+        "parameters": n,
+        "bytes_per_token": 1.0,
+    }
     monkeypatch.setattr(compare.Learner, "step", lambda self: math.inf)  # not finite: the end
     diverged = compare.train(("label", trial, text))
     assert diverged["curve"][-1][0] == 1 and compare.final(diverged) == math.inf
 
-@pytest.mark.parametrize("change", [
-    {"iters": 30}, {"grad_clip": 2.0}, {"context": 9}, {"normalize": True}, {"offsets": ((1,), (2,))},
-    {"block": "paper"}, {"memory": True}, {"larger": ("W_red",)}, {"data": "another text"}, {"seed": 1}])
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"iters": 30},
+        {"grad_clip": 2.0},
+        {"context": 9},
+        {"normalize": True},
+        {"offsets": ((1,), (2,))},
+        {"block": "paper"},
+        {"memory": True},
+        {"larger": ("W_red",)},
+        {"data": "another text"},
+        {"seed": 1},
+    ],
+)
 def test_other_settings_are_another_run(change):
     spec = trial_with(**change).spec
     assert compare.digest(spec) != compare.digest(trial_with().spec)
     assert compare.digest(Trial(json.loads(json.dumps(spec))).spec) == compare.digest(spec)
 
+
 # ---- all runs ------------------------------------------------------------------------------------
 
 ONE = Question(1, "One", "Does it run?", [ATTENTION, GRASSMANN], seeds=2, ngrams=True)
 TWO = Question(4, "Two", "Another product?", [ATTENTION, ("sum", {"mixer": "sum"})])
-FAR = Question(8, "Far", "How far?", [(f"{task}, far", {"data": task}) for task in tasks.TASKS],
-               {"vocab_size": 32, "context": 128, "batch_size": 2, "iters": 2}, tasks=True, rates=(4e-3,))
+FAR = Question(
+    8,
+    "Far",
+    "How far?",
+    [(f"{task}, far", {"data": task}) for task in tasks.TASKS],
+    {"vocab_size": 32, "context": 128, "batch_size": 2, "iters": 2},
+    tasks=True,
+    rates=(4e-3,),
+)
+
 
 @pytest.fixture
 def program(tmp_path, monkeypatch, capsys):
@@ -155,6 +240,7 @@ def program(tmp_path, monkeypatch, capsys):
     run.saved = lambda: (run.out / "compare.md").read_text(encoding="utf-8")
     return run
 
+
 def test_from_text_to_tables_and_figures(program):
     program()
     saved = program.saved()
@@ -166,7 +252,12 @@ def test_from_text_to_tables_and_figures(program):
     assert all(f"| {ms:.1f} |" in saved for question in timing["ms"].values() for ms in question)
     elsewhere = {"machine": "another processor", "ms": {}}  # whose times are not mixed with ours
     (program.out / "timing.json").write_text(json.dumps(elsewhere), encoding="utf-8")
-    assert program() == [] and "\nanother processor.\n" in program.saved() and "| 1,436 |  |  |" in program.saved()
+    assert (
+        program() == []
+        and "\nanother processor.\n" in program.saved()
+        and "| 1,436 |  |  |" in program.saved()
+    )
+
 
 def test_resume_trains_what_is_missing_and_nothing_else(program):
     everything = program("--only", 1, 4)
@@ -177,12 +268,15 @@ def test_resume_trains_what_is_missing_and_nothing_else(program):
     assert program("--only", 1, 4) == [] and program.saved() == table
     gone = next(line for line in program.lines() if '"label": "sum, lr' in line)
     program.file.write_text(content.replace(gone + "\n", ""), encoding="utf-8")
-    assert program("--only", 4, jobs=0) == [] and "| sum |" not in program.saved()  # what is finished
+    assert (
+        program("--only", 4, jobs=0) == [] and "| sum |" not in program.saved()
+    )  # what is finished
     assert program("--only", 1, 4) == [json.loads(gone)["label"]]
     assert sorted(content.splitlines()) == program.lines()
     program.file.write_text(content.replace(gone, gone[:99]), encoding="utf-8")
     program("--only", 1, 4, error=2)
     assert f"line {content.splitlines().index(gone) + 1} is damaged, delete it" in program.error
+
 
 @pytest.mark.slow
 def test_several_processes_and_one_get_the_same(program, monkeypatch):
@@ -193,9 +287,16 @@ def test_several_processes_and_one_get_the_same(program, monkeypatch):
     program.file.unlink()
     assert program("--only", 1, jobs=2) == [] and program.lines() == lines and len(lines) == 5
     program.file.unlink()
-    monkeypatch.setattr(compare.os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        compare.os,
+        "fsync",
+        lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     program("--only", 4, jobs=2, error=2)
-    assert program.error.count("No space left") == 1 and not compare.multiprocessing.active_children()
+    assert (
+        program.error.count("No space left") == 1 and not compare.multiprocessing.active_children()
+    )
+
 
 ENDLESS = """  # two runs, in two processes, as a program of its own
 from experiments import compare
@@ -206,6 +307,7 @@ compare.best_lr = lambda ask, rates, spacing, enough: 1e-3
 compare.main()
 """
 
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="signals, /proc")
 @pytest.mark.parametrize("victim", ["all", "parent"])
@@ -213,13 +315,22 @@ def test_stopped_from_outside(tmp_path, victim):
     """Ctrl-C in a terminal reaches all processes, a signal from elsewhere only one."""
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     options = ["--data", tmp_path / "text.txt", "--out", tmp_path, "--only", "1", "--jobs", "2"]
-    with subprocess.Popen([sys.executable, "-c", ENDLESS, *options], text=True, stderr=subprocess.PIPE,
-                          stdout=subprocess.PIPE, start_new_session=True, cwd=RESULTS.parent.parent) as program:
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, *options],
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        cwd=RESULTS.parent.parent,
+    ) as program:
         try:
             children, workers = Path(f"/proc/{program.pid}/task/{program.pid}/children"), []
             while len(workers) < 2:
-                workers = [int(pid) for pid in children.read_text().split()
-                           if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+                workers = [
+                    int(pid)
+                    for pid in children.read_text().split()
+                    if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+                ]
             time.sleep(0.5)
             (os.killpg if victim == "all" else os.kill)(program.pid, signal.SIGINT)
             _, error = program.communicate(timeout=30)  # until no process is left that could write
@@ -227,15 +338,24 @@ def test_stopped_from_outside(tmp_path, victim):
             program.kill()  # its processes end with it
     assert program.returncode == 130 and "\nstopped; " in error and error.strip().count("\n") == 0
 
-@pytest.mark.parametrize("options, reason", [
-    ("--only 19", "--only"), ("--jobs -1", "--jobs"), ("--data empty.txt", "text has 0 characters")])
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ("--only 19", "--only"),
+        ("--jobs -1", "--jobs"),
+        ("--data empty.txt", "text has 0 characters"),
+    ],
+)
 def test_options_that_make_no_sense_get_one_line(program, options, reason, tmp_path, monkeypatch):
     (tmp_path / "empty.txt").touch()
     monkeypatch.chdir(tmp_path)
     program(*options.split(), error=2)
     assert program.error.count("\n") == 1 and reason in program.error
 
+
 # ---- answers and tables --------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("optimum, best", [(2.2e-3, 2e-3), (3e-2, 3.2e-2), (3e-4, 2.5e-4)])
 def test_best_learning_rate(optimum, best):
@@ -244,15 +364,23 @@ def test_best_learning_rate(optimum, best):
 
     def ask(lr: float) -> dict:
         tried.append(lr)
-        return {"curve": [[50, math.nan if lr > 0.05 else math.log(lr / optimum) ** 2]], "spec": {"iters": 50}}
+        return {
+            "curve": [[50, math.nan if lr > 0.05 else math.log(lr / optimum) ** 2]],
+            "spec": {"iters": 50},
+        }
 
     assert compare.best_lr(ask, rates) == pytest.approx(best)
     assert len(tried) == len(set(tried)) <= 7
-    assert compare.best_lr(ask, rates, enough=9.0) == min(rates, key=lambda lr: abs(math.log(lr / optimum)))
+    assert compare.best_lr(ask, rates, enough=9.0) == min(
+        rates, key=lambda lr: abs(math.log(lr / optimum))
+    )
     assert compare.best_lr(lambda lr: ask(lr) if lr != 4e-3 else None, rates) is None
     tried.clear()  # a finer grid meets the coarser one
-    assert compare.best_lr(ask, (2.83e-3, 4e-3, 5.66e-3), math.sqrt(2)) == pytest.approx(optimum, rel=0.2)
+    assert compare.best_lr(ask, (2.83e-3, 4e-3, 5.66e-3), math.sqrt(2)) == pytest.approx(
+        optimum, rel=0.2
+    )
     assert {0.002, 0.008} & {*tried}
+
 
 def test_what_the_table_says():
     def row(label: str, ms: float, *ends: float, step: int = 100) -> Row:
@@ -260,37 +388,62 @@ def test_what_the_table_says():
         return Row(label, [{"curve": [[step, 9.9]], "test": end, **more} for end in ends], ms)
 
     attention, slow = row("attention", 100.0, 1.5), row("slow", 160.0, 1.4, 1.2)
-    counted = Row("4-gram", [{"spec": {"iters": 1}, "curve": [[1, 9.9]], "test": 1.5, "bytes_per_token": 2.0}])
+    counted = Row(
+        "4-gram", [{"spec": {"iters": 1}, "curve": [[1, 9.9]], "test": 1.5, "bytes_per_token": 2.0}]
+    )
     question = Question(6, "", "", [], text=("bible", 100))
     first, second, third = compare.loss_table(question, [attention, slow], counted)
     assert third == {
-        "model": "slow", "learning rate": "0.004", "seeds": 2, "parameters": "1,234", "ms per step": "160.0",
-        "test loss, nats per token": "1.300 ± 0.141", "bits per byte": "0.938", "validation": "9.900",
-        "gap to attention": "-18.1%"}  # exp(1.3 - 1.5) - 1, and attention has one seed
+        "model": "slow",
+        "learning rate": "0.004",
+        "seeds": 2,
+        "parameters": "1,234",
+        "ms per step": "160.0",
+        "test loss, nats per token": "1.300 ± 0.141",
+        "bits per byte": "0.938",
+        "validation": "9.900",
+        "gap to attention": "-18.1%",
+    }  # exp(1.3 - 1.5) - 1, and attention has one seed
     assert [*first.values()] == ["4-gram", "", "", "1.500", "1.082", "9.900", "", "", "+0.0%"]
     assert second["gap to attention"] == ""
-    for two, gap in ((1.4, 1.6), "+35.0%, level"), ((1.7, 1.9), "+82.2%"):  # with standard deviations of 0.14
-        assert compare.loss_table(question, [row("one", 1.0, 1.1, 1.3), row("b", 1.0, *two)])[1]["gap to one"] == gap
+    for two, gap in (
+        ((1.4, 1.6), "+35.0%, level"),
+        ((1.7, 1.9), "+82.2%"),
+    ):  # with standard deviations of 0.14
+        assert (
+            compare.loss_table(question, [row("one", 1.0, 1.1, 1.3), row("b", 1.0, *two)])[1][
+                "gap to one"
+            ]
+            == gap
+        )
     diverged = row("diverged", 30.0, 0.9, step=3)
     first, second = compare.loss_table(Question(1, "", "", []), [diverged, attention])
     assert first["test loss, nats per character"] == "inf" and second["gap to diverged"] == "+nan%"
+
 
 # By which runs.jsonl knows its texts, and how many different tokens they have.
 TEXTS = {
     ("shakespeare", 0): ("86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 65),
     (None, 0): ("2a95af4ac93f5b719944030ce3769070ddf827d847cba42192afa8da989e5dc4", 103),
     ("bible", 0): ("b5c4940bcfeee072c0935b5200d0f9d88a00a0199cb0961d16133458fcdfae5d", 63),
-    ("shakespeare", 1024): ("fbb124daa102542530a51351947ee3802c29af34f529221ba49df174c6ade29d", 1024),
-    ("bible", 4096): ("f5ce40dd63dd80f29a136fbd169d6f321644def5f9520ed4fba07f0cc80512ed", 4096)}
+    ("shakespeare", 1024): (
+        "fbb124daa102542530a51351947ee3802c29af34f529221ba49df174c6ade29d",
+        1024,
+    ),
+    ("bible", 4096): ("f5ce40dd63dd80f29a136fbd169d6f321644def5f9520ed4fba07f0cc80512ed", 4096),
+}
 HEAD, *SECTIONS = (RESULTS / "compare.md").read_text(encoding="utf-8").strip().split("\n\n## ")
+
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.partition("\n")[0])
 def test_the_tables_in_results_follow_from_the_runs(tmp_path, monkeypatch, section):
     """Every number; shares of right answers once more by hand."""
     shutil.copy(RESULTS / "runs.jsonl", tmp_path)
     lab = Laboratory(tmp_path / "runs.jsonl", "shakespeare")
-    lab.texts = {which: replace(text_of(np.zeros(99, int), vocab_size=size), sha256=sha256)
-                 for which, (sha256, size) in TEXTS.items()}
+    lab.texts = {
+        which: replace(text_of(np.zeros(99, int), vocab_size=size), sha256=sha256)
+        for which, (sha256, size) in TEXTS.items()
+    }
     (question,) = (q for q in QUESTIONS if section.startswith(f"{q.number}. {q.title}\n\n{q.asks}"))
     rows = lab.answer(question)
     assert not lab.missing and len(rows) == len(question.models)
@@ -303,29 +456,44 @@ def test_the_tables_in_results_follow_from_the_runs(tmp_path, monkeypatch, secti
     assert section.endswith("\n\n" + compare.markdown(table))
     for cells, row in zip(table, rows if question.tasks else [], strict=question.tasks):
         shares = np.mean([run["test"] for run in row.results], 0)
-        assert [cell.split()[0] for cell in [*cells.values()][3:]] == [f"{100 * share:.0f}%" for share in shares]
+        assert [cell.split()[0] for cell in [*cells.values()][3:]] == [
+            f"{100 * share:.0f}%" for share in shares
+        ]
+
 
 def table(text: str, corner: str = ".*") -> list[list[str]]:
     """The rows of the first table with this first cell, heading first."""
-    heading, _, *rows = re.search(rf"^\| {corner} \|.*\n(?:\|.*\n?)+", text, re.MULTILINE)[0].splitlines()
+    heading, _, *rows = re.search(rf"^\| {corner} \|.*\n(?:\|.*\n?)+", text, re.MULTILINE)[
+        0
+    ].splitlines()
     return [[each.strip() for each in line[1:-1].split("|")] for line in (heading, *rows)]
+
 
 def results(start: str | tuple[str, ...]) -> list[list[str]]:
     """The table of the one section of compare.md that starts so."""
     (section,) = (each for each in SECTIONS if each.startswith(start))
     return table(section)
 
+
 def loss(label: str, *sections: str | tuple[str, ...]) -> str:
     """Test loss of a model, without its spread over seeds, in the first of these sections that has it."""
-    return next(row[3].split()[0] for section in sections for row in results(section) if row[0] == label)
+    return next(
+        row[3].split()[0] for section in sections for row in results(section) if row[0] == label
+    )
+
 
 def page(name: str) -> str:
     return (RESULTS.parent.parent / name).read_text(encoding="utf-8")
 
-def test_the_losses_that_the_laboratory_shows_are_those_of_the_results(name="experiments/README.md"):
+
+def test_the_losses_that_the_laboratory_shows_are_those_of_the_results(
+    name="experiments/README.md",
+):
     """Rows of models stand in compare.md, less the columns left out; a setting has the losses of the models above."""
     known = [{*row} for section in SECTIONS for row in table(section)]
-    for start in re.finditer(r"^\| (model \| (learning|test)|model, by|setting)", page(name), re.MULTILINE):
+    for start in re.finditer(
+        r"^\| (model \| (learning|test)|model, by|setting)", page(name), re.MULTILINE
+    ):
         (corner, *models), *rows = table(page(name)[start.start() :])
         assert corner == "setting" or all(any({*cells} <= row for row in known) for cells in rows)
         for setting, *cells in rows * (corner == "setting"):
@@ -333,38 +501,83 @@ def test_the_losses_that_the_laboratory_shows_are_those_of_the_results(name="exp
             seeds = "3" if told["Grassmann"][1:] else "1"
             assert cells == [seeds, *(told.get(model, [""])[0] for model in models[1:])], setting
 
-@pytest.mark.parametrize(("name", "sentence", "model", "other"), [
-    ("README.md", r"perplexity is (\d+)% below a plain Transformer", "Grassmann", "attention"),
-    ("README.md", r"first weights\) is (\d+)% behind", "attention with taps and our gate", "Grassmann"),
-    ("README.md", r"behind, a convolution (\d+)%", "convolution with our gate", "Grassmann"),
-    ("experiments/README.md", r"perplexity (\d+)% lower", "Grassmann", "attention"),
-    ("experiments/README.md", r"parts is (\d+)% behind", "attention with taps and our gate", "Grassmann")])
+
+@pytest.mark.parametrize(
+    ("name", "sentence", "model", "other"),
+    [
+        ("README.md", r"perplexity is (\d+)% below a plain Transformer", "Grassmann", "attention"),
+        (
+            "README.md",
+            r"first weights\) is (\d+)% behind",
+            "attention with taps and our gate",
+            "Grassmann",
+        ),
+        ("README.md", r"behind, a convolution (\d+)%", "convolution with our gate", "Grassmann"),
+        ("experiments/README.md", r"perplexity (\d+)% lower", "Grassmann", "attention"),
+        (
+            "experiments/README.md",
+            r"parts is (\d+)% behind",
+            "attention with taps and our gate",
+            "Grassmann",
+        ),
+    ],
+)
 def test_the_percentages_of_a_page_are_those_of_the_results(name, sentence, model, other):
     losses = [float(loss(label, "1. ", "2. ", "3. ")) for label in (model, other)]
-    assert f"{100 * abs(math.exp(losses[0] - losses[1]) - 1):.0f}" == re.search(sentence, page(name))[1]
+    assert (
+        f"{100 * abs(math.exp(losses[0] - losses[1]) - 1):.0f}"
+        == re.search(sentence, page(name))[1]
+    )
+
 
 def test_the_page_on_the_dispute_is_that_of_the_results():
     """Our losses, where they are measured; and the gaps of others, from the lines of published.csv."""
     dispute = page("docs/dispute.md")
     sentences = re.findall(r"(\d+) to (\d+)% ahead\b.*? (\d+) to (\d+)% behind", page("README.md"))
-    for k, (question, told) in enumerate(zip((q for q in QUESTIONS if q.number == 10), sentences, strict=True)):
-        done = {row[0]: [row[3], row[-1]] for each in SECTIONS if each.startswith(f"10. {question.title}\n")
-                for row in table(each)[1:] if "gap to attention" in each}
-        assert done == {model: cells for model, *row in table(dispute)[1:] if (cells := row[2 * k : 2 * k + 2])}
-        gaps = sorted(float(row[2 * k + 2][:-1]) for row in table(dispute)[2:] if " x " not in row[0])
+    for k, (question, told) in enumerate(
+        zip((q for q in QUESTIONS if q.number == 10), sentences, strict=True)
+    ):
+        done = {
+            row[0]: [row[3], row[-1]]
+            for each in SECTIONS
+            if each.startswith(f"10. {question.title}\n")
+            for row in table(each)[1:]
+            if "gap to attention" in each
+        }
+        assert done == {
+            model: cells for model, *row in table(dispute)[1:] if (cells := row[2 * k : 2 * k + 2])
+        }
+        gaps = sorted(
+            float(row[2 * k + 2][:-1]) for row in table(dispute)[2:] if " x " not in row[0]
+        )
         assert [f"{abs(gaps[n]):.0f}" for n in (1, 0, 2, 3)] == [*told]
-    lines = [line.split(",") for line in (RESULTS / "published.csv").read_text(encoding="utf-8").splitlines()[1:]]
-    gaps = {(a, g): f"{100 * (float(g) / float(a) - 1):+.1f}%" if drawn else "" for drawn, *_, a, g in lines}
+    lines = [
+        line.split(",")
+        for line in (RESULTS / "published.csv").read_text(encoding="utf-8").splitlines()[1:]
+    ]
+    gaps = {
+        (a, g): f"{100 * (float(g) / float(a) - 1):+.1f}%" if drawn else ""
+        for drawn, *_, a, g in lines
+    }
     assert all(gap == gaps[a, g] for *_, a, g, gap in table(dispute, "who .*")[1:])
+
 
 def test_what_the_tutorial_compares_is_that_of_the_results():
     """Losses by model or by number of steps, accuracies by distance or number of keys."""
-    for corner, section in (("contestant", "1. "), ("features", "2. "), ("layer", "10. The dispute\n")):
-        assert all(row[-1] == loss(row[0], section) for row in table(page("tutorial.md"), corner)[1:])
+    for corner, section in (
+        ("contestant", "1. "),
+        ("features", "2. "),
+        ("layer", "10. The dispute\n"),
+    ):
+        assert all(
+            row[-1] == loss(row[0], section) for row in table(page("tutorial.md"), corner)[1:]
+        )
     (_, *models), *rows = table(lesson := page("tutorial.md"), "King James Bible")
     for size, *cells in ((row[0].removesuffix(", 2,000 steps"), *row[1:]) for row in rows):
         assert cells == [loss(model, (f"5. {size}\n", f"5. {size}, rates")) for model in models]
     for section, corner in (("8. ", r"model \| 1 to 2"), ("9. ", r"model \| 2 keys")):
         (shown, *rows), (names, *known) = table(lesson, corner), results(section)
         told = {row[1]: dict(zip(names, row, strict=True)) for row in known}
-        assert all(cells == [told[label][name].split()[0] for name in shown[1:]] for label, *cells in rows)
+        assert all(
+            cells == [told[label][name].split()[0] for name in shown[1:]] for label, *cells in rows
+        )

@@ -7,6 +7,7 @@ import grassmann
 from experiments import tasks
 from experiments.compare import BASE, Trial, evaluate, learner
 
+
 def test_recall_asks_for_what_lies_so_far_back(rng):
     """A token that asks says nothing else. No nearer token tells the answer. Every distance occurs."""
     x, y, distance = tasks.recall(rng, 512, 256)
@@ -21,6 +22,7 @@ def test_recall_asks_for_what_lies_so_far_back(rng):
     for low, high in tasks.DISTANCES:
         assert ((low <= distance) & (distance <= high)).sum() >= 80
 
+
 def test_accuracy_is_sorted_by_distance(monkeypatch, rng):
     """For answers that are right from 2 to 16 tokens back, and wrong elsewhere."""
     _, y, distance = sample = tasks.recall(rng, 600, 64)
@@ -29,6 +31,7 @@ def test_accuracy_is_sorted_by_distance(monkeypatch, rng):
     monkeypatch.setattr(grassmann, "forward", lambda *how: np.eye(tasks.VOCAB_SIZE)[next(rows)])
     first, *others = tasks.accuracy({}, None, *sample)
     assert 0 < first < 1 and others[:5] == [1, 1, 1, 0, 0]
+
 
 def test_keys_are_announced_before_they_are_asked_for(rng):
     """As many keys as the group says, each slot once. An answer is the key of its slot."""
@@ -45,6 +48,7 @@ def test_keys_are_announced_before_they_are_asked_for(rng):
             assert y[row, t] == (slots[x[row, t] - 16] if asks else x[row, t])
             assert many[row, t] == (len(slots) if asks else 0)
         assert len(slots) == tasks.NUMBERS[row % 4][0] and x[row].max() < tasks.KEYS_VOCAB_SIZE
+
 
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_a_step_on_a_task_has_texts_of_its_own_and_the_accuracy_others(task):

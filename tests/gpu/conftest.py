@@ -4,7 +4,8 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 
-from training import Training, train_step
+from charlm.training import Training, train_step
+
 
 @pytest.fixture(scope="session")
 def stand_in():
@@ -12,16 +13,23 @@ def stand_in():
         pytest.skip("no g++ with glibc")
     return cuda_on_cpu.gpu_on_cpu()
 
+
 @pytest.fixture(scope="session")
 def on_gpu():
     return pytest.importorskip("gpu", reason="no GPU", exc_type=ImportError)
 
-@pytest.fixture(params=[pytest.param(name, marks=mark) for name, mark in
-                        [("stand_in", pytest.mark.slow), ("on_gpu", pytest.mark.gpu)]])
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=mark)
+        for name, mark in [("stand_in", pytest.mark.slow), ("on_gpu", pytest.mark.gpu)]
+    ]
+)
 def gpu(request):
     module = request.getfixturevalue(request.param)
     yield module
     module.set_precision("float32")
+
 
 @pytest.fixture
 def set_precision(gpu):
@@ -30,11 +38,14 @@ def set_precision(gpu):
             gpu.set_precision(precision)
         except ValueError as error:  # an older GPU
             pytest.skip(str(error))
+
     return set_or_skip
+
 
 @pytest.fixture
 def same():
     """Assert ‖a - b‖ <= bound max(‖a‖, ‖b‖) for each array a of one result and b of the other; `Parts` are added."""
+
     def check(ours, theirs, bound=0):
         if isinstance(ours, dict):
             assert ours.keys() == theirs.keys()
@@ -49,21 +60,30 @@ def same():
             a, b = a.astype(np.float64), b.astype(np.float64)
             error, size = np.linalg.norm(a - b), max(np.linalg.norm(a), np.linalg.norm(b))
             assert error <= bound * size, f"{error:.1e} of {size:.1e}"
+
     return check
+
 
 @pytest.fixture
 def model_and_batch(tiny_model, batch):
     return lambda **changes: (*tiny_model(**changes), *batch(5))
 
+
 @pytest.fixture
 def trained(rng):
     """Train for a few steps, in place, on the CPU or the GPU. Returns the losses and the optimiser's state."""
-    text = np.resize(rng.integers(0, 11, 17), 500).astype(np.uint8)  # the same words again and again
+    text = np.resize(rng.integers(0, 11, 17), 500).astype(
+        np.uint8
+    )  # the same words again and again
     text[::10] = rng.integers(0, 11, 50)  # with noise
 
     def train(model, config, params, steps, lr=1e-2, **more):
         training = Training(steps, 4, lr, **{"warmup_iters": 3, "grad_clip": 0.5, "seed": 1} | more)
         state, tokens = model.adamw_init(params), model.np.asarray(text)
-        losses = [train_step(model, params, config, training, state, step, tokens) for step in range(steps)]
+        losses = [
+            train_step(model, params, config, training, state, step, tokens)
+            for step in range(steps)
+        ]
         return [float(loss) for loss in losses], state
+
     return train

@@ -4,7 +4,7 @@ Its arrays hold NumPy arrays, but like CuPy arrays they refuse to meet an array 
 recording, at every launch), and kernels see their arguments between guards. So the tests notice numbers that were never
 written, and numbers written beside an array. Kernels come from kernels.cu, compiled by the host's C++ compiler after
 cuda_on_cpu.h. A graph repeats at each launch what ran while its stream captured; copies between host and device then
-raise, as on a GPU. `started` lists what was started. Only what gpu.py and gpu_cuda.py use is here.
+raise, as on a GPU. `started` lists what was started. Only what gpu.py and gpu_kernels/device.py use is here.
 """
 
 import contextlib
@@ -26,14 +26,17 @@ import numpy as np
 COMPILER = shutil.which("g++") if platform.libc_ver()[0] == "glibc" else None  # for its ucontext.h
 HEADER = Path(__file__).with_suffix(".h")
 
+
 def gpu_on_cpu() -> ModuleType:
     """gpu.py, as it is when its CuPy is this module."""
     with mock.patch.dict(sys.modules, cupy=sys.modules[__name__]):  # afterwards all is as before
-        for name in ("gpu", "gpu_cuda"):
+        for name in ("gpu", "gpu_kernels.device"):
             sys.modules.pop(name, None)
         return importlib.import_module("gpu")
 
+
 # ---- arrays --------------------------------------------------------------------------------------
+
 
 class Base:
     """The part of a device array that CuPy has in C code. Its subclass is below, as in CuPy."""
@@ -67,8 +70,10 @@ class Base:
         self.host[...] = numbers
         blanks[:] = [a for a in blanks if a is not self.host]
 
+
 class ndarray(Base):
     pass
+
 
 def host(value):
     """The NumPy array inside a device array, also in lists and tuples. Arrays of the host are refused."""
@@ -78,13 +83,18 @@ def host(value):
         return type(value)(map(host, value))
     return value.host if isinstance(value, ndarray) else value
 
+
 def device(value):
     """The inverse of `host`. What NumPy returns as a scalar is a 0-d array in CuPy."""
     return ndarray(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
 
-OPERATORS = ("add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd isub imul itruediv rpow and neg invert "
-             "float int bool lt le gt ge eq ne getitem setitem len")
+
+OPERATORS = (
+    "add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd isub imul itruediv rpow and neg invert "
+    "float int bool lt le gt ge eq ne getitem setitem len"
+)
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem", "copyto")
+
 
 def function(of_numpy):
     """A function of NumPy for device arrays. Making a view starts nothing; everything else is started on the device."""
@@ -93,25 +103,40 @@ def function(of_numpy):
     def of_device(*args, **kwargs):
         args, kwargs = host(args), {name: host(value) for name, value in kwargs.items()}
         given = [getattr(of_numpy, "__self__", None), *args, *kwargs.values()]
-        read = [a for x in given for a in (x if isinstance(x, (tuple, list)) else [x]) if isinstance(a, np.ndarray)]
+        read = [
+            a
+            for x in given
+            for a in (x if isinstance(x, (tuple, list)) else [x])
+            if isinstance(a, np.ndarray)
+        ]
         if name in ("getitem", "setitem"):  # counts only the bytes of that place
             read[0] = read[0][args[0]]
         moved = sum(a.nbytes for a in read)
         if name in IN_PLACE:
             return launched(name, lambda: of_numpy(*args, **kwargs), moved + read[0].nbytes)
         result = of_numpy(*args, **kwargs)
-        if isinstance(result, (np.ndarray, np.generic)) and not any(np.may_share_memory(result, a) for a in read):
+        if isinstance(result, (np.ndarray, np.generic)) and not any(
+            np.may_share_memory(result, a) for a in read
+        ):
             result = place = np.asarray(result)
-            launched(name, lambda: place.__setitem__(..., of_numpy(*args, **kwargs)), moved + place.nbytes)
+            launched(
+                name,
+                lambda: place.__setitem__(..., of_numpy(*args, **kwargs)),
+                moved + place.nbytes,
+            )
         return device(result)
 
     return of_device
 
+
 started = []  # (name, bytes read and written, multiply-adds, …) of everything that was started
-captured = None  # while a stream captures: a list as `started`, with functions; a None in it: it is spoilt
+captured = (
+    None  # while a stream captures: a list as `started`, with functions; a None in it: it is spoilt
+)
 kept = []  # arrays of the graph
 blanks = []  # arrays that are new memory at each launch of the graph
 dry = False  # if True, nothing is computed, only counted
+
 
 def launched(name, compute, moved, multiply_adds=0):
     """Start compute(). While a stream captures, compute() runs only when the graph is launched."""
@@ -119,14 +144,17 @@ def launched(name, compute, moved, multiply_adds=0):
     if captured is None and not dry:
         compute()
 
+
 def not_while_capturing():
     if captured is not None:
         captured.append(None)
         raise RuntimeError("cudaErrorStreamCaptureUnsupported: not when a stream is capturing")
 
+
 def crossing(direction, nbytes):
     not_while_capturing()
     started.append((direction, nbytes, 0, None))
+
 
 for _name in OPERATORS.split():
 
@@ -147,6 +175,7 @@ for _name in NAMES.split():
     globals()[_name] = function(getattr(np, _name))
 inf, finfo = np.inf, np.finfo
 
+
 def asarray(value, dtype=None):
     """From host or device, without a copy if it is on the device already."""
     if isinstance(value, ndarray):
@@ -154,7 +183,10 @@ def asarray(value, dtype=None):
     copy = ndarray(np.array(value, dtype))
     crossing("from the host", copy.nbytes)
     return copy
+
+
 array = asarray  # for arrays of the host
+
 
 def empty(shape, dtype=float):
     """New memory. It holds NaN, or for whole numbers a token, so that a test notices if it is read."""
@@ -165,9 +197,11 @@ def empty(shape, dtype=float):
         blanks.append(blank.host)
     return blank
 
+
 # ---- kernels -------------------------------------------------------------------------------------
 
 GUARD = 1024  # elements on either side of an argument
+
 
 class RawModule:
     """CUDA source, compiled for the CPU."""
@@ -176,12 +210,28 @@ class RawModule:
         """The library is compiled once for a source and kept in __pycache__."""
         real = {"float": "f4", "double": "f8"}[options[0].removeprefix("-Dreal=")]
         self.dtypes = {  # of C types, and of kernels.cu's names of pointers
-            "int": "i4", "long long": "i8", "double*": "f8", "int*": "i4", "bytes": "u1", "real": real,
-            "real*": real, "in": real, "out": real, "words": "i8", "indices": "i4"}
-        kernels = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\(\w+\) )?(\w+)\(([^)]*)\)', code)
-        self.signatures = {name: [tuple(parameter.strip().rsplit(" ", 1)) for parameter in parameters.split(",")]
-                           for name, parameters in kernels}  # (type, name) of each parameter
-        source = HEADER.read_text() + code + "".join(f"LAUNCHER({name})\n" for name in self.signatures)
+            "int": "i4",
+            "long long": "i8",
+            "double*": "f8",
+            "int*": "i4",
+            "bytes": "u1",
+            "real": real,
+            "real*": real,
+            "in": real,
+            "out": real,
+            "words": "i8",
+            "indices": "i4",
+        }
+        kernels = re.findall(
+            r'extern "C" __global__ void (?:__launch_bounds__\(\w+\) )?(\w+)\(([^)]*)\)', code
+        )
+        self.signatures = {
+            name: [tuple(parameter.strip().rsplit(" ", 1)) for parameter in parameters.split(",")]
+            for name, parameters in kernels
+        }  # (type, name) of each parameter
+        source = (
+            HEADER.read_text() + code + "".join(f"LAUNCHER({name})\n" for name in self.signatures)
+        )
         flags = ["-x", "c++", "-std=c++11", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
         command = [COMPILER, *flags, *options, "-", "-o"]
         if dry:
@@ -207,7 +257,9 @@ class RawModule:
                     whole = value.host if value.flags.c_contiguous else value.host.base
                     rows_contiguous = value.strides[-1:] in ((), (value.itemsize,))
                     fine = value.dtype == dtype and whole.flags.c_contiguous and rows_contiguous
-                    beside = -77.25 if dtype.kind == "f" else 1  # a test notices if this is read or changed
+                    beside = (
+                        -77.25 if dtype.kind == "f" else 1
+                    )  # a test notices if this is read or changed
                     room = np.pad(whole.ravel(), GUARD, constant_values=beside)
                     room, *_ = guarded.setdefault(whole.ctypes.data, (room, whole, beside))
                     place = value.data.ptr - whole.ctypes.data + GUARD * dtype.itemsize
@@ -230,12 +282,14 @@ class RawModule:
 
         return start
 
+
 # ---- cuBLAS --------------------------------------------------------------------------------------
 
 VERSION = 99  # of a libcublas.so that does not exist
 REALS = {0: np.float32, 1: np.float64}  # CUDA_R_32F, CUDA_R_64F
 F32, F64, TF32 = 68, 70, 77  # how cuBLAS computes, and for which types:
 PRODUCTS = {(0, 0, 0, F32), (0, 0, 0, TF32), (1, 1, 1, F64)}
+
 
 def matrix(memory: ctypes.c_void_p, kind: int, rows: int, columns: int, ld: int, transposed=0):
     """A matrix (rows, columns) as cuBLAS sees it: by columns, each `ld` numbers from the last."""
@@ -246,12 +300,14 @@ def matrix(memory: ctypes.c_void_p, kind: int, rows: int, columns: int, ld: int,
     memory = (ctypes.c_char * (size * ((columns - 1) * ld + rows))).from_address(memory.value)
     return np.ndarray((rows, columns), REALS[kind], memory, strides=(size, size * ld))
 
+
 def rounded(x: np.ndarray) -> np.ndarray:
     """A matrix as a tensor core sees it in TF32: rounded to 10 bits after the point."""
     return ((np.ascontiguousarray(x).view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
 
+
 class Cublas:
-    """The functions that gpu_cuda.py calls, with the parameters of NVIDIA's cublas_api.h."""
+    """The functions that gpu_kernels/device.py calls, with the parameters of NVIDIA's cublas_api.h."""
 
     def cublasSetStream_v2(self, handle, stream):
         self.stream = stream.value or 0
@@ -263,10 +319,36 @@ class Cublas:
     def cublasGemmEx(self, *args):
         """C = alpha op(A) op(B) + beta C: a stack of one matrix."""
         no = ctypes.c_longlong(0)
-        return self.cublasGemmStridedBatchedEx(*args[:10], no, *args[10:13], no, *args[13:17], no, 1, *args[17:])
+        return self.cublasGemmStridedBatchedEx(
+            *args[:10], no, *args[10:13], no, *args[13:17], no, 1, *args[17:]
+        )
 
-    def cublasGemmStridedBatchedEx(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA,
-                                   B, Btype, ldb, strideB, beta, C, Ctype, ldc, strideC, count, compute, algo):
+    def cublasGemmStridedBatchedEx(
+        self,
+        handle,
+        transa,
+        transb,
+        m,
+        n,
+        k,
+        alpha,
+        A,
+        Atype,
+        lda,
+        strideA,
+        B,
+        Btype,
+        ldb,
+        strideB,
+        beta,
+        C,
+        Ctype,
+        ldc,
+        strideC,
+        count,
+        compute,
+        algo,
+    ):
         """C = alpha op(A) op(B) + beta C for each of `count` matrices, which lie `stride` numbers apart."""
         if (Atype, Btype, Ctype, compute) not in PRODUCTS:
             return 15  # CUBLAS_STATUS_NOT_SUPPORTED
@@ -277,7 +359,10 @@ class Cublas:
         more, size = beta._obj.value == 1, np.dtype(REALS[Atype]).itemsize
 
         def stack(memory, stride, *how):
-            return [matrix(ctypes.c_void_p(memory.value + i * stride.value * size), Atype, *how) for i in range(count)]
+            return [
+                matrix(ctypes.c_void_p(memory.value + i * stride.value * size), Atype, *how)
+                for i in range(count)
+            ]
 
         As, Bs = stack(A, strideA, m, k, lda, transa), stack(B, strideB, k, n, ldb, transb)
         Cs = stack(C, strideC, m, n, ldc)
@@ -292,11 +377,13 @@ class Cublas:
         launched("product", multiply, moved, count * m * n * k)
         return 0
 
-load = ctypes.CDLL  # which is how gpu_cuda.py asks for the library
+
+load = ctypes.CDLL  # which is how gpu_kernels/device.py asks for the library
 LIBRARIES = f"libcublas.so.{VERSION}", f"cublas64_{VERSION}.dll"
 ctypes.CDLL = lambda name, *how, **more: Cublas() if name in LIBRARIES else load(name, *how, **more)
 
 # ---- the rest of the library that gpu.py touches -------------------------------------------------
+
 
 class Stream:
     """Work is done at once, whatever the stream."""
@@ -328,26 +415,47 @@ class Stream:
             for *_, node in work:
                 node()
 
-        return SimpleNamespace(nodes=work, kept=kept, launch=lambda: launched("graph", compute, moved, multiply_adds))
+        return SimpleNamespace(
+            nodes=work, kept=kept, launch=lambda: launched("graph", compute, moved, multiply_adds)
+        )
+
 
 streams = [SimpleNamespace(ptr=0, is_capturing=lambda: False)]  # the current one last
 
+
 def get_current_stream():
     return streams[-1]
+
 
 def memcpy_async(to, source, size, kind, stream):
     assert kind == 1 and stream == get_current_stream().ptr
     crossing("from the host", size)
     ctypes.memmove(to, source, size)
 
+
 def get_default_memory_pool(malloc=None):  # memory is NumPy's, whatever the allocator
     return SimpleNamespace(malloc=malloc, free_all_blocks=not_while_capturing)
 
+
 cuda = SimpleNamespace(
-    Device=lambda *_: SimpleNamespace(compute_capability="90", synchronize=not_while_capturing, use=int),
-    Stream=Stream, get_current_stream=get_current_stream, get_cublas_handle=lambda: 0xB1A5,
-    Memory=bytearray, MemoryPointer=lambda *place: place, MemoryPool=get_default_memory_pool,
+    Device=lambda *_: SimpleNamespace(
+        compute_capability="90", synchronize=not_while_capturing, use=int
+    ),
+    Stream=Stream,
+    get_current_stream=get_current_stream,
+    get_cublas_handle=lambda: 0xB1A5,
+    Memory=bytearray,
+    MemoryPointer=lambda *place: place,
+    MemoryPool=get_default_memory_pool,
     using_allocator=lambda malloc: contextlib.nullcontext(malloc(512)),
-    runtime=SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1, memcpyHostToDevice=1, memcpyAsync=memcpy_async),
-    cublas=SimpleNamespace(getVersion=lambda handle: VERSION * 10000, CUBLAS_GEMM_DEFAULT=-1, CUBLAS_COMPUTE_32F=F32,
-                           CUBLAS_COMPUTE_64F=F64, CUBLAS_COMPUTE_32F_FAST_TF32=TF32))
+    runtime=SimpleNamespace(
+        CUDA_R_32F=0, CUDA_R_64F=1, memcpyHostToDevice=1, memcpyAsync=memcpy_async
+    ),
+    cublas=SimpleNamespace(
+        getVersion=lambda handle: VERSION * 10000,
+        CUBLAS_GEMM_DEFAULT=-1,
+        CUBLAS_COMPUTE_32F=F32,
+        CUBLAS_COMPUTE_64F=F64,
+        CUBLAS_COMPUTE_32F_FAST_TF32=TF32,
+    ),
+)

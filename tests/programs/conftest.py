@@ -18,21 +18,23 @@ import numpy as np
 import pytest
 from kill_and_resume import MODEL, ROOT, TEXT
 
-import parallel
-import run
 import train_char
+from charlm import processes, run
 
 Process = subprocess.CompletedProcess
+
 
 def helper(function: Callable) -> Callable:
     """Makes the function a fixture with its own name."""
     return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
+
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT, newline="\n")
     return path
+
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory) -> dict[str, str]:
@@ -41,6 +43,7 @@ def plain(tmp_path_factory) -> dict[str, str]:
     (folder / "matplotlib.py").write_text("raise ModuleNotFoundError")
     return os.environ | {"PYTHONPATH": str(folder)}
 
+
 @pytest.fixture(scope="session")
 def start(plain) -> Callable:
     def start(name: str, *args, **how) -> subprocess.Popen:
@@ -48,7 +51,9 @@ def start(plain) -> Callable:
         words = [ROOT / name, *(word if isinstance(word, bytes) else str(word) for word in args)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
         return subprocess.Popen([sys.executable, *words], **pipes | {"env": plain} | how)
+
     return start
+
 
 @helper
 def ended(process: subprocess.Popen) -> Process:
@@ -56,10 +61,12 @@ def ended(process: subprocess.Popen) -> Process:
     out, errors = process.communicate(timeout=300)
     return Process(process.args, process.returncode, out, errors)
 
+
 @pytest.fixture(scope="session")
 def program(start, ended) -> Callable:
     """program(name, *args) runs a program to its end."""
     return lambda name, *args, **how: ended(start(name, *args, **how))
+
 
 @pytest.fixture
 def call(monkeypatch, text) -> Callable:
@@ -71,19 +78,25 @@ def call(monkeypatch, text) -> Callable:
         out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [str(ROOT / name), *map(str, args)])
-            for stream in (("stdin", io.TextIOWrapper(io.BytesIO(stdin))), ("stdout", out), ("stderr", errors)):
+            for stream in (
+                ("stdin", io.TextIOWrapper(io.BytesIO(stdin))),
+                ("stdout", out),
+                ("stderr", errors),
+            ):
                 patch.setattr(sys, *stream)
             patch.setattr(train_char, "lock", lambda out: None)
             patch.setattr(train_char, "catch_signals", lambda: None)
             patch.setattr(run.Run, "plot", lambda self: "")
-            patch.setattr(parallel, "stops", [])
+            patch.setattr(processes, "stops", [])
             try:
                 module.main()
             except SystemExit as end:
                 code = end.code or 0
         printed = (stream.flush() or stream.buffer.getvalue().decode() for stream in (out, errors))
         return Process([name, *args], code, *printed)
+
     return call
+
 
 @helper
 def succeeded(process: Process) -> str:
@@ -91,19 +104,27 @@ def succeeded(process: Process) -> str:
     assert (process.returncode, process.stderr) == (0, ""), process
     return process.stdout
 
+
 @helper
 def refused(process: Process) -> str:
     """The one line with which a program stops. It must not be a traceback."""
-    assert process.returncode == 2 and re.fullmatch(r"(train_char|sample)\.py: .+\n", process.stderr), process
+    assert process.returncode == 2 and re.fullmatch(
+        r"(train_char|sample)\.py: .+\n", process.stderr
+    ), process
     assert "None" not in process.stderr and process.stderr[:-1].isprintable()
     return process.stderr
+
 
 @pytest.fixture(scope="session")
 def trained(program, text, succeeded, tmp_path_factory) -> tuple[Path, str]:
     """A run of 30 steps, with its plot: its folder and what it printed. Tests may read it only."""
-    out, options = tmp_path_factory.mktemp("run") / "out", ["--lr", 0.1, "--warmup-iters", 0, "--threads", 1]
+    out, options = (
+        tmp_path_factory.mktemp("run") / "out",
+        ["--lr", 0.1, "--warmup-iters", 0, "--threads", 1],
+    )
     options += ["--iters", 30, "--eval-every", 15, "--data", text, "--out", out]
     return out, succeeded(program("train_char.py", *MODEL, *options, env=None))
+
 
 @helper
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
@@ -114,6 +135,7 @@ def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
                 return
         time.sleep(0.001)
     raise AssertionError(f"the run ended first: {process.communicate()}")
+
 
 @helper
 def with_meta(checkpoint: Path, place: str, value: object) -> dict:

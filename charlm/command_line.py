@@ -1,4 +1,4 @@
-"""What the programs share. A program begins with `import cli` and `cli.prepare()`. The import alone changes nothing."""
+"""What the programs share. A program begins with `command_line.prepare()`. The import alone changes nothing."""
 
 import argparse
 import ctypes
@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
-VERSION = "3.0"
 BEST = Path("out/best.npz")  # the checkpoint that programs read by default
+
 
 def prepare() -> None:
     """Settings of the process, before NumPy is imported. They do not change results.
@@ -28,23 +28,37 @@ def prepare() -> None:
     for option, size in ((-1, (1 << 31) - 1), (-2, 1 << 26), (-3, 1 << 25)) if mallopt else ():
         mallopt(option, size)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
+
 class Parser(argparse.ArgumentParser):
     """An argument parser. An error prints one line and ends with exit code 2."""
 
     def __init__(self, description: str | None):
+        from grassmann import __version__  # only now, since it imports NumPy
+
         plain = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=plain, allow_abbrev=False)
-        self.add_argument("--version", action="version", version=f"grassmann {VERSION}")
+        self.add_argument("--version", action="version", version=f"grassmann {__version__}")
 
     def error(self, message: str) -> None:
         if "expected one argument" in message:
             message += " (if it begins with a dash, write --option=-value)"
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(message.split()))
+        shown = "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode()
+            for c in " ".join(message.split())
+        )
         self.exit(2, f"{self.prog}: {shown}\n")
 
+
 def add_gpu_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpu", action="store_true", help="run on a CUDA GPU, with CuPy (requirements-gpu.txt)")
-    parser.add_argument("--precision", choices=["float32", "tf32"], help="of matrix products on a GPU (default: float32)")
+    parser.add_argument(
+        "--gpu", action="store_true", help="run on a CUDA GPU, with CuPy (requirements-gpu.txt)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["float32", "tf32"],
+        help="of matrix products on a GPU (default: float32)",
+    )
+
 
 def backend(gpu: bool, precision: str | None = None) -> ModuleType:
     """The module that computes: grassmann (NumPy) or gpu (CuPy), with the same names. Raises UserError."""
@@ -55,16 +69,19 @@ def backend(gpu: bool, precision: str | None = None) -> ModuleType:
         return grassmann
     try:
         import gpu as cuda
+
         cuda.set_precision(precision or "float32")
     except (ImportError, ValueError) as error:
         raise grassmann.UserError(f"--gpu: {error}") from None
     return cuda
+
 
 def command(script: str, *args: object) -> str:
     """A command line to copy, with the running interpreter and the path of the running script."""
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     words = [python, str(Path(sys.argv[0]).with_name(script)), *map(str, args)]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
 
 def plain_output() -> None:
     """Escape what the terminal cannot show, and hide NumPy's warnings: the programs check their numbers themselves."""
@@ -74,12 +91,16 @@ def plain_output() -> None:
         with suppress(AttributeError):  # in IDLE and Jupyter
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
+
 def leave_quietly() -> None:
     """Our output cannot be written any more (`| head`, a full disk), so discard the rest of it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+
 @contextmanager
-def short_errors(parser: Parser, where: object, memory: str = "not enough memory", stopped: str = "") -> Iterator[None]:
+def short_errors(
+    parser: Parser, where: object, memory: str = "not enough memory", stopped: str = ""
+) -> Iterator[None]:
     """Within the block, an error that the user can correct ends the program with one line and exit code 2, Ctrl-C with
     `stopped` and 130. Other errors keep their traceback. `where` replaces the file that an OSError does not name."""
     from grassmann import UserError

@@ -12,10 +12,11 @@ from types import ModuleType
 
 import numpy as np
 
-import parallel
+from charlm import processes
 from grassmann import Array, Config, Params, require
 
 SHARD_TOKENS = 4096  # about so many tokens a thread computes at once, and at least one row; it limits the memory
+
 
 @dataclass(frozen=True)
 class Training:
@@ -35,8 +36,10 @@ class Training:
             least = 1 if name in ("iters", "batch_size") else 0
             whole = least == 1 or name in ("warmup_iters", "seed")
             number = isinstance(value, (int, np.integer) if whole else (int, float, np.number))
-            require((number and least <= value < 1e300) or (name == "min_lr" and value is None),
-                    f"{name} must be {least} or more and {'whole' if whole else 'finite'}, not {value!r}")
+            require(
+                (number and least <= value < 1e300) or (name == "min_lr" and value is None),
+                f"{name} must be {least} or more and {'whole' if whole else 'finite'}, not {value!r}",
+            )
 
     def rate(self, step: int) -> float:
         """The learning rate: linear up to lr, then half a cosine down to min_lr."""
@@ -46,16 +49,35 @@ class Training:
         min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
         return min_lr + 0.5 * (self.lr - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
 
-def train_step(model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
-               step: int, tokens: Array, threads: int = 1) -> float:
+
+def train_step(
+    model: ModuleType,
+    params: Params,
+    config: Config,
+    training: Training,
+    optimizer: dict[str, Params],
+    step: int,
+    tokens: Array,
+    threads: int = 1,
+) -> float:
     """One step, in place, on the batch that (seed, step) draws from tokens. Returns the loss."""
     if hasattr(model, "train_step"):  # gpu.py records the whole step as one graph
         return model.train_step(params, config, training, optimizer, step, tokens)
     x, y = model.get_batch(tokens, training.batch_size, config.context, training.seed, step)
     return step_on_batch(model, params, config, training, optimizer, step, x, y, threads)
 
-def step_on_batch(model: ModuleType, params: Params, config: Config, training: Training, optimizer: dict[str, Params],
-                  step: int, x: Array, y: Array, threads: int = 1) -> float:
+
+def step_on_batch(
+    model: ModuleType,
+    params: Params,
+    config: Config,
+    training: Training,
+    optimizer: dict[str, Params],
+    step: int,
+    x: Array,
+    y: Array,
+    threads: int = 1,
+) -> float:
     """One step on the batch x, y (B, L), in place: gradients, clipping, AdamW. Returns the loss."""
     t = training
     loss, grads = loss_and_grads(model, params, config, x, y, (t.seed, step), threads)
@@ -64,15 +86,25 @@ def step_on_batch(model: ModuleType, params: Params, config: Config, training: T
     model.adamw_step(params, grads, optimizer, step, t.rate(step), weight_decay=t.weight_decay)
     return loss
 
-def loss_and_grads(model: ModuleType, params: Params, config: Config, x: Array, y: Array,
-                   seed: Sequence[int] | None, threads: int) -> tuple[float, Params]:
+
+def loss_and_grads(
+    model: ModuleType,
+    params: Params,
+    config: Config,
+    x: Array,
+    y: Array,
+    seed: Sequence[int] | None,
+    threads: int,
+) -> tuple[float, Params]:
     """The model's `loss_and_grads` on several threads. With threads=0, for a GPU, it takes all rows at once.
 
     The rows are split into shards, and the shards' gradients are added in a fixed order. So with the same number
-    of threads a run repeats bit for bit. Under mpiexec each process takes its part of the rows (parallel.py).
+    of threads a run repeats bit for bit. Under mpiexec each process takes its part of the rows (processes.py).
     """
-    require(threads >= 0, f"threads must be 1 or more, or 0 for the batch as a whole, not {threads}")
-    mine = parallel.rows(len(x))
+    require(
+        threads >= 0, f"threads must be 1 or more, or 0 for the batch as a whole, not {threads}"
+    )
+    mine = processes.rows(len(x))
     tokens = len(mine) * x.shape[1]
     n_shards = threads * math.ceil(tokens / (threads * SHARD_TOKENS)) if threads else 1
     masks = None if seed is None else (*seed, 1)  # with the 1, other numbers than for the batch
@@ -87,13 +119,15 @@ def loss_and_grads(model: ModuleType, params: Params, config: Config, x: Array, 
         loss += shard_loss
         for name, g in shard_grads.items():
             grads[name] += g
-    return parallel.add_up(loss, grads)
+    return processes.add_up(loss, grads)
+
 
 @lru_cache
 def pool(threads: int) -> ThreadPoolExecutor:
     """A pool of threads, made once. A thread waits 0.1 ms for the interpreter lock, not 5 ms (a dozen operations)."""
     sys.setswitchinterval(1e-4)
     return ThreadPoolExecutor(threads)
+
 
 def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
     """map(function, items) on several threads. They run in parallel, since NumPy releases the interpreter lock."""
