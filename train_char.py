@@ -35,9 +35,9 @@ from charlm import processes
 from charlm.checkpoint import load_checkpoint
 from charlm.run import Run, check_memory, lock, read_run, set_aside
 from charlm.text import decode, read_corpus, start_token, visible
+from charlm.trained import continue_text, write_text
 from charlm.training import Training, in_threads, train_step
 from grassmann import Config, require
-from sample import write_sample
 
 LOG_EVERY = 10  # steps per row of log.csv; the row has their mean training loss
 MOST_VALIDATED, PIECE = (
@@ -448,13 +448,8 @@ def main() -> None:
             signal.SIGINT, signal.default_int_handler
         )  # all is saved: Ctrl-C may end it at once
         if processes.rank == 0:
-            write_sample(
-                run.model,
-                *load_checkpoint(best, getattr(run.model, "Flat", dict)),
-                "",
-                600,
-                temperature=0.8,
-            )
+            trained = load_checkpoint(best, getattr(run.model, "Flat", dict))
+            write_text("", continue_text(run.model, *trained, "", 600, temperature=0.8))
 
 
 if __name__ == "__main__":

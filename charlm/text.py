@@ -26,17 +26,12 @@ SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-MOST_BYTES, MOST_FILES = (
-    1 << 30,
-    100_000,
-)  # bytes of a file, and characters of a folder; files in a folder
-WRITTEN = (
-    "best.npz",
-    "last.npz",
-    "log.csv",
-    "loss.png",
-    "explorer.html",
-)  # by the programs, into a run's folder
+MOST_BYTES = 1 << 30  # of a file, and as many characters of a folder
+MOST_FILES = 100_000  # in a folder
+# What the programs write into a run's folder.
+WRITTEN = ("best.npz", "last.npz", "log.csv", "loss.png", "explorer.html")
+
+# ---- a text as tokens ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -52,20 +47,22 @@ class Corpus:
 
 
 def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
-    """The text that --data names, as tokens. Raises UserError, also if it is too short for the context."""
-    name = data if isinstance(data, str) else " ".join(data or ["the documentation of this Python"])
+    """The text that --data names, as tokens. Raises UserError, also if it is too short."""
+    names = [data] if isinstance(data, str) else data
+    name = " ".join(names or ["the documentation of this Python"])
     return corpus_of(load_text(data), context, name)
 
 
-def corpus_of(text: str, context: int, name: str = "") -> Corpus:
+def corpus_of(text: str, context: int, name: str = "the text") -> Corpus:
     """A text as tokens. Raises UserError if it is too short for the context."""
     n_val = len(text) // 10
+    needed = max(20, context * 10 // 9 + 1)
     require(
         len(text) - n_val > context and n_val >= 2,
-        f"{name or 'the text'} has {len(text):,} characters, "
-        f"a context of {context} needs {max(20, context * 10 // 9 + 1)}",
+        f"{name} has {len(text):,} characters, a context of {context} needs {needed}",
     )
-    tokens = encode(text, vocab := vocabulary(text))
+    vocab = vocabulary(text)
+    tokens = encode(text, vocab)
     most_common = int(np.bincount(tokens[: 1 << 20]).argmax())
     return Corpus(text_sha256(text), vocab, tokens[:-n_val], tokens[-n_val:], most_common, name)
 
@@ -75,155 +72,38 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def load_text(data: str | Sequence[str] | None) -> str:
-    """Files, folders, folder/**/*.py or "shakespeare" as one text; None: Python's documentation. Raises UserError."""
-    if data is None:
-        try:
-            from pydoc_data.topics import topics
-        except ImportError:
-            raise UserError(
-                "this Python came without its documentation; give a text: --data FILE"
-            ) from None
-        return "\n\n".join(text.strip() for _, text in sorted(topics.items())) + "\n"
-    texts = []
-    for name in [data] if isinstance(data, str) else data:
-        require(name != "", "--data needs the name of a file or a folder")
-        path = shakespeare() if name == "shakespeare" else Path(name)
-        several = path.is_dir() or ("*" in name and not path.exists())
-        texts += read_folder(name) if several else [read_file(path)]
-    return (
-        texts[0] if len(texts) == 1 else "".join(t if t.endswith("\n") else t + "\n" for t in texts)
-    )
-
-
-def read_folder(name: str) -> list[str]:
-    """The UTF-8 files below a folder, or the files that match a pattern, in order of their names. Leaves out hidden
-    files and the files of a training run. Prints what it has read. Raises UserError if there is no text."""
-    start, star, rest = name.partition("*")
-    pattern = glob.escape(start) + (
-        star + rest or f"{os.sep}**{os.sep}*"
-    )  # glob leaves out hidden files
-    found, texts, kinds, left_out = (
-        [*islice(glob.iglob(pattern, recursive=True), MOST_FILES + 1)],
-        [],
-        Counter(),
-        [],
-    )
-    require(
-        len(found) <= MOST_FILES,
-        f"{name} has more than {MOST_FILES:,} files; give a smaller folder",
-    )
-    for path in sorted(map(Path, found)):
-        ran = any((path.parent / checkpoint).exists() for checkpoint in ("best.npz", "last.npz"))
-        if not os.path.isfile(path) or (ran and path.name.removesuffix(".tmp") in WRITTEN):
-            continue
-        try:
-            require(kinds.total() < MOST_BYTES, f"{path} comes after {MOST_BYTES >> 30} GB of text")
-            texts.append(read_file(path))
-            kinds[f"*{path.suffix}" if path.suffix else path.name] += len(texts[-1])
-        except UserError as error:
-            left_out.append(str(error))
-    require(len(texts) > 0, "; ".join([f"there is no UTF-8 text in {name}", *left_out[:1]]))
-    shares = ", ".join(
-        f"{kind} {100 * n / max(1, kinds.total()):.0f}%" for kind, n in kinds.most_common(3)
-    )
-    first = (
-        f"; left out: {len(left_out)}, the first: {left_out[0].partition('; ')[0]}"
-        if left_out
-        else ""
-    )
-    kind = (
-        ""
-        if "*" in name
-        else f"; one kind alone: --data {shlex.quote(f'{name}/**/{kinds.most_common(1)[0][0]}')}"
-    )
-    print(visible(f"{name}: files read: {len(texts)} ({shares}){first}{kind * (len(kinds) > 1)}"))
-    return texts
-
-
-def read_file(path: Path) -> str:
-    """The text of a UTF-8 file, without its byte order mark, and with \\n for \\r\\n. Raises UserError."""
-    try:
-        fine = (
-            not path.is_char_device() and path.stat().st_size <= MOST_BYTES
-        )  # a device may never end
-        require(fine, f"{path} is larger than {MOST_BYTES >> 30} GB, or endless")
-        return (
-            path.read_bytes()
-            .decode("utf-8", "surrogatepass")
-            .removeprefix("\ufeff")
-            .replace("\r\n", "\n")
-        )
-    except UnicodeDecodeError as error:
-        code = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-        convert = f"iconv -f {code} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(f'{path.stem}-utf8.txt')}"
-        raise UserError(
-            f"{path} is not UTF-8 text; save it as UTF-8 in an editor, or: {convert}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def shakespeare() -> Path:
-    """Tiny Shakespeare, from the cache or the network. Raises UserError."""
-    path = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "grassmann"
-        / "shakespeare.txt"
-    )
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
-        return path
-    print(f"downloading {SHAKESPEARE_URL}", flush=True)
-    try:
-        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
-            text = response.read(10**7)
-        require(
-            hashlib.sha256(text).hexdigest() == SHAKESPEARE_SHA256,
-            f"{len(text)} bytes of something else came",
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text)  # an unfinished file has another hash
-    except (OSError, http.client.HTTPException, UserError) as error:
-        raise UserError(
-            f"Tiny Shakespeare could not be downloaded ({error}); download it in a browser and give it "
-            "with --data FILE, or leave --data out for the text that Python ships"
-        ) from None
-    return path
-
-
 def vocabulary(text: str) -> list[int]:
     """The code points that occur in a text, in order. Token k is the k-th code point."""
     return sorted(map(ord, set(text)))
 
 
 def encode(text: str, vocab: list[int]) -> Array:
-    """Text -> tokens, in the smallest integer type. Raises UserError, which names the unknown characters."""
-    points, known = (
-        np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32),
-        np.array(vocab, np.uint32),
-    )
-    table = np.searchsorted(known, np.arange(known[-1] + 1)).astype(
-        np.min_scalar_type(len(known) - 1)
-    )
-    tokens = table[
-        np.minimum(points, known[-1])
-    ]  # faster than a search for each character of the text
+    """Text -> tokens, in the smallest integer type.
+
+    Raises UserError, which names the unknown characters.
+    """
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    known = np.array(vocab, np.uint32)
+    # A table from code points to tokens is faster than a search for each character.
+    table = np.searchsorted(known, np.arange(known[-1] + 1))
+    table = table.astype(np.min_scalar_type(len(known) - 1))
+    tokens = table[np.minimum(points, known[-1])]
     unknown = [chr(c) for c in np.unique(points[known[tokens] != points])]
-    composed = unknown and {*unicodedata.normalize("NFC", text)} <= {*map(chr, vocab)}
-    broken = any(
-        "\udc80" <= c <= "\udcff" for c in unknown
-    )  # so Python reads a byte that is not UTF-8
-    hint = (
-        "; with composed accents (NFC) it is known"
-        if composed
-        else "; this is not UTF-8"
-        if broken
-        else ""
-    )
-    require(
-        not unknown, f"not in the model's vocabulary: {' '.join(map(repr, unknown[:10]))}{hint}"
-    )
+    if unknown:
+        shown = " ".join(map(repr, unknown[:10]))
+        hint = why_unknown(text, unknown, vocab)
+        raise UserError(f"not in the model's vocabulary: {shown}{hint}")
     return tokens
+
+
+def why_unknown(text: str, unknown: list[str], vocab: list[int]) -> str:
+    """What to say of unknown characters, if there is something to say."""
+    if set(unicodedata.normalize("NFC", text)) <= set(map(chr, vocab)):
+        return "; with composed accents (NFC) it is known"
+    # Python reads a byte of a command line that is not UTF-8 as such a character.
+    if any("\udc80" <= c <= "\udcff" for c in unknown):
+        return "; this is not UTF-8"
+    return ""
 
 
 def decode(tokens: Iterable[int], vocab: list[int]) -> str:
@@ -232,7 +112,7 @@ def decode(tokens: Iterable[int], vocab: list[int]) -> str:
 
 
 def start_token(vocab: list[int], most_common: int) -> int:
-    """What a sample without a prompt starts from: a line end, or the most common character if there is no line end."""
+    """What a sample without a prompt starts from: a line end, or else the most common character."""
     return vocab.index(10) if 10 in vocab else most_common
 
 
@@ -241,3 +121,142 @@ def visible(text: str) -> str:
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
     )
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def load_text(data: str | Sequence[str] | None) -> str:
+    """Files, folders, folder/**/*.py or "shakespeare" as one text; None: Python's documentation.
+
+    Raises UserError.
+    """
+    if data is None:
+        return documentation()
+    texts = []
+    for name in [data] if isinstance(data, str) else data:
+        texts += read_named(name)
+    if len(texts) == 1:
+        return texts[0]
+    return "".join(text if text.endswith("\n") else text + "\n" for text in texts)
+
+
+def documentation() -> str:
+    """The text that Python ships: its help on its language. Raises UserError."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError(
+            "this Python came without its documentation; give a text: --data FILE"
+        ) from None
+    return "\n\n".join(text.strip() for _, text in sorted(topics.items())) + "\n"
+
+
+def read_named(name: str) -> list[str]:
+    """The texts that one word of --data stands for. Raises UserError."""
+    require(name != "", "--data needs the name of a file or a folder")
+    path = shakespeare() if name == "shakespeare" else Path(name)
+    if path.is_dir() or ("*" in name and not path.exists()):
+        return read_folder(name)
+    return [read_file(path)]
+
+
+def read_folder(name: str) -> list[str]:
+    """The UTF-8 files below a folder, or the files that match a pattern, in order of their names.
+
+    Prints what it has read, and what it has left out. Raises UserError if there is no text.
+    """
+    texts: list[str] = []
+    left_out: list[str] = []
+    kinds: Counter[str] = Counter()  # characters in each kind of file
+    for path in find_files(name):
+        try:
+            require(kinds.total() < MOST_BYTES, f"{path} comes after {MOST_BYTES >> 30} GB of text")
+            text = read_file(path)
+        except UserError as error:
+            left_out.append(str(error))
+            continue
+        texts.append(text)
+        kinds[f"*{path.suffix}" if path.suffix else path.name] += len(text)
+    require(len(texts) > 0, "; ".join([f"there is no UTF-8 text in {name}", *left_out[:1]]))
+
+    total = max(1, kinds.total())
+    shares = ", ".join(f"{kind} {100 * n / total:.0f}%" for kind, n in kinds.most_common(3))
+    line = f"{name}: files read: {len(texts)} ({shares})"
+    if left_out:
+        line += f"; left out: {len(left_out)}, the first: {left_out[0].partition('; ')[0]}"
+    if len(kinds) > 1 and "*" not in name:
+        [(kind, _)] = kinds.most_common(1)
+        line += f"; one kind alone: --data {shlex.quote(f'{name}/**/{kind}')}"
+    print(visible(line))
+    return texts
+
+
+def find_files(name: str) -> list[Path]:
+    """The files below a folder, or the files that match a pattern, in order of their names.
+
+    Leaves out hidden files, as glob does, and the files of a training run. Raises UserError.
+    """
+    start, star, rest = name.partition("*")
+    pattern = glob.escape(start) + (star + rest or f"{os.sep}**{os.sep}*")
+    found = list(islice(glob.iglob(pattern, recursive=True), MOST_FILES + 1))
+    require(
+        len(found) <= MOST_FILES,
+        f"{name} has more than {MOST_FILES:,} files; give a smaller folder",
+    )
+    paths = sorted(map(Path, found))
+    return [path for path in paths if os.path.isfile(path) and not of_a_run(path)]
+
+
+def of_a_run(path: Path) -> bool:
+    """Has a training run written this file?"""
+    if path.name.removesuffix(".tmp") not in WRITTEN:
+        return False
+    return path.with_name("best.npz").exists() or path.with_name("last.npz").exists()
+
+
+def read_file(path: Path) -> str:
+    """The text of a UTF-8 file, without its byte order mark, and with \\n for \\r\\n.
+
+    Raises UserError.
+    """
+    try:
+        # A device says that it is empty, and may never end.
+        fine = not path.is_char_device() and path.stat().st_size <= MOST_BYTES
+        require(fine, f"{path} is larger than {MOST_BYTES >> 30} GB, or endless")
+        text = path.read_bytes().decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        code = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+        old, new = shlex.quote(str(path)), shlex.quote(f"{path.stem}-utf8.txt")
+        convert = f"iconv -f {code} -t UTF-8 {old} > {new}"
+        raise UserError(
+            f"{path} is not UTF-8 text; save it as UTF-8 in an editor, or: {convert}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def shakespeare() -> Path:
+    """Tiny Shakespeare, from the cache or the network. Raises UserError."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / "grassmann" / "shakespeare.txt"
+    if path.exists() and is_shakespeare(path.read_bytes()):
+        return path
+    print(f"downloading {SHAKESPEARE_URL}", flush=True)
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
+            content = response.read(10**7)
+        require(is_shakespeare(content), f"{len(content)} bytes of something else came")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)  # an unfinished file has another hash
+    except (OSError, http.client.HTTPException, UserError) as error:
+        raise UserError(
+            f"Tiny Shakespeare could not be downloaded ({error}); download it in a browser and "
+            "give it with --data FILE, or leave --data out for the text that Python ships"
+        ) from None
+    return path
+
+
+def is_shakespeare(content: bytes) -> bool:
+    return hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256

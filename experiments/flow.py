@@ -26,10 +26,9 @@ from tqdm import tqdm
 import grassmann as G
 from charlm.own_layer import load_layer
 from charlm.text import encode, read_file
+from charlm.trained import held_out, load_trained
 from experiments.common import markdown
-from experiments.texts import held_out
 from grassmann import Array, Config, Params, UserError, require
-from sample import load_trained
 
 MEASURED, LEAST = 16384, 20  # characters: at most, at least
 KINDS = ("in a word", "word start", "capital", "punctuation", "space", "line end")

@@ -6,17 +6,15 @@ orders of n-grams; the last twentieth (`test`) to report the loss of what was ch
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from charlm.text import corpus_of, load_text, text_sha256
-from grassmann import Array, UserError, require
+from charlm.text import corpus_of, load_text
+from grassmann import Array, UserError
 
 NAMES = {
     None: "Python's documentation",
@@ -91,24 +89,3 @@ def king_james() -> str:
             "questions 5, 6 and 10 read the King James Bible: apt install bible-kjv"
         ) from None
     return re.sub(r"^\S+ ", "", verses, flags=re.MULTILINE)
-
-
-def held_out(extra: dict) -> str:
-    """The held-out text of a checkpoint's run, found by the run's settings, from the start of a paragraph.
-
-    Raises UserError if the text is gone or has changed.
-    """
-    settings = extra.get("settings")
-    data = settings.get("data", "?") if isinstance(settings, dict) else "?"
-    data = data if data is None or isinstance(data, list) else [data]
-    for name in map(str, data or ()):
-        there = name == "shakespeare" or "*" in name or Path(name).is_file() or Path(name).is_dir()
-        require(there, f"there is no file {name!r}")
-    try:
-        with contextlib.redirect_stdout(None):  # load_text and its errors give advice about --data
-            text = load_text(data and [*map(str, data)])
-    except UserError as error:
-        raise UserError(str(error).partition("; ")[0]) from None
-    require(extra.get("text_sha256") in (None, text_sha256(text)), "it has changed since")
-    text = text[len(text) - len(text) // 10 :]
-    return text[text.find("\n\n", 0, 1000) + 1 :].lstrip()

@@ -20,9 +20,8 @@ import numpy as np
 
 import grassmann
 from charlm.text import SHAKESPEARE_SHA256, decode, encode, read_file, start_token
-from experiments.texts import held_out
+from charlm.trained import find_trained, held_out, load_trained
 from grassmann import Config, Params, UserError, require
-from sample import find_trained, load_trained
 
 HERE = Path(__file__).resolve().parent
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import grassmann
-import sample
 from charlm.checkpoint import load_checkpoint, save_checkpoint
 from charlm.text import decode, encode, vocabulary
+from charlm.trained import continue_text, write_text
 from grassmann import Config, generate, init_params
 
 
@@ -95,7 +95,8 @@ def test_control_characters_are_escaped_on_a_terminal(odd, monkeypatch, capsys):
     trained = load_checkpoint(odd("\x1b[2J\x07\x9b\n\r\u202e"))
     for terminal in (False, True):
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
-        sample.write_sample(grassmann, *trained, "\x1b[2J", 200, seed=0)
+        prompt = "\x1b[2J"
+        write_text(prompt, continue_text(grassmann, *trained, prompt, 200, seed=0))
         shown, hostile = capsys.readouterr().out, {*"\x1b\x07\x9b\u202e"}
         assert (
             hostile & {*shown} == (set() if terminal else hostile)
