@@ -406,16 +406,19 @@ def bivector_memory_forward(h, w, config, layer):
     c = contract(z, k, v) * scale
     g += c @ w["W_mem"]
     mix, c_gate = G.gate_forward(h, g, w["W_gate"], w["b_gate"])
-    return mix, (c_red, c_partner, c_wedge, c_kv, c_gate, (z, k, v, c, scale, w["W_mem"]))
+    c_memory = z, k, v, c, scale, w["W_mem"]
+    return mix, (c_red, c_partner, c_wedge, c_kv, c_gate, c_memory)
 
 
 def bivector_memory_backward(dmix, cache):
     """As in grassmann.memory_backward, each gradient is a `contract` with other arguments."""
-    c_red, c_partner, c_wedge, c_kv, c_gate, (z, k, v, c, scale, W_mem) = cache
+    c_red, c_partner, c_wedge, c_kv, c_gate, c_memory = cache
+    z, k, v, c, scale, W_mem = c_memory
     dh, dg, dW_gate, db_gate = G.gate_backward(dmix, c_gate)
     dz, ds, grads = WEDGE.backward(dg, c_wedge)
     grads |= {"W_gate": dW_gate, "b_gate": db_gate}
-    grads["W_mem"] = c.reshape(-1, len(W_mem)).T @ dg.reshape(-1, dg.shape[-1])
+    rows = c.reshape(-1, len(W_mem))  # (B L, r)
+    grads["W_mem"] = rows.T @ dg.reshape(-1, dg.shape[-1])
     dc = dg @ W_mem.T * scale
     dk = contract_later(v, dc, z)
     dv = contract_later(k, z, dc)

@@ -1,4 +1,7 @@
-"""Make docs/tutorial.ipynb from tutorial.md, and run it to fill in its outputs: python -m experiments.notebook"""
+"""Make docs/tutorial.ipynb from tutorial.md, and run it to fill in its outputs.
+
+python -m experiments.notebook
+"""
 
 from charlm import command_line
 

@@ -1,7 +1,7 @@
 """The texts of the comparison, as tokens: characters, or byte pairs, the subwords of the field.
 
-A text is cut in three: nine tenths to train on; the next twentieth (`val`) to choose learning rates and
-orders of n-grams; the last twentieth (`test`) to report the loss of what was chosen.
+A text is cut in three: nine tenths to train on; the next twentieth (`val`) to choose learning rates
+and orders of n-grams; the last twentieth (`test`) to report the loss of what was chosen.
 """
 
 from __future__ import annotations
@@ -36,26 +36,35 @@ class Text:
 
 
 def read_text(data: str | None, pieces: int = 0, context: int = 1) -> Text:
-    """The text that --data names, or "bible", as characters, or as byte pairs with `pieces` different tokens.
+    """The text that --data names, or "bible": characters, or byte pairs, `pieces` different ones.
 
     Raises UserError if the text is missing or too short.
     """
-    text, name = king_james() if data == "bible" else load_text(data), NAMES.get(data, str(data))
+    text = king_james() if data == "bible" else load_text(data)
+    name = NAMES.get(data, str(data))
     corpus = corpus_of(text, context)
-    n_val, n_test = len(corpus.val) - len(corpus.val) // 2, len(corpus.val) // 2
-    parts = text[: -n_val - n_test], text[-n_val - n_test : -n_test], text[-n_test:]
-    size, sha256, vocab = len(corpus.vocab), corpus.sha256, corpus.vocab
-    tokens = corpus.train, corpus.val[:n_val], corpus.val[n_val:]
-    if pieces:
-        tokens, size, vocab = byte_pairs(parts, pieces), pieces, []
-        sha256 = hashlib.sha256(np.concatenate(tokens).tobytes()).hexdigest()
-        name += f" in {pieces:,} byte pairs"
-    n_bytes = len(parts[-1].encode("utf-8", "surrogatepass"))
-    return Text(name, sha256, size, vocab, *tokens, n_bytes / len(tokens[-1]))
+    n_test = len(corpus.val) // 2
+    n_val = len(corpus.val) - n_test
+    test = text[-n_test:]
+    n_bytes = len(test.encode("utf-8", "surrogatepass"))
+    if not pieces:
+        tokens = corpus.train, corpus.val[:n_val], corpus.val[n_val:]
+        per_token = n_bytes / n_test
+        return Text(name, corpus.sha256, len(corpus.vocab), corpus.vocab, *tokens, per_token)
+
+    train = text[: -n_val - n_test]
+    val = text[-n_val - n_test : -n_test]
+    tokens = byte_pairs((train, val, test), pieces)
+    sha256 = hashlib.sha256(np.concatenate(tokens).tobytes()).hexdigest()
+    per_token = n_bytes / len(tokens[-1])
+    return Text(f"{name} in {pieces:,} byte pairs", sha256, pieces, [], *tokens, per_token)
 
 
 def byte_pairs(parts: tuple[str, ...], size: int) -> tuple[Array, ...]:
-    """The parts as tokens of a byte pair encoding (Sennrich, arXiv 1508.07909) learned from the first part."""
+    """The parts as tokens of a byte pair encoding learned from the first part.
+
+    See Sennrich and others, arXiv 1508.07909.
+    """
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
@@ -68,24 +77,24 @@ def byte_pairs(parts: tuple[str, ...], size: int) -> tuple[Array, ...]:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([parts[0]], trainer)
-    tokens = [tokenizer.encode(part).ids for part in parts]
-    if any(tokenizer.decode(ids) != part for ids, part in zip(tokens, parts, strict=True)):
-        raise ValueError("the byte pairs do not give the text again")
-    return tuple(np.array(ids, np.uint16) for ids in tokens)
+    encoded = []
+    for part in parts:
+        ids = tokenizer.encode(part).ids
+        if tokenizer.decode(ids) != part:
+            raise ValueError("the byte pairs do not give the text again")
+        encoded.append(np.array(ids, np.uint16))
+    return tuple(encoded)
 
 
 def king_james() -> str:
     """The King James Bible, a verse a line, from Debian's package bible-kjv. Raises UserError."""
+    command = ["bible", "-f", "Gen1:1-Rev22:21"]
     try:
-        verses = subprocess.run(
-            ["bible", "-f", "Gen1:1-Rev22:21"],
-            stdin=subprocess.DEVNULL,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, check=True, capture_output=True, text=True
+        )
     except (OSError, subprocess.CalledProcessError):
         raise UserError(
             "questions 5, 6 and 10 read the King James Bible: apt install bible-kjv"
         ) from None
-    return re.sub(r"^\S+ ", "", verses, flags=re.MULTILINE)
+    return re.sub(r"^\S+ ", "", done.stdout, flags=re.MULTILINE)

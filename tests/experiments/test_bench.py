@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import grassmann
+from charlm.checkpoint import save_checkpoint
 from charlm.text import Corpus
 from charlm.training import Training
 from experiments import bench, bench_models, common
@@ -130,6 +131,33 @@ def test_the_layer_in_pytorch(taps, normalize, rng):
     }
     for name, expected in (grads | {"h": dh, "": out, "3": out[:, :3]}).items():
         np.testing.assert_allclose(found[name].detach(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_trained_layer_in_pytorch(ordinary_params, tmp_path, rng):
+    """What is loaded from a checkpoint computes what grassmann.py computes with it."""
+    torch_layer = need_torch("experiments.torch_layer")
+    torch = need_torch()
+    for changes in ({}, {"taps": False, "normalize": True}):
+        config = Config(7, 24, 2, 16, 5, **changes)
+        params = {name: p.astype(np.float32) for name, p in ordinary_params(config).items()}
+        path = tmp_path / "best.npz"
+        save_checkpoint(path, params, config)
+        h = rng.standard_normal((2, 20, 16), np.float32)
+        for layer in range(2):
+            mix = torch_layer.load(path, layer)
+            w = grassmann.Scope(params, f"blocks.{layer}.mix.")
+            expected, _ = grassmann.mix_forward(h, w, config, layer)
+            out = mix(torch.tensor(h)).detach()
+            np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"memory": True}, {"mixer": "attention"}])
+def test_a_layer_of_another_kind_is_not_loaded(ordinary_params, tmp_path, changes):
+    torch_layer = need_torch("experiments.torch_layer")
+    config = Config(7, 24, 2, 16, 5, **changes)
+    save_checkpoint(tmp_path / "best.npz", ordinary_params(config), config)
+    with pytest.raises(ValueError, match="layers of another kind"):
+        torch_layer.load(tmp_path / "best.npz", 0)
 
 
 def test_the_gpt_in_pytorch(ordinary_params):

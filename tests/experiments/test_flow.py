@@ -266,8 +266,8 @@ def test_the_text_held_out_is_found_or_asked_for(tmp_path):
         {},
         *({"data": name} for name in (5, os.devnull, [str(tmp_path / "no")], "\0")),
     ):
-        with pytest.raises(ValueError, match=r"here \(there is no file .*\); give one with --text"):
+        with pytest.raises(ValueError, match=r"here \(there is no file .*\); give one with --file"):
             F.text_of_run("c", {"settings": settings})
     for extra in (named, {"settings": {"data": None}}):
-        with pytest.raises(ValueError, match=r"it has changed since\); give one with --text or"):
+        with pytest.raises(ValueError, match=r"it has changed since\); give one with --file"):
             F.text_of_run("c", extra | {"text_sha256": "0" * 64})

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import grassmann
+from charlm.checkpoint import save_checkpoint
 from charlm.own_layer import check_layer
-from experiments import mixers, texts
+from charlm.text import corpus_of
+from experiments import mixers, ngram, texts
 from experiments.ngram import best_ngram, ngram_loss
 
 mixers.install()
@@ -131,6 +133,27 @@ def test_ngrams_are_the_formula(rng, order, window):
         seen = test[(t - 1) // window * window : t] if window and t else test[:t]
         losses.append(-np.log(probability(seen.tolist(), test[t], min(order, len(seen) + 1))))
     assert ngram_loss(train, test, order, V, window) == pytest.approx(np.mean(losses), rel=1e-12)
+
+
+def test_yardsticks_are_bits_of_the_held_out_text(tmp_path):
+    """A text that repeats itself costs a compressor hardly anything, random bits one bit each."""
+    bits = "".join(map(str, np.random.default_rng(0).integers(0, 2, 20_000)))
+    corpus = corpus_of(bits, 8)
+    for name, cost in (("gzip", 1.2), ("xz", 1.2), ("5-gram, counted", 1.0)):
+        found = {row["what"]: row["bits per character"] for row in ngram.yardsticks(corpus, None)}
+        assert found[name] == pytest.approx(cost, abs=0.1)
+    repeated = corpus_of(bits[:1000] * 20, 8)
+    for row in ngram.yardsticks(repeated, None)[:2]:
+        assert row["bits per character"] < 0.3
+    config = grassmann.Config(2, 8, 1, 8)
+    params = grassmann.init_params(config)
+    save_checkpoint(tmp_path / "best.npz", params, config, vocab=corpus.vocab, most_common=0)
+    *_, row = ngram.yardsticks(corpus, tmp_path / "best.npz")
+    loss = grassmann.validation_loss(params, config, corpus.val)
+    assert row["nats per character"] == loss
+    assert row["bits per character"] == pytest.approx(loss / np.log(2))
+    with pytest.raises(grassmann.UserError, match="trained on another text"):
+        ngram.yardsticks(corpus_of("abc" * 50, 8), tmp_path / "best.npz")
 
 
 @pytest.mark.parametrize("width", [1, 4, 5])
