@@ -269,7 +269,7 @@ def test_length(monkeypatch):
         ("--data short.txt", "characters"),
         ("--threads 0", "threads"),
         ("--gpu", "CuPy"),
-        ("--gpu --only race", "not all are sections"),
+        ("--gpu --only race", "not a section of --gpu"),
         ("--report", "need --gpu"),
         ("--only race --quick", None),
     ],
