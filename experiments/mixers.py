@@ -1,7 +1,7 @@
 """Mixers for the comparison: the rivals that a sceptic would ask for, and relatives of our layer.
 
 `install` adds them to grassmann.MIXERS. Then Config(mixer="rotary attention with taps") is a model
-like any other. They read whole texts only, and cannot write one token at a time.
+like any other. Only "rotary attention" can write one token at a time. The others read whole texts.
 
     attention     with rotary positions; and with taps on its input (a short convolution)
     convolution   gated, at full width: (a ⊙ (b + taps(b))) W
@@ -60,16 +60,17 @@ def look_back(z, w, config, layer):
 # ---- attention, with the additions that are usual today ------------------------------------------
 
 
-def rotate(x, sign=1):
+def rotate(x, sign=1, start=0):
     """Rotary positions: pairs of coordinates of x (B, heads, L, d_k) turned by t times a frequency.
 
     So the score of two tokens depends on their distance. Each rotation is a rotor of R^{d_k}.
     Its backward is the rotation by the opposite angle, sign=-1. With odd d_k one coordinate has
-    no partner.
+    no partner. `start` is the position of the first token.
     """
     half = x.shape[-1] // 2
     frequencies = 10000.0 ** (-np.arange(half) / half)
-    angles = np.arange(x.shape[2])[:, None] * frequencies  # (L, d_k / 2)
+    t = np.arange(start, start + x.shape[2])[:, None]
+    angles = t * frequencies  # (L, d_k / 2)
     cos = np.cos(angles).astype(x.dtype)
     sin = (sign * np.sin(angles)).astype(x.dtype)
     u, v, rest = np.split(x, [half, 2 * half], -1)
@@ -78,13 +79,16 @@ def rotate(x, sign=1):
     return np.concatenate([turned_u, turned_v, rest], -1)
 
 
-def rotary_forward(h, w, config, layer):
+def rotary_forward(h, w, config, layer, past=None):
     """Causal attention with rotary positions."""
     B, L, d = h.shape
+    start = past["k"].shape[2] if past else 0
     qkv, c_qkv = linear_forward(h, w, "qkv")
     qkv = qkv.reshape(B, L, 3, config.n_head, -1)
     q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # (B, n_head, L, d_k) each
-    heads, c_core = G.attention_core_forward(rotate(q), rotate(k), v)
+    q = rotate(q, start=start)
+    k = rotate(k, start=start)
+    heads, c_core = G.attention_core_forward(q, k, v, past)
     heads = heads.swapaxes(1, 2).reshape(B, L, d)
     out, c_out = linear_forward(heads, w, "out")
     return out, (c_qkv, c_core, c_out)
@@ -495,7 +499,7 @@ MIXERS = {
 
 
 def reads_whole(mixer: Op) -> Op:
-    """The mixer as grassmann.MIXERS takes it. One token at a time raises UserError."""
+    """The mixer, which keeps no `past`. One token at a time raises UserError."""
 
     def forward(h, w, config, layer, past=None):
         G.require(past is None, f"{config.mixer} is for comparison only: it reads texts whole")
@@ -507,7 +511,7 @@ def reads_whole(mixer: Op) -> Op:
 def install() -> None:
     """Add the mixers to grassmann.MIXERS, where Config looks."""
     for name, mixer in MIXERS.items():
-        G.MIXERS[name] = reads_whole(mixer)
+        G.MIXERS[name] = mixer if mixer is ROTARY else reads_whole(mixer)
 
 
 def scale_features(params: Params) -> None:
