@@ -1,23 +1,23 @@
 """Does geometry replace attention? Trains both, and variants of both, in the same way on one text.
 
-  python -m experiments.compare --data shakespeare            all questions, on Tiny Shakespeare: a day
+  python -m experiments.compare --data shakespeare            all questions, Tiny Shakespeare: a day
   python -m experiments.compare --data shakespeare --only 1   one of them
 
-All models of a question have the same number of parameters (within 2%, unless the question says so), batches,
-optimiser, schedule and validation. The learning rate is tuned for every model in runs of full length, unless
-a question takes the rates of another question. Rates are chosen on one part of the held-out text, and losses
-are reported on the other part. Each run uses one thread.
+All models of a question have the same number of parameters (within 2%, unless the question says
+so), batches, optimiser, schedule and validation. The learning rate is tuned for every model in runs
+of full length, unless a question takes the rates of another question. Rates are chosen on one part
+of the held-out text, and losses are reported on the other part. Each run uses one thread.
 
-Writes into --out: compare.md (the tables), figures of questions 1, 5 and 7, timing.json (delete it to measure
-again), and runs.jsonl, a line per finished run. After an interruption the same command goes on. Other
-settings or another text are other runs. (If grassmann.py itself has changed, choose another --out.)
+Writes into --out: compare.md (the tables), figures of questions 1, 5 and 7, timing.json (delete it
+to measure again), and runs.jsonl, a line per finished run. After an interruption the same command
+goes on. Other settings or another text are other runs. (If grassmann.py itself has changed, choose
+another --out.)
 """
 
 from charlm import command_line
 
 command_line.prepare()  # before NumPy
 
-import bisect
 import hashlib
 import json
 import math
@@ -45,13 +45,11 @@ from experiments.ngram import best_ngram
 from experiments.texts import Text, read_text
 from grassmann import Config, Params, UserError, default_offsets, param_shapes, require
 
-# Settings are the fields of Config and Training, with train_char.py's defaults, and the settings here.
-# As in nanoGPT's laptop recipe, runs are short and have no dropout: they do not overfit.
-BASE = {
-    "iters": 2000,
-    "dropout": 0.0,
-    "larger": (),
-}  # matrices that start from N(0, 1/d), as W_red does, instead of N(0, 0.02²); W_out from N(0, 1/(2Nd))
+# Settings are the fields of Config and Training, with train_char.py's defaults, and the settings
+# here. As in nanoGPT's laptop recipe, runs are short and have no dropout: they do not overfit.
+# `larger` names matrices that start from N(0, 1/d), as W_red does, instead of N(0, 0.02²); W_out
+# starts from N(0, 1/(2Nd)).
+BASE = {"iters": 2000, "dropout": 0.0, "larger": ()}
 ON_THE_WAY = 2**16  # tokens that a curve is measured on, all that a short text has
 LEARNING_RATES = (2e-3, 4e-3)  # tried first, see best_lr
 mixers.install()  # in every process: Config then takes their names
@@ -79,6 +77,7 @@ class Question:
 
 
 def mixer(name: str, **more) -> tuple[str, dict]:
+    """A model with this mixer, which is its label, too."""
     return name, {"mixer": name, **more}
 
 
@@ -103,11 +102,9 @@ AVERAGED = (
     "our offsets, averaged",
     {"taps": False, "offsets": default_offsets(Config.n_layer, Config.context, True)},
 )
-MEMORY, BIVECTOR, HYBRID = (
-    ("with memory", {"memory": True}),
-    {"mixer": "bivector memory"},
-    mixer("hybrid"),
-)
+MEMORY = ("with memory", {"memory": True})
+BIVECTOR = {"mixer": "bivector memory"}
+HYBRID = mixer("hybrid")
 SMALL = {
     "vocab_size": tasks.VOCAB_SIZE,
     "context": 160,
@@ -120,8 +117,8 @@ KEYS = SMALL | {"vocab_size": tasks.KEYS_VOCAB_SIZE, "context": 128, "iters": 15
 CONTROLS = Question(
     1,
     "Grassmann or attention",
-    "Which predicts text better at equal size, when attention has rotary "
-    "positions, a short convolution (taps) before it, larger first weights, and our gate around it?",
+    "Which predicts text better at equal size, when attention has rotary positions, a short "
+    "convolution (taps) before it, larger first weights, and our gate around it?",
     [
         ATTENTION,
         mixer("rotary attention", **WIDE),
@@ -162,24 +159,20 @@ LONGER = on_bible("0.1 million, 8,000 steps", TENTH | {"iters": 8000}, OTHERS, s
 MILLION = on_bible("1 million", {"n_layer": 5, "d_model": 144, "rank": 32})
 
 
-def dispute(title: str, rates: tuple[float, ...], text: tuple[str, int] | None = None) -> Question:
+def dispute(title: str, rates: tuple, text: tuple[str, int] | None = None) -> Question:
     """Offsets, size of the message, block: each as the paper has it, and not."""
     rows = [ATTENTION]
     for block, where in (("prenorm", ""), ("paper", ", paper's block")):
         for label, offsets, factor in (("one per layer", {}, 31), ("average of six", SIX, 76)):
             unit = UNIT[1] | offsets | {"block": block}
-            rows += [
-                (f"{label}, normalised{where}", unit),
-                (
-                    f"{label}, normalised x {factor}{where}",
-                    unit | {"mixer": f"rescaled by {factor}"},
-                ),
-            ]
+            rescaled = unit | {"mixer": f"rescaled by {factor}"}
+            rows.append((f"{label}, normalised{where}", unit))
+            rows.append((f"{label}, normalised x {factor}{where}", rescaled))
     return Question(
         10,
         title,
-        "One offset per layer or the average of six; unit bivectors, or unit bivectors "
-        "multiplied so that at first the message is about as long as without normalising, with one offset; "
+        "One offset per layer or the average of six; unit bivectors, or unit bivectors multiplied "
+        "so that at first the message is about as long as without normalising, with one offset; "
         "two blocks. Rates in steps of the square root of 2.",
         rows,
         seeds=3,
@@ -194,8 +187,9 @@ QUESTIONS = [
     Question(
         2,
         "Is it the geometry?",
-        "Other features of a token and its partner, at equal size: other products, none "
-        "at all; learned planes, which are determinants of dot products. And is the gate worth its parameters?",
+        "Other features of a token and its partner, at equal size: other products, none at all; "
+        "learned planes, which are determinants of dot products. And is the gate worth its "
+        "parameters?",
         [
             GRASSMANN,
             NO_PRODUCT,
@@ -281,8 +275,8 @@ QUESTIONS = [
     Question(
         8,
         "A far token",
-        f"How far back can an answer lie? Accuracy against distance, {1 / tasks.ANSWERS:.1%} by "
-        "chance. Two layers, 900 steps; the mean of five seeds, in brackets the lowest.",
+        "How far back can an answer lie? Accuracy against distance, 12.5% by chance. Two layers, "
+        "900 steps; the mean of five seeds, in brackets the lowest.",
         [
             (f"recall, {label}", changes | {"data": "recall", "lr": lr})
             for (label, changes), lr in (
@@ -300,8 +294,9 @@ QUESTIONS = [
     Question(
         9,
         "How much a memory holds",
-        "2, 4, 8 or 16 keys, each under a name: which one is asked for? Guessing the "
-        "most frequent: 56, 41, 32, 26%. Mean of three seeds, in brackets the lowest; 1,500 steps; sizes differ.",
+        "2, 4, 8 or 16 keys, each under a name: which one is asked for? Guessing the most "
+        "frequent: 56, 41, 32, 26%. Mean of three seeds, in brackets the lowest; 1,500 steps; "
+        "sizes differ.",
         [
             (f"keys, {label}", changes | {"data": "keys"})
             for label, changes in (
@@ -327,16 +322,15 @@ QUESTIONS = [
 
 
 class Trial:
-    """A run from its settings. Its result depends only on `spec`, and Trial(spec) is the same run again."""
+    """A run from its settings. Its result depends only on `spec`: Trial(spec) is the run again."""
 
     def __init__(self, settings: dict):
         settings = dict(settings)
-        if ratio := settings.pop("ratio", None):
+        ratio = settings.pop("ratio", None)
+        if ratio:
             settings["d_ff"] = ratio * settings.get("d_model", Config.d_model)
-        self.config, training = (
-            kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
-            for kind in (Config, Training)
-        )
+        self.config = Config(**known(Config, settings))
+        training = Training(**known(Training, settings))
         warmup = min(training.warmup_iters, training.iters // 10)  # short runs reach the peak, too
         self.training = replace(training, warmup_iters=warmup)
         everything = settings | asdict(self.config) | asdict(self.training)
@@ -346,64 +340,84 @@ class Trial:
         self.spec = dict(sorted(everything.items()))
 
 
+def known(kind: type, settings: dict) -> dict:
+    """The settings that a dataclass has fields for."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in settings.items() if name in names}
+
+
 def count_params(trial: Trial) -> int:
     return sum(math.prod(shape) for shape in param_shapes(trial.config).values())
 
 
 def matched(trial: Trial, target: int) -> Trial:
-    """The trial with a model of about `target` parameters. First d_model becomes the multiple of n_head that comes
-    closest, with the same ratio d_ff / d_model. Then d_ff takes the rest: one more is N (2 d_model + 1) parameters."""
-    ratio, n_head = trial.config.d_ff // trial.config.d_model, trial.config.n_head
-    widths = range(n_head, math.isqrt(target) + 2 * n_head, n_head)
+    """The trial with a model of about `target` parameters.
+
+    First d_model becomes the multiple of n_head that comes closest, with the same ratio d_ff /
+    d_model. Then d_ff takes the rest: one more is N (2 d_model + 1) parameters.
+    """
+    ratio = trial.config.d_ff // trial.config.d_model
+    n_head = trial.config.n_head
 
     def sized(d_model: int) -> Trial:
         return Trial(trial.spec | {"d_model": d_model, "d_ff": ratio * d_model})
 
-    k = bisect.bisect(widths, target, hi=len(widths) - 1, key=lambda d: count_params(sized(d)))
-    best = min(
-        map(sized, widths[max(0, k - 1) : k + 1]), key=lambda size: abs(count_params(size) - target)
-    )
+    d_model = n_head
+    while count_params(sized(d_model + n_head)) <= target:
+        d_model += n_head
+    smaller = sized(d_model)
+    larger = sized(d_model + n_head)
+    missing = target - count_params(smaller)
+    best = larger if count_params(larger) - target < missing else smaller
     unit = best.config.n_layer * (2 * best.config.d_model + 1)
     more = round((target - count_params(best)) / unit)
     return Trial(best.spec | {"d_ff": max(1, best.config.d_ff + more)})
 
 
 def learner(trial: Trial, text: Text, threads: int = 1) -> Learner:
-    """The model before its first step; all models with this data and seed read the same batches."""
-    sizes, task = (
-        (trial.training.batch_size, trial.config.context),
-        tasks.TASKS.get(trial.spec["data"]),
-    )
+    """The model before its first step. All models with this data and seed read the same batches."""
+    task = tasks.TASKS.get(trial.spec["data"])
 
     def batch(step: int) -> tuple:
-        return task(np.random.default_rng((trial.training.seed, step)), *sizes)[:2]
+        rng = np.random.default_rng((trial.training.seed, step))
+        x, y, _ = task(rng, trial.training.batch_size, trial.config.context)
+        return x, y
 
-    new = Learner(trial.config, trial.training, batch if task else text.train, threads)
+    source = batch if task else text.train
+    new = Learner(trial.config, trial.training, source, threads)
     mixers.scale_features(new.params)
+    larger = trial.spec.get("larger", ())
     for name in new.params:
-        if name.split(".")[-1] in trial.spec.get("larger", ()):
+        if name.split(".")[-1] in larger:
             new.params[name] /= 0.02 * math.sqrt(trial.config.d_model)
     return new
 
 
-def evaluate(
-    trial: Trial, text: Text, params: Params, test: bool, most: int | None = None
-) -> float | list[float]:
-    """The validation loss, or the test loss, on at most `most` tokens. For a task, the list that `accuracy` returns."""
-    if task := tasks.TASKS.get(name := trial.spec["data"]):
-        rng = np.random.default_rng(
-            (trial.training.seed, trial.training.iters + test)
-        )  # never trained on
-        held_out = task(rng, 512, trial.config.context)
-        return tasks.accuracy(params, trial.config, *held_out, tasks.GROUPS[name])
-    return grassmann.validation_loss(params, trial.config, (text.test if test else text.val)[:most])
+def evaluate(trial: Trial, text: Text, params: Params, test: bool, most: int | None = None):
+    """The validation loss, or the test loss, on at most `most` tokens.
+
+    For a task, the list that `accuracy` returns.
+    """
+    name = trial.spec["data"]
+    if name in tasks.TASKS:
+        never_trained_on = trial.training.iters + test
+        rng = np.random.default_rng((trial.training.seed, never_trained_on))
+        x, y, group = tasks.TASKS[name](rng, 512, trial.config.context)
+        return tasks.accuracy(params, trial.config, x, y, group, tasks.GROUPS[name])
+    tokens = text.test if test else text.val
+    return grassmann.validation_loss(params, trial.config, tokens[:most])
 
 
 def train(what: tuple[str, Trial, Text]) -> dict:
-    """Train on one thread: label, trial, text. Returns a line of runs.jsonl. Its curve is a [step, what `evaluate` says]
-    now and then, on the first part of a long text, the last at the end, which a loss that is not finite brings early."""
+    """Train a label's trial on a text, on one thread. Returns a line of runs.jsonl.
+
+    Its curve is a [step, what `evaluate` says] now and then, on the first part of a long text. The
+    last is at the end. A loss that is not finite ends a run early.
+    """
     label, trial, text = what
-    new, curve, iters = learner(trial, text), [], trial.training.iters
+    new = learner(trial, text)
+    iters = trial.training.iters
+    curve = []
     for step in range(1, iters + 1):
         last = not math.isfinite(new.step()) or step == iters
         if last or step % trial.spec["eval_every"] == 0:
@@ -422,8 +436,10 @@ def train(what: tuple[str, Trial, Text]) -> dict:
 
 
 def train_all(todo: list[tuple], jobs: int) -> Iterator[dict]:
-    """Yields results as they come. After an error or Ctrl-C no process is left. (If the system kills a process
-    because memory is full, this waits for ever: press Ctrl-C, and use fewer --jobs.)
+    """Yields results as they come. After an error or Ctrl-C no process is left.
+
+    If the system kills a process because memory is full, this waits for ever. Then press Ctrl-C,
+    and use fewer --jobs.
     """
     if jobs == 1:
         yield from map(train, todo)
@@ -438,7 +454,8 @@ def train_all(todo: list[tuple], jobs: int) -> Iterator[dict]:
 
 
 def digest(spec: dict | list[dict]) -> str:
-    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+    document = json.dumps(spec, sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -449,38 +466,52 @@ class Row:
 
 
 def final(result: dict, test: bool = True) -> float:
-    """The result of a run, smaller is better: the final test or validation loss, inf if the run diverged; or minus
-    the accuracy."""
+    """The result of a run, smaller is better: the final test or validation loss.
+
+    inf if the run diverged. For a task, minus the accuracy.
+    """
     step, value = result["curve"][-1]
     value = result["test"] if test else result.get("validation", value)
     if isinstance(value, list):
         return -np.nanmean(value)
-    return value if step == result["spec"]["iters"] and math.isfinite(value) else math.inf
+    finished = step == result["spec"]["iters"] and math.isfinite(value)
+    return value if finished else math.inf
 
 
-def best_lr(
-    ask: Callable, rates: tuple[float, ...], spacing: float = 2.0, enough: float = -math.inf
-) -> float | None:
-    """The best learning rate. If it is the smallest or the largest rate so far, one more is tried beyond it, unless
-    its loss is good `enough`. ask(lr) returns a run, or None if the run is missing: then the best is None, too."""
+def best_lr(ask: Callable, rates, spacing=2.0, enough=-math.inf) -> float | None:
+    """The best learning rate.
+
+    If it is the smallest or the largest rate so far, one more is tried beyond it, unless its loss
+    is good `enough`. ask(lr) returns a run, or None if the run is missing. Then the best is None,
+    too.
+    """
     runs = {lr: ask(lr) for lr in rates}
     while all(runs.values()):
         losses = {lr: final(run, test=False) for lr, run in runs.items()}
         best = min(runs, key=losses.get)
-        if best not in (min(runs), max(runs)) or not 1e-4 < best < 0.1 or losses[best] <= enough:
+        smallest = best == min(runs)
+        inside = not smallest and best != max(runs)
+        if inside or not 1e-4 < best < 0.1 or losses[best] <= enough:
             return best
-        other = float(f"{best / spacing if best == min(runs) else best * spacing:.3g}")
+        beyond = best / spacing if smallest else best * spacing
+        other = float(f"{beyond:.3g}")
         runs[other] = ask(other)
     return None
 
 
 class Laboratory:
-    """What all questions share: the texts; the finished runs, which are lines of a file; and the missing runs, which
-    were asked for. Runs are found by the digest of their spec. Raises UserError and OSError.
+    """What all questions share: texts, finished runs, and missing runs that were asked for.
+
+    Finished runs are lines of a file. They are found by the digest of their spec. Raises UserError
+    and OSError.
     """
 
     def __init__(self, path: Path, data: str | None = None):
-        self.path, self.data, self.texts, self.finished, self.missing = path, data, {}, {}, {}
+        self.path = path
+        self.data = data
+        self.texts = {}
+        self.finished = {}
+        self.missing = {}
         path.touch()
         for k, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
@@ -492,23 +523,23 @@ class Laboratory:
     def text(self, question: Question) -> Text:
         which = question.text or (self.data, 0)
         if which not in self.texts:
-            self.texts[which] = read_text(
-                *which, context=question.settings.get("context", Config.context)
-            )
+            context = question.settings.get("context", Config.context)
+            self.texts[which] = read_text(*which, context)
         return self.texts[which]
 
     def ask(self, question: Question, label: str, changes: dict, **more) -> dict | None:
-        """The run of a question's model, in the same size as the other models. None if the run is missing."""
-        text, iters = self.text(question), (BASE | question.settings)["iters"]
-        settings = {
+        """The run of a question's model, as large as its other models. None if it is missing."""
+        text = self.text(question)
+        settings = BASE | question.settings
+        of_text = {
             "data": text.sha256,
             "vocab_size": text.vocab_size,
-            "eval_every": max(1, iters // 10),
+            "eval_every": max(1, settings["iters"] // 10),
         }
-        settings = BASE | settings | question.settings | more
-        trial, plain = Trial(settings | changes), Trial(settings)
+        settings = BASE | of_text | question.settings | more
+        trial = Trial(settings | changes)
         if question.same_size:
-            trial = matched(trial, count_params(plain))
+            trial = matched(trial, count_params(Trial(settings)))
         key = digest(trial.spec)
         if key not in self.finished:
             self.missing.setdefault(key, (label, trial, text))
@@ -521,46 +552,55 @@ class Laboratory:
         def search(lr: float) -> dict | None:
             return self.ask(question, f"{label}, lr {lr:g}", changes, lr=lr)
 
-        return best_lr(
-            search, question.rates, question.spacing, -0.99 if question.tasks else -math.inf
-        )
+        enough = -0.99 if question.tasks else -math.inf
+        return best_lr(search, question.rates, question.spacing, enough)
 
     def answer(self, question: Question) -> list[Row]:
-        """Ask for the runs of a question: the search for learning rates, then the runs with the best rates.
-        Returns rows of finished runs."""
-        rows, seeds = [], np.broadcast_to(question.seeds, len(question.models))
+        """Ask for the runs of a question: first learning rates, then the runs with the best rates.
+
+        Returns rows of finished runs.
+        """
+        rows = []
+        seeds = np.broadcast_to(question.seeds, len(question.models))
         for (label, changes), n in zip(question.models, seeds, strict=True):
-            if lr := changes.get("lr") or self.rate(question, label, changes):
-                runs = [
-                    self.ask(question, f"{label}, seed {k}", changes, lr=lr, seed=k)
-                    for k in range(n)
-                ]
-                rows += [Row(label, finished)] if (finished := [*filter(None, runs)]) else []
+            lr = changes.get("lr") or self.rate(question, label, changes)
+            if lr:
+                asked = []
+                for seed in range(n):
+                    name = f"{label}, seed {seed}"
+                    asked.append(self.ask(question, name, changes, lr=lr, seed=seed))
+                finished = [run for run in asked if run]
+                if finished:
+                    rows.append(Row(label, finished))
         return rows
 
     def counting(self, question: Question) -> Row:
         """The n-gram of the best order, in the networks' windows, as a run."""
-        text, window = self.text(question), question.settings.get("context", Config.context)
-        key = digest(spec := {"data": text.sha256, "ngrams": True, "iters": 1, "window": window})
+        text = self.text(question)
+        window = question.settings.get("context", Config.context)
+        spec = {"data": text.sha256, "ngrams": True, "iters": 1, "window": window}
+        key = digest(spec)
         if key not in self.finished:
             order, val, test = best_ngram(text, window)
-            self.add(
-                {
-                    "label": f"{order}-gram, counted",
-                    "spec": spec,
-                    "curve": [[1, val]],
-                    "test": test,
-                    "bytes_per_token": text.bytes_per_token,
-                }
-            )
-        return Row(self.finished[key]["label"], [self.finished[key]])
+            result = {
+                "label": f"{order}-gram, counted",
+                "spec": spec,
+                "curve": [[1, val]],
+                "test": test,
+                "bytes_per_token": text.bytes_per_token,
+            }
+            self.add(result)
+        result = self.finished[key]
+        return Row(result["label"], [result])
 
     def train_missing(self, jobs: int) -> None:
         """Train the missing runs, `jobs` runs at a time, and save them."""
-        todo, n = [*self.missing.values()], len(self.missing)
+        todo = [*self.missing.values()]
         self.missing.clear()
-        print(f"{n} {'run' if n == 1 else 'runs'} to train, {min(jobs, n)} at a time", flush=True)
-        with closing(train_all(todo, min(jobs, n))) as results:
+        n = len(todo)
+        jobs = min(jobs, n)
+        print(f"{n} {'run' if n == 1 else 'runs'} to train, {jobs} at a time", flush=True)
+        with closing(train_all(todo, jobs)) as results:
             for k, result in enumerate(results, 1):
                 self.add(result)
                 print(f"{k} of {n}: {result['label']}", flush=True)
@@ -575,15 +615,18 @@ class Laboratory:
 
 
 def add_times(rows: list[Row], text: Text, path: Path) -> None:
-    """Add the milliseconds of a step from a file. If they are missing, and the file is from this machine, measure."""
+    """Add the milliseconds of a step from a file.
+
+    If they are missing, and the file is from this machine, measure.
+    """
     specs = [row.results[0]["spec"] for row in rows]
-    key, known = digest(specs), read_times(path)
+    key = digest(specs)
+    known = read_times(path)
     if key not in known["ms"] and known["machine"] == machine():
-        runs = {
-            k: learner(Trial(spec), text, len(processes.available_cores())).step
-            for k, spec in enumerate(specs)
-        }
-        known["ms"][key] = [1e3 * median(seconds) for seconds in alternate(runs, 10, 3).values()]
+        threads = len(processes.available_cores())
+        runs = {k: learner(Trial(spec), text, threads).step for k, spec in enumerate(specs)}
+        times = alternate(runs, 10, 3)
+        known["ms"][key] = [1e3 * median(seconds) for seconds in times.values()]
         path.write_text(json.dumps(known), encoding="utf-8")
     for row, ms in zip(rows, known["ms"].get(key, []), strict=False):
         row.ms = ms
@@ -591,74 +634,89 @@ def add_times(rows: list[Row], text: Text, path: Path) -> None:
 
 def read_times(path: Path) -> dict:
     """{"machine": …, "ms": {…}} from the file, or without times if there is no file."""
-    return (
-        json.loads(path.read_text(encoding="utf-8"))
-        if path.exists()
-        else {"machine": machine(), "ms": {}}
-    )
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {"machine": machine(), "ms": {}}
 
 
 # ---- tables and figures --------------------------------------------------------------------------
 
 
 def mean_and_deviation(row: Row) -> tuple[float, float]:
-    """Of the test loss, over the seeds; one seed has a deviation of nan."""
-    losses = [*map(final, row.results)]
-    return fmean(losses), stdev(losses) if len(losses) > 1 and max(losses) < math.inf else math.nan
+    """Of the test loss, over the seeds. The deviation of one seed, or a diverged run, is nan."""
+    losses = [final(run) for run in row.results]
+    known = len(losses) > 1 and max(losses) < math.inf
+    return fmean(losses), stdev(losses) if known else math.nan
 
 
-def loss_table(
-    question: Question, rows: list[Row], counted: Row | None = None
-) -> list[dict[str, str]]:
-    """One line per model. Gaps are those to the first model that was trained; one that is below two standard
-    deviations of the difference of two runs is level."""
+def loss_table(question: Question, rows: list[Row], counted: Row | None = None) -> list[dict]:
+    """One line per model. Gaps are those to the first model that was trained.
+
+    A gap below two standard deviations of the difference of two runs is level.
+    """
     unit = "token" if question.text and question.text[1] else "character"
-    (first, of_first), table = mean_and_deviation(rows[0]), []
-    first = first if first < math.inf else math.nan  # no gap to that
+    first, spread = mean_and_deviation(rows[0])
+    if first == math.inf:
+        first = math.nan  # no gap to that
+    table = []
     for row in [counted, *rows] if counted else rows:
-        (loss, deviation), result, trained = (
-            mean_and_deviation(row),
-            row.results[0],
-            row is not counted,
-        )
-        level = abs(loss - first) < 2 * math.hypot(deviation, of_first)
-        table.append(
-            {
-                "model": row.label,
-                "learning rate": f"{result['spec']['lr']:g}" if trained else "",
-                "seeds": len(row.results) if trained else "",
-                f"test loss, nats per {unit}": f"{loss:.3f}"
-                + ("" if math.isnan(deviation) else f" ± {deviation:.3f}"),
-                "bits per byte": f"{loss / math.log(2) / result.get('bytes_per_token', 1):.3f}",
-                "validation": f"{fmean(final(each, test=False) for each in row.results):.3f}",
-                "parameters": f"{result['parameters']:,}" if trained else "",
-                "ms per step": "" if math.isnan(row.ms) else f"{row.ms:.1f}",
-                f"gap to {rows[0].label}": ""
-                if row is rows[0]
-                else f"{100 * np.expm1(loss - first):+.1f}%" + level * ", level",
-            }
-        )
+        loss, deviation = mean_and_deviation(row)
+        result = row.results[0]
+        validation = fmean(final(run, test=False) for run in row.results)
+        bits = loss / math.log(2) / result.get("bytes_per_token", 1)
+        line = {
+            "model": row.label,
+            "learning rate": "",
+            "seeds": "",
+            f"test loss, nats per {unit}": f"{loss:.3f}",
+            "bits per byte": f"{bits:.3f}",
+            "validation": f"{validation:.3f}",
+            "parameters": "",
+            "ms per step": "" if math.isnan(row.ms) else f"{row.ms:.1f}",
+            f"gap to {rows[0].label}": "",
+        }
+        if row is not counted:
+            line["learning rate"] = f"{result['spec']['lr']:g}"
+            line["seeds"] = len(row.results)
+            line["parameters"] = f"{result['parameters']:,}"
+        if not math.isnan(deviation):
+            line[f"test loss, nats per {unit}"] += f" ± {deviation:.3f}"
+        if row is not rows[0]:
+            level = abs(loss - first) < 2 * math.hypot(deviation, spread)
+            gap = f"{100 * np.expm1(loss - first):+.1f}%"
+            line[f"gap to {rows[0].label}"] = gap + ", level" if level else gap
+        table.append(line)
     return table
+
+
+EXPLANATION = (
+    f"Unless a question says otherwise: {BASE['iters']:,} steps of "
+    f"{Training.batch_size * Config.context:,} tokens, no dropout (so short a run does not "
+    "overfit), models of one size. Nine tenths of a text are trained on. Of the rest the first "
+    "half (validation) chooses learning rates and the order of the n-gram, and the second half "
+    f"(test) is what is reported. Learning rates: the best of {LEARNING_RATES[0]:g} and "
+    f"{LEARNING_RATES[1]:g} in runs of full length, of one seed; while it is the smallest or the "
+    "largest tried, half or twice of it is tried, too. A loss is the mean over the seeds ± their "
+    "standard deviation; inf: diverged. Gap: how much higher the perplexity per token is; level: "
+    "below two standard deviations of such a difference. Milliseconds: medians on all cores, by "
+    "turns; what is not in grassmann.py is not written for speed."
+)
 
 
 def report(lab: Laboratory, answers: list[tuple[Question, list[Row]]], timed_on: str) -> str:
     """compare.md"""
-    explanation = f"""\
-Unless a question says otherwise: {BASE["iters"]:,} steps of {Training.batch_size * Config.context:,} tokens, no dropout (so \
-short a run does not overfit), models of one size. Nine tenths of a text are trained on. Of the rest the first half \
-(validation) chooses learning rates and the order of the n-gram, and the second half (test) is what is reported. \
-Learning rates: the best of {LEARNING_RATES[0]:g} and {LEARNING_RATES[1]:g} in runs of full length, of one seed; while it is \
-the smallest or the largest tried, half or twice of it is tried, too. A loss is the mean over the seeds ± their standard \
-deviation; inf: diverged. Gap: how much higher the perplexity per token is; level: below two standard deviations of such \
-a difference. Milliseconds: medians on all cores, by turns; what is not in grassmann.py is not written for speed."""
-    command = f"`{shlex.join(['python', '-m', 'experiments.compare', *sys.argv[1:]])}`"
-    parts = ["# Does geometry replace attention?", command, f"{timed_on}.", explanation]
+    command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
+    parts = ["# Does geometry replace attention?", f"`{command}`", f"{timed_on}.", EXPLANATION]
     for question, rows in answers:
-        text = lab.text(question)
-        counted = lab.counting(question) if question.ngrams else None
-        table = tasks.table(rows) if question.tasks else loss_table(question, rows, counted)
-        told = "" if question.tasks else f" {text.name}: {len(text.train):,} tokens to train on."
-        parts += [f"## {question.number}. {question.title}", question.asks + told, markdown(table)]
+        asks = question.asks
+        if question.tasks:
+            table = tasks.table(rows)
+        else:
+            counted = lab.counting(question) if question.ngrams else None
+            table = loss_table(question, rows, counted)
+            text = lab.text(question)
+            asks += f" {text.name}: {len(text.train):,} tokens to train on."
+        parts += [f"## {question.number}. {question.title}", asks, markdown(table)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -668,19 +726,14 @@ def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     figure = Figure(figsize=(12, 1.2 + 0.3 * max(6, len(rows))), layout="constrained")
     left, right = figure.subplots(1, 2)
     for k, row in enumerate(rows):
-        values, look = (
-            [*map(final, row.results)],
-            {"color": colormaps["turbo"]((k + 0.5) / len(rows))},
-        )
-        left.plot(values, [k] * len(values), "o", alpha=0.7, **look)
+        color = colormaps["turbo"]((k + 0.5) / len(rows))
+        losses = [final(run) for run in row.results]
+        left.plot(losses, [k] * len(losses), "o", alpha=0.7, color=color)
         steps, losses = np.transpose(row.results[0]["curve"])
-        right.plot(steps * row.ms / 1e3, losses, lw=1, label=row.label, **look)
-    left.set(
-        yticks=range(len(rows)),
-        yticklabels=[row.label for row in rows],
-        xlabel="test loss, nats; a dot per seed",
-        title=f"{question.number}. {question.title}",
-    )
+        right.plot(steps * row.ms / 1e3, losses, lw=1, label=row.label, color=color)
+    left.set_title(f"{question.number}. {question.title}")
+    left.set_xlabel("test loss, nats; a dot per seed")
+    left.set_yticks(range(len(rows)), [row.label for row in rows])
     left.invert_yaxis()
     right.set(xlabel="seconds of training", ylabel="validation loss, nats")
     right.legend(fontsize=7, ncols=2)
@@ -688,31 +741,28 @@ def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
 
 
 def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
-    """Test losses against parameters after the fewest steps; validation losses along the longest runs, less the first's."""
-    figure, first = Figure(figsize=(10, 4), layout="constrained"), None
+    """Left, test losses against parameters after the fewest steps.
+
+    Right, validation losses along the longest runs, less those of the first model.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     iters = [question.settings.get("iters", BASE["iters"]) for question, _ in answers]
+    first = None
     for longest, (_, rows) in zip(iters, answers, strict=True):
         for k, row in enumerate(rows):
             if longest == min(iters):
-                left.semilogx(
-                    row.results[0]["parameters"], mean_and_deviation(row)[0], "o", color=f"C{k}"
-                )
+                loss, _ = mean_and_deviation(row)
+                left.semilogx(row.results[0]["parameters"], loss, "o", color=f"C{k}")
             if longest == max(iters):
                 steps, losses = np.transpose([run["curve"] for run in row.results]).mean(-1)
-                first = losses if first is None else first
+                if first is None:
+                    first = losses
                 right.plot(steps, losses - first, color=f"C{k}", label=row.label)
-    left.set(
-        xlabel="parameters",
-        ylabel="test loss, nats per character",
-        title=f"after {min(iters):,} steps",
-    )
-    right.set(
-        xlabel="steps",
-        ylabel="validation loss minus attention's",
-        title="0.1 million parameters",
-        ylim=(-0.1, 0.06),
-    )
+    left.set_title(f"after {min(iters):,} steps")
+    left.set(xlabel="parameters", ylabel="test loss, nats per character")
+    right.set_title("0.1 million parameters")
+    right.set(xlabel="steps", ylabel="validation loss minus attention's", ylim=(-0.1, 0.06))
     right.legend(loc="lower right")
     figure.savefig(path, dpi=110)
 
@@ -726,11 +776,10 @@ def compare(args) -> None:
     asked = [question for question in QUESTIONS if question.number in args.only]
     args.out.mkdir(parents=True, exist_ok=True)
     lab = Laboratory(args.out / "runs.jsonl", args.data)
-    while True:  # first learning rates, then runs that depend on them
-        answers = [(q, lab.answer(q)) for q in asked]
-        if not (lab.missing and args.jobs):
-            break
+    answers = [(question, lab.answer(question)) for question in asked]
+    while lab.missing and args.jobs:  # first learning rates, then runs that depend on them
         lab.train_missing(args.jobs)
+        answers = [(question, lab.answer(question)) for question in asked]
     answers = [(question, rows) for question, rows in answers if rows]
     times = args.out / "timing.json"
     for question, rows in answers:
@@ -740,10 +789,12 @@ def compare(args) -> None:
     (args.out / "compare.md").write_text(text, encoding="utf-8")
     with rc_context({"axes.grid": True, "grid.alpha": 0.3}):
         for number, draw in ((1, plot), (5, plot_sizes), (7, plot)):
-            if group := [answer for answer in answers if answer[0].number == number]:
+            group = [answer for answer in answers if answer[0].number == number]
+            if group:
                 draw(args.out / f"compare_{number}.png", group)
     print(text)
-    print(f"written to {args.out}: " + ", ".join(sorted(p.name for p in args.out.glob("compare*"))))
+    written = sorted(path.name for path in args.out.glob("compare*"))
+    print(f"written to {args.out}: {', '.join(written)}")
 
 
 def main() -> None:
@@ -766,7 +817,7 @@ def main() -> None:
         "--jobs",
         type=int,
         default=len(processes.available_cores()),
-        help="runs at a time; results do not depend on it (default: one per core); 0: show finished runs",
+        help="runs at a time, which changes no result (default: one per core); 0: trains nothing",
     )
     args = parser.parse_args()
     stopped = f"\nstopped; what is finished is in {args.out}, the same command goes on from there\n"
