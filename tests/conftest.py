@@ -18,10 +18,11 @@ import pytest
 from charlm import own_layer
 from grassmann import Array, Config, Params, param_shapes
 
-# In the background or under nohup, these signals are ignored. The tests' programs would inherit this.
+# In the background or under nohup, these signals are ignored. The tests' programs would inherit it.
 for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
-    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
-        signal.signal(getattr(signal, name), usual)
+    number = getattr(signal, name, None)  # Windows has no SIGHUP
+    if number and signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 errors: list[tuple[float, str]] = []  # (error, "what, tensor") of every gradient of this run
 
@@ -41,17 +42,18 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+KINDS = {
+    "taps": {},
+    "taps-normalized": {"normalize": True},
+    "average": {"taps": False},
+    "memory": {"memory": True},
+    "average-normalized": {"taps": False, "normalize": True},
+    "attention": {"mixer": "attention"},
+}
 VARIANTS = {
-    f"{block}-{name}": {"block": block, **options}
+    f"{block}-{kind}": {"block": block, **options}
     for block in ("prenorm", "paper")
-    for name, options in {
-        "taps": {},
-        "taps-normalized": {"normalize": True},
-        "average": {"taps": False},
-        "memory": {"memory": True},
-        "average-normalized": {"taps": False, "normalize": True},
-        "attention": {"mixer": "attention"},
-    }.items()
+    for kind, options in KINDS.items()
 }
 
 
@@ -70,29 +72,36 @@ def tiny_config(**changes) -> Config:
         "n_layer": 2,
         "d_model": 8,
         "rank": 4,
+        "offsets": ((1,), (1, 3)),
         "d_ff": 10,
         "dropout": 0.0,
     }
-    attention = changes.get("mixer") == "attention"  # has no offsets: a test's offsets are left out
-    return Config(
-        **sizes | {"offsets": ((1,), (1, 3))} | changes | ({"offsets": ()} if attention else {})
-    )
+    sizes |= changes
+    if sizes.get("mixer") == "attention":
+        del sizes["offsets"]  # attention has none
+    return Config(**sizes)
 
 
 @helper
 def ordinary_params(config: Config, seed: int = 0, dtype: type = np.float64) -> Params:
     """Weights as after training. Initial weights are small, 0 or 1, and hide mistakes."""
-    rng, params = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    params = {}
     for name, shape in param_shapes(config).items():
         kind = name.split(".")[-1]
-        scale = 0.3 if kind[0] in "bw" else 0.7 if kind in ("E", "P", "taps") else 0.4
-        params[name] = ((kind == "w") + scale * rng.standard_normal(shape)).astype(dtype)
+        scale = 0.4
+        if kind in ("E", "P", "taps"):
+            scale = 0.7
+        elif kind[0] in "bw":
+            scale = 0.3
+        mean = 1 if kind == "w" else 0
+        params[name] = (mean + scale * rng.standard_normal(shape)).astype(dtype)
     return params
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config, ordinary_params) -> Callable[..., tuple[Params, Config]]:
-    """tiny_model(dtype, seed, ...): a small model with ordinary weights; ... are arguments of Config."""
+    """tiny_model(dtype, seed, …): a small model with ordinary weights; … are Config's arguments."""
 
     def tiny_model(dtype: type = np.float64, seed: int = 0, **changes) -> tuple[Params, Config]:
         config = tiny_config(**changes)
@@ -122,7 +131,8 @@ def relative_error(a: Array, b: Array) -> float:
 @helper
 def check_gradients(label: str, loss: Callable, inputs: Params, grads: Params) -> None:
     """Compare grads with central differences of loss(), which reads the arrays `inputs`."""
-    assert {g.dtype for g in grads.values()} == {np.dtype(np.float64)}
+    for g in grads.values():
+        assert g.dtype == np.float64
     error, name, derived, measured = max(own_layer.gradient_errors(loss, inputs, grads))
     errors.append((error, f"{label}, {name}"))
     assert error <= 1e-6, f"{label}, {name}: derived {derived}, measured {measured}"
@@ -130,26 +140,29 @@ def check_gradients(label: str, loss: Callable, inputs: Params, grads: Params) -
 
 def named(values) -> Params:
     """Arrays and dicts of arrays, in one dict: "0", "1", "2.W_red", …"""
-    parts = {f"{k}": value for k, value in enumerate(values) if value is not None}
-    return {
-        f"{k}.{name}": a
-        for k, part in parts.items()
-        for name, a in (part if isinstance(part, dict) else {"": part}).items()
-    }
+    named = {}
+    for k, value in enumerate(values):
+        if isinstance(value, dict):
+            named |= {f"{k}.{name}": a for name, a in value.items()}
+        elif value is not None:
+            named[f"{k}"] = value
+    return named
 
 
 @pytest.fixture(scope="session")
 def check_op(check_gradients) -> Callable:
-    def check_op(
-        label: str, forward: Callable, backward: Callable, *inputs: Array | Params
-    ) -> None:
+    def check_op(label: str, forward: Callable, backward: Callable, *inputs) -> None:
         """forward(*inputs) -> (out, cache) and backward(dout, cache) -> gradients are a pair."""
         out, cache = forward(*inputs)
         dout = np.random.default_rng(1).standard_normal(out.shape)
-        grads = backward(dout * 1, cache)
-        grads = grads if isinstance(grads, tuple) else (grads,)
-        check_gradients(
-            label, lambda: (forward(*inputs)[0] * dout).sum(), named(inputs), named(grads)
-        )
+        grads = backward(dout.copy(), cache)
+        if not isinstance(grads, tuple):
+            grads = (grads,)
+
+        def loss() -> float:
+            out, _ = forward(*inputs)
+            return (out * dout).sum()
+
+        check_gradients(label, loss, named(inputs), named(grads))
 
     return check_op
