@@ -98,10 +98,8 @@ UNIT = ("one per layer, normalised", {"taps": False, "normalize": True})
 PAPER = {"block": "paper", "taps": False, "normalize": True, "positions": True, **WIDE}
 SIX = {"offsets": ((1, 2, 4, 8, 12, 16),) * Config.n_layer}  # the paper's, all in every layer
 TAPPED = ("six with taps, normalised", {"normalize": True, **SIX})
-AVERAGED = (
-    "our offsets, averaged",
-    {"taps": False, "offsets": default_offsets(Config.n_layer, Config.context, True)},
-)
+OURS = tuple(default_offsets(Config.n_layer, Config.context, True))
+AVERAGED = ("our offsets, averaged", {"taps": False, "offsets": OURS})
 MEMORY = ("with memory", {"memory": True})
 BIVECTOR = {"mixer": "bivector memory"}
 HYBRID = mixer("hybrid")

@@ -106,6 +106,16 @@ def rotary_backward(dout, cache):
     return linear_backward(dqkv, c_qkv, grads), grads
 
 
+def rotary_shapes(config, layer):
+    d = config.d_model
+    return {
+        "W_qkv": (d, 3 * d),
+        "b_qkv": (3 * d,),
+        "W_out": (d, d),
+        "b_out": (d,),
+    }
+
+
 def with_taps(mixer: Op) -> Op:
     """The mixer, with a short convolution before it: it sees h + Σ_Δ w_Δ ⊙ h_{t-Δ}."""
 
@@ -469,7 +479,7 @@ def hybrid_shapes(config, layer):
 
 
 TAPPED = "rotary attention with taps"
-ROTARY = Op(rotary_forward, rotary_backward, G.attention_shapes)
+ROTARY = Op(rotary_forward, rotary_backward, rotary_shapes)
 CONVOLUTION = Op(convolution_forward, convolution_backward, convolution_shapes)
 WEDGE = projected(Op(G.plucker_forward, G.plucker_backward, wedge_size))
 SYMMETRIC = projected(Op(symmetric_forward, symmetric_backward, wedge_size))
