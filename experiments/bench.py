@@ -18,7 +18,6 @@ from charlm import command_line
 command_line.prepare()  # before NumPy
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -31,12 +30,12 @@ from charlm.text import read_corpus
 from experiments import bench_gpu
 from experiments.bench_models import Model, Ours, Setup, Theirs, gpt_of_size, n_parameters, torch
 from experiments.common import alternate, machine, markdown, quotient
-from grassmann import Config, require
+from grassmann import require
 
 # ---- sections: each returns the rows of its table ------------------------------------------------
 
 
-def step(setup: Setup) -> list[dict]:
+def step(setup):
     """Milliseconds per training step: batch, forward, backward, clipping, AdamW
 
     Our default model against nanoGPT's laptop recipe and against our model in PyTorch; the paper's
@@ -60,7 +59,7 @@ def step(setup: Setup) -> list[dict]:
     return rows
 
 
-def compare_steps(setup: Setup, what: str, config: Config, others: dict) -> list[dict]:
+def compare_steps(setup, what, config, others):
     """Our model's step against each of the others. Their side is PyTorch unless it is "ours, …"."""
     runs = {"ours": Ours(setup, config).step}
     for name, other in others.items():
@@ -82,7 +81,7 @@ def compare_steps(setup: Setup, what: str, config: Config, others: dict) -> list
     ]
 
 
-def race(setup: Setup, iters: int = 2000) -> list[dict]:
+def race(setup, iters=2000):
     """Validation loss (nats per character) and seconds of training, against nanoGPT's laptop recipe
 
     Our defaults, the GPT as published (learning rate 1e-3) and the GPT at its best learning rate
@@ -113,7 +112,7 @@ def race(setup: Setup, iters: int = 2000) -> list[dict]:
     return rows
 
 
-def gpt_writer(setup: Setup, text: np.ndarray) -> Callable[[], None]:
+def gpt_writer(setup, text):
     """A function that writes one character and reads it, with a cache of keys and values.
 
     At the end of the context the cache starts again from half of the context.
@@ -126,7 +125,7 @@ def gpt_writer(setup: Setup, text: np.ndarray) -> Callable[[], None]:
     read = context
 
     @torch.inference_mode()
-    def write() -> None:
+    def write():
         nonlocal tokens, past, read
         if read < context:
             logits = model(tokens[:, -1:], past, read)
@@ -142,38 +141,32 @@ def gpt_writer(setup: Setup, text: np.ndarray) -> Callable[[], None]:
     return write
 
 
-def our_writer(config: Config, text: np.ndarray) -> Callable[[], int]:
-    params = grassmann.init_params(config)
-    return grassmann.generate(params, config, text, 10**9, temperature=0.8).__next__
-
-
-def generation(setup: Setup, positions=(100, 20_000)) -> list[dict]:
+def generation(setup, positions=(100, 20_000)):
     """Characters written per second on one thread, after a text of `position` characters"""
     if torch:
         torch.set_num_threads(1)
     if setup.quick:
         positions = positions[:1]
     config = setup.config()
+    params = grassmann.init_params(config)
     calls = 2 * (config.context - config.context // 2 + 1)  # twice from a full cache to a full one
     rows = []
     for position in positions:
         text = np.resize(setup.corpus.train, position)
         runs = {
-            "ours": our_writer(config, text),
-            "with memory": our_writer(setup.config(memory=True), text),
+            "ours": grassmann.generate(params, config, text, 10**9, temperature=0.8).__next__,
             "GPT with cache": gpt_writer(setup, text) if torch else None,
         }
         times = alternate(runs, 2 if setup.quick else 20, calls)
         row = {"position": position}
         for name, seconds in times.items():
             row[name] = median(1 / t for t in seconds)
-        for name in ("with memory", "GPT with cache"):
-            row[f"ours / {name}"] = quotient(times[name], times["ours"])
+        row["ours / GPT"] = quotient(times["GPT with cache"], times["ours"])
         rows.append(row)
     return rows
 
 
-def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> list[dict]:
+def length(setup, tokens=32_768, longest_table=2048):
     """Microseconds per token of a training step by the length of its windows, on at most 2 threads
 
     Every step has the same number of tokens, from 512 windows of 64 to 2 windows of 16,384. The
@@ -186,7 +179,7 @@ def length(setup: Setup, tokens: int = 32_768, longest_table: int = 2048) -> lis
     memory = setup.config(memory=True)
     params = grassmann.init_params(memory)
 
-    def read(L: int) -> None:
+    def read(L):
         for text in np.resize(setup.corpus.train, (tokens // L, L)):
             state = grassmann.stream_init(params, memory)
             grassmann.stream_read(params, memory, state, text)
@@ -219,7 +212,7 @@ SECTIONS = {"step": step, "race": race, "generation": generation, "length": leng
 # ---- the program ---------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main():
     command_line.plain_output()
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
@@ -242,7 +235,7 @@ def main() -> None:
             measure(args)
 
 
-def measure(args) -> None:
+def measure(args):
     """Print the tables of the CPU. Raises UserError and OSError."""
     require(args.threads >= 1, f"--threads must be 1 or more, not {args.threads}")
     require(not (args.report or args.rehearse), "--report and --rehearse need --gpu")
@@ -258,7 +251,7 @@ def measure(args) -> None:
         print(markdown(SECTIONS[name](setup)))
 
 
-def measure_gpu(args) -> None:
+def measure_gpu(args):
     """Print the tables of the GPU. Raises UserError and OSError."""
     names = args.only or []
     others = [name for name in names if name not in bench_gpu.SECTIONS]

@@ -4,10 +4,9 @@ And how much work a training step is.
 """
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -15,7 +14,7 @@ import grassmann
 from charlm.text import Corpus
 from charlm.training import Training
 from experiments.common import Learner
-from grassmann import Array, Config, param_shapes
+from grassmann import Config, param_shapes
 
 try:
     import torch
@@ -39,12 +38,12 @@ class Setup:
     training: Training = field(default_factory=Training)
     sizes: dict = field(default_factory=dict)  # of the models, if they are not the defaults
 
-    def config(self, **changes) -> Config:
+    def config(self, **changes):
         """The model that train_char.py trains, or a variant; no dropout, as in nanoGPT's recipe."""
         settings = {"dropout": 0.0} | self.sizes | changes
         return Config(len(self.corpus.vocab), **settings)
 
-    def gpt_config(self, **changes) -> Config:
+    def gpt_config(self, **changes):
         """nanoGPT's laptop recipe has the layers, width and context of our defaults."""
         return self.config(mixer="attention", positions=True, **changes)
 
@@ -52,20 +51,20 @@ class Setup:
 class Ours(Learner):
     """A model of grassmann.py, or of gpu.py, in training."""
 
-    def __init__(self, setup: Setup, config: Config, model: ModuleType = grassmann):
+    def __init__(self, setup, config, model=grassmann):
         text = model.np.asarray(setup.corpus.train)
         threads = setup.threads if model is grassmann else 0
         super().__init__(config, setup.training, text, threads, model)
         self.setup = setup
 
-    def validate(self) -> float:
+    def validate(self):
         return grassmann.validation_loss(self.params, self.config, self.setup.corpus.val)
 
 
 class Theirs:
     """A PyTorch `Model` in training: the same batches, rates, clipping, optimiser, validation."""
 
-    def __init__(self, setup: Setup, config: Config, device: str = "cpu"):
+    def __init__(self, setup, config, device="cpu"):
         torch.set_num_threads(setup.threads)
         self.setup = setup
         self.config = config
@@ -81,7 +80,7 @@ class Theirs:
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
 
-    def step(self) -> None:
+    def step(self):
         for group in self.optimizer.param_groups:
             group["lr"] = self.setup.training.rate(self.k)
         self.optimizer.zero_grad()
@@ -91,23 +90,23 @@ class Theirs:
         self.optimizer.step()
         self.k += 1
 
-    def batch(self) -> tuple[Tensor, Tensor]:
+    def batch(self):
         tokens = self.setup.corpus.train
         how = self.setup.training
         x, y = grassmann.get_batch(tokens, how.batch_size, self.config.context, how.seed, self.k)
         return self.tensor(x), self.tensor(y)
 
-    def tensor(self, tokens: Array) -> Tensor:
+    def tensor(self, tokens):
         return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, x, y):
         logits = self.model(x)
         return nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
 
-    def validate(self) -> float:
+    def validate(self):
         """grassmann.py cuts the windows. This model reads them."""
 
-        def each(_, windows: Iterable) -> Iterator[float]:
+        def each(_, windows):
             for x, y in windows:
                 loss = self.loss(self.tensor(x), self.tensor(y))
                 yield loss.item() * y.size
@@ -122,13 +121,13 @@ class Theirs:
 class Attention(nn.Module):
     """Causal multi-head attention, as in nanoGPT. `past` is a cache of earlier keys and values."""
 
-    def __init__(self, d: int, n_head: int):
+    def __init__(self, d, n_head):
         super().__init__()
         self.n_head = n_head
         self.qkv = nn.Linear(d, 3 * d, bias=False)
         self.out = nn.Linear(d, d, bias=False)
 
-    def forward(self, h: Tensor, past: dict | None = None) -> Tensor:
+    def forward(self, h, past=None):
         q, k, v = (self.split(a) for a in self.qkv(h).chunk(3, 2))  # (B, n_head, L, d_k)
         if past:
             k = torch.cat([past["k"], k], 2)
@@ -140,7 +139,7 @@ class Attention(nn.Module):
         heads = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out(heads.transpose(1, 2).flatten(2))
 
-    def split(self, a: Tensor) -> Tensor:
+    def split(self, a):
         """(B, L, d) -> (B, n_head, L, d_k)."""
         return a.unflatten(2, (self.n_head, -1)).transpose(1, 2)
 
@@ -148,7 +147,7 @@ class Attention(nn.Module):
 class UsualMix(GrassmannMix):
     """The paper's layer as usually written: gathers, a wedge, a projection for each offset."""
 
-    def message(self, z: Tensor) -> Tensor:
+    def message(self, z):
         t = torch.arange(z.shape[1], device=z.device)
         i, j = self.pairs
         z_i = z[..., i]
@@ -168,7 +167,7 @@ class UsualMix(GrassmannMix):
 class Model(nn.Module):
     """With attention, nanoGPT's model: no biases, exact GELU. Otherwise that of grassmann.py."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         super().__init__()
         torch.manual_seed(0)
         d = config.d_model
@@ -194,7 +193,7 @@ class Model(nn.Module):
                 n = 2 * config.n_layer if residual else 1
                 nn.init.normal_(p, std=0.02 / math.sqrt(n))
 
-    def forward(self, tokens: Tensor, past=(), start: int = 0) -> Tensor:
+    def forward(self, tokens, past=(), start=0):
         h = self.E(tokens)
         if self.P is not None:
             h = h + self.P.weight[start : start + tokens.shape[1]]
@@ -205,7 +204,7 @@ class Model(nn.Module):
         return nn.functional.linear(self.ln_f(h), self.E.weight)
 
 
-def mixer(config: Config, layer: int) -> nn.Module:
+def mixer(config, layer):
     if config.mixer == "attention":
         return Attention(config.d_model, config.n_head)
     usual = config.normalize and not config.taps
@@ -217,7 +216,7 @@ def mixer(config: Config, layer: int) -> nn.Module:
 # ---- sizes and work ------------------------------------------------------------------------------
 
 
-def n_parameters(config: Config) -> int:
+def n_parameters(config):
     """The number of a model's parameters. With attention biases do not count: the GPT has none."""
     total = 0
     for name, shape in param_shapes(config).items():
@@ -227,7 +226,7 @@ def n_parameters(config: Config) -> int:
     return total
 
 
-def gpt_of_size(setup: Setup, size: int) -> Config:
+def gpt_of_size(setup, size):
     """The widest GPT of at most `size` parameters. Parameters that are left widen its FFN."""
     best = setup.gpt_config()
     step = best.n_head  # the width is a multiple of the heads
@@ -241,7 +240,7 @@ def gpt_of_size(setup: Setup, size: int) -> Config:
     return setup.gpt_config(d_model=d, d_ff=4 * d + 8 * more)
 
 
-def multiply_adds(config: Config, batch_size: int) -> int:
+def multiply_adds(config, batch_size):
     """Multiply-adds in the matrix products of a training step: three times the forward pass's.
 
     Attention's scores and weighted sums take L·d each, for every token and layer. The wedge is no

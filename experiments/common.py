@@ -1,21 +1,16 @@
 """What the programs of the laboratory share: a model in training, a clock, a writer of tables."""
 
-from __future__ import annotations
-
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 
 import numpy as np
 
 import grassmann
 from charlm import processes
-from charlm.training import Training, step_on_batch, train_step
-from grassmann import Array, Config
+from charlm.training import step_on_batch, train_step
 
 
 class Learner:
@@ -23,11 +18,11 @@ class Learner:
 
     def __init__(
         self,
-        config: Config,
-        training: Training,
-        text: Array | Callable,
-        threads: int = 1,
-        model: ModuleType = grassmann,
+        config,
+        training,
+        text,
+        threads=1,
+        model=grassmann,
     ):
         self.config = config
         self.training = training
@@ -38,7 +33,7 @@ class Learner:
         self.optimizer = model.adamw_init(self.params)
         self.k = 0  # steps made
 
-    def step(self) -> float:
+    def step(self):
         """Make one step. Returns the loss before it."""
         state = self.model, self.params, self.config, self.training, self.optimizer, self.k
         if callable(self.text):
@@ -53,7 +48,7 @@ class Learner:
 # ---- the clock -----------------------------------------------------------------------------------
 
 
-def alternate(runs: dict, rounds: int, calls: int) -> dict:
+def alternate(runs, rounds, calls):
     """Seconds per call for each of `runs`, one number a round; nan for a run that is None.
 
     In a round each run has its turn: first a call that is not timed, which fills the caches and
@@ -66,7 +61,7 @@ def alternate(runs: dict, rounds: int, calls: int) -> dict:
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def seconds_per_call(run: Callable, calls: int) -> float:
+def seconds_per_call(run, calls):
     run()
     start = time.perf_counter()
     for _ in range(calls):
@@ -74,12 +69,12 @@ def seconds_per_call(run: Callable, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def quotient(theirs: list[float], ours: list[float]) -> float:
+def quotient(theirs, ours):
     """The median over rounds of theirs / ours."""
     return median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
-def machine() -> str:
+def machine():
     """What times depend on: versions, and the processor's name."""
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
@@ -96,7 +91,7 @@ def machine() -> str:
 # ---- the table -----------------------------------------------------------------------------------
 
 
-def cell(value: object) -> str:
+def cell(value):
     """A value as a table shows it: a float with four digits, a dash for nan."""
     if isinstance(value, int):
         return f"{value:,}"
@@ -108,7 +103,7 @@ def cell(value: object) -> str:
     return f"{value:,.{max(0, 4 - before)}f}"
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows):
     """A table with the rows' keys as its heading. A row may lack some keys."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [table_line(names), "|---" * len(names) + "|"]
@@ -117,5 +112,5 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def table_line(cells: Iterable[str]) -> str:
+def table_line(cells):
     return "| " + " | ".join(cells) + " |"

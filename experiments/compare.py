@@ -26,7 +26,6 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -42,8 +41,8 @@ from charlm.training import Training
 from experiments import mixers, tasks
 from experiments.common import Learner, alternate, machine, markdown
 from experiments.ngram import best_ngram
-from experiments.texts import Text, read_text
-from grassmann import Config, Params, UserError, default_offsets, param_shapes, require
+from experiments.texts import read_text
+from grassmann import Config, UserError, default_offsets, param_shapes, require
 
 # Settings are the fields of Config and Training, with train_char.py's defaults, and the settings
 # here. As in nanoGPT's laptop recipe, runs are short and have no dropout: they do not overfit.
@@ -76,7 +75,7 @@ class Question:
     ngrams: bool = False  # the first row is what counting alone does
 
 
-def mixer(name: str, **more) -> tuple[str, dict]:
+def mixer(name, **more):
     """A model with this mixer, which is its label, too."""
     return name, {"mixer": name, **more}
 
@@ -138,7 +137,7 @@ CONTROLS = Question(
 SUBWORDS = [BEST_ATTENTION, BEST_CONVOLUTION, GRASSMANN, ("the paper's model", PAPER)]
 
 
-def on_bible(title: str, settings: dict, more: tuple = (), **how) -> Question:
+def on_bible(title, settings, more=(), **how):
     return Question(
         5,
         title,
@@ -157,7 +156,7 @@ LONGER = on_bible("0.1 million, 8,000 steps", TENTH | {"iters": 8000}, OTHERS, s
 MILLION = on_bible("1 million", {"n_layer": 5, "d_model": 144, "rank": 32})
 
 
-def dispute(title: str, rates: tuple, text: tuple[str, int] | None = None) -> Question:
+def dispute(title, rates, text=None):
     """Offsets, size of the message, block: each as the paper has it, and not."""
     rows = [ATTENTION]
     for block, where in (("prenorm", ""), ("paper", ", paper's block")):
@@ -322,7 +321,7 @@ QUESTIONS = [
 class Trial:
     """A run from its settings. Its result depends only on `spec`: Trial(spec) is the run again."""
 
-    def __init__(self, settings: dict):
+    def __init__(self, settings):
         settings = dict(settings)
         ratio = settings.pop("ratio", None)
         if ratio:
@@ -338,17 +337,17 @@ class Trial:
         self.spec = dict(sorted(everything.items()))
 
 
-def known(kind: type, settings: dict) -> dict:
+def known(kind, settings):
     """The settings that a dataclass has fields for."""
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in settings.items() if name in names}
 
 
-def count_params(trial: Trial) -> int:
+def count_params(trial):
     return sum(math.prod(shape) for shape in param_shapes(trial.config).values())
 
 
-def matched(trial: Trial, target: int) -> Trial:
+def matched(trial, target):
     """The trial with a model of about `target` parameters.
 
     First d_model becomes the multiple of n_head that comes closest, with the same ratio d_ff /
@@ -357,7 +356,7 @@ def matched(trial: Trial, target: int) -> Trial:
     ratio = trial.config.d_ff // trial.config.d_model
     n_head = trial.config.n_head
 
-    def sized(d_model: int) -> Trial:
+    def sized(d_model):
         return Trial(trial.spec | {"d_model": d_model, "d_ff": ratio * d_model})
 
     d_model = n_head
@@ -372,11 +371,11 @@ def matched(trial: Trial, target: int) -> Trial:
     return Trial(best.spec | {"d_ff": max(1, best.config.d_ff + more)})
 
 
-def learner(trial: Trial, text: Text, threads: int = 1) -> Learner:
+def learner(trial, text, threads=1):
     """The model before its first step. All models with this data and seed read the same batches."""
     task = tasks.TASKS.get(trial.spec["data"])
 
-    def batch(step: int) -> tuple:
+    def batch(step):
         rng = np.random.default_rng((trial.training.seed, step))
         x, y, _ = task(rng, trial.training.batch_size, trial.config.context)
         return x, y
@@ -391,7 +390,7 @@ def learner(trial: Trial, text: Text, threads: int = 1) -> Learner:
     return new
 
 
-def evaluate(trial: Trial, text: Text, params: Params, test: bool, most: int | None = None):
+def evaluate(trial, text, params, test, most=None):
     """The validation loss, or the test loss, on at most `most` tokens.
 
     For a task, the list that `accuracy` returns.
@@ -406,7 +405,7 @@ def evaluate(trial: Trial, text: Text, params: Params, test: bool, most: int | N
     return grassmann.validation_loss(params, trial.config, tokens[:most])
 
 
-def train(what: tuple[str, Trial, Text]) -> dict:
+def train(what):
     """Train a label's trial on a text, on one thread. Returns a line of runs.jsonl.
 
     Its curve is a [step, what `evaluate` says] now and then, on the first part of a long text. The
@@ -433,7 +432,7 @@ def train(what: tuple[str, Trial, Text]) -> dict:
     }
 
 
-def train_all(todo: list[tuple], jobs: int) -> Iterator[dict]:
+def train_all(todo, jobs):
     """Yields results as they come. After an error or Ctrl-C no process is left.
 
     If the system kills a process because memory is full, this waits for ever. Then press Ctrl-C,
@@ -451,7 +450,7 @@ def train_all(todo: list[tuple], jobs: int) -> Iterator[dict]:
 # ---- the answers ---------------------------------------------------------------------------------
 
 
-def digest(spec: dict | list[dict]) -> str:
+def digest(spec):
     document = json.dumps(spec, sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()[:16]
 
@@ -463,7 +462,7 @@ class Row:
     ms: float = math.nan  # of a step
 
 
-def final(result: dict, test: bool = True) -> float:
+def final(result, test=True):
     """The result of a run, smaller is better: the final test or validation loss.
 
     inf if the run diverged. For a task, minus the accuracy.
@@ -476,7 +475,7 @@ def final(result: dict, test: bool = True) -> float:
     return value if finished else math.inf
 
 
-def best_lr(ask: Callable, rates, spacing=2.0, enough=-math.inf) -> float | None:
+def best_lr(ask, rates, spacing=2.0, enough=-math.inf):
     """The best learning rate.
 
     If it is the smallest or the largest rate so far, one more is tried beyond it, unless its loss
@@ -504,7 +503,7 @@ class Laboratory:
     and OSError.
     """
 
-    def __init__(self, path: Path, data: str | None = None):
+    def __init__(self, path, data=None):
         self.path = path
         self.data = data
         self.texts = {}
@@ -518,14 +517,14 @@ class Laboratory:
             except (ValueError, LookupError, TypeError):
                 raise UserError(f"{path}: line {k} is damaged, delete it") from None
 
-    def text(self, question: Question) -> Text:
+    def text(self, question):
         which = question.text or (self.data, 0)
         if which not in self.texts:
             context = question.settings.get("context", Config.context)
             self.texts[which] = read_text(*which, context)
         return self.texts[which]
 
-    def ask(self, question: Question, label: str, changes: dict, **more) -> dict | None:
+    def ask(self, question, label, changes, **more):
         """The run of a question's model, as large as its other models. None if it is missing."""
         text = self.text(question)
         settings = BASE | question.settings
@@ -543,17 +542,17 @@ class Laboratory:
             self.missing.setdefault(key, (label, trial, text))
         return self.finished.get(key)
 
-    def rate(self, question: Question, label: str, changes: dict) -> float | None:
+    def rate(self, question, label, changes):
         """The best learning rate in runs of full length, with one seed."""
         question = question.rates_of or question
 
-        def search(lr: float) -> dict | None:
+        def search(lr):
             return self.ask(question, f"{label}, lr {lr:g}", changes, lr=lr)
 
         enough = -0.99 if question.tasks else -math.inf
         return best_lr(search, question.rates, question.spacing, enough)
 
-    def answer(self, question: Question) -> list[Row]:
+    def answer(self, question):
         """Ask for the runs of a question: first learning rates, then the runs with the best rates.
 
         Returns rows of finished runs.
@@ -572,7 +571,7 @@ class Laboratory:
                     rows.append(Row(label, finished))
         return rows
 
-    def counting(self, question: Question) -> Row:
+    def counting(self, question):
         """The n-gram of the best order, in the networks' windows, as a run."""
         text = self.text(question)
         window = question.settings.get("context", Config.context)
@@ -591,7 +590,7 @@ class Laboratory:
         result = self.finished[key]
         return Row(result["label"], [result])
 
-    def train_missing(self, jobs: int) -> None:
+    def train_missing(self, jobs):
         """Train the missing runs, `jobs` runs at a time, and save them."""
         todo = [*self.missing.values()]
         self.missing.clear()
@@ -603,7 +602,7 @@ class Laboratory:
                 self.add(result)
                 print(f"{k} of {n}: {result['label']}", flush=True)
 
-    def add(self, result: dict) -> None:
+    def add(self, result):
         """Save a finished run."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
@@ -612,7 +611,7 @@ class Laboratory:
         self.finished[digest(result["spec"])] = result
 
 
-def add_times(rows: list[Row], text: Text, path: Path) -> None:
+def add_times(rows, text, path):
     """Add the milliseconds of a step from a file.
 
     If they are missing, and the file is from this machine, measure.
@@ -630,7 +629,7 @@ def add_times(rows: list[Row], text: Text, path: Path) -> None:
         row.ms = ms
 
 
-def read_times(path: Path) -> dict:
+def read_times(path):
     """{"machine": …, "ms": {…}} from the file, or without times if there is no file."""
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -640,14 +639,14 @@ def read_times(path: Path) -> dict:
 # ---- tables and figures --------------------------------------------------------------------------
 
 
-def mean_and_deviation(row: Row) -> tuple[float, float]:
+def mean_and_deviation(row):
     """Of the test loss, over the seeds. The deviation of one seed, or a diverged run, is nan."""
     losses = [final(run) for run in row.results]
     known = len(losses) > 1 and max(losses) < math.inf
     return fmean(losses), stdev(losses) if known else math.nan
 
 
-def loss_table(question: Question, rows: list[Row], counted: Row | None = None) -> list[dict]:
+def loss_table(question, rows, counted=None):
     """One line per model. Gaps are those to the first model that was trained.
 
     A gap below two standard deviations of the difference of two runs is level.
@@ -701,7 +700,7 @@ EXPLANATION = (
 )
 
 
-def report(lab: Laboratory, answers: list[tuple[Question, list[Row]]], timed_on: str) -> str:
+def report(lab, answers, timed_on):
     """compare.md"""
     command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
     parts = ["# Does geometry replace attention?", f"`{command}`", f"{timed_on}.", EXPLANATION]
@@ -718,7 +717,7 @@ def report(lab: Laboratory, answers: list[tuple[Question, list[Row]]], timed_on:
     return "\n\n".join(parts) + "\n"
 
 
-def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
+def plot(path, answers):
     """Left, the losses of a table, a dot per run. Right, the validation loss against seconds."""
     ((question, rows),) = answers
     figure = Figure(figsize=(12, 1.2 + 0.3 * max(6, len(rows))), layout="constrained")
@@ -738,7 +737,7 @@ def plot(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
+def plot_sizes(path, answers):
     """Left, test losses against parameters after the fewest steps.
 
     Right, validation losses along the longest runs, less those of the first model.
@@ -768,7 +767,7 @@ def plot_sizes(path: Path, answers: list[tuple[Question, list[Row]]]) -> None:
 # ---- the program ---------------------------------------------------------------------------------
 
 
-def compare(args) -> None:
+def compare(args):
     """Answer the questions. Raises UserError and OSError."""
     require(args.jobs >= 0, f"--jobs must be 0 or more, not {args.jobs}")
     asked = [question for question in QUESTIONS if question.number in args.only]
@@ -795,7 +794,7 @@ def compare(args) -> None:
     print(f"written to {args.out}: {', '.join(written)}")
 
 
-def main() -> None:
+def main():
     command_line.plain_output()
     parser = command_line.Parser(__doc__)
     add = parser.add_argument

@@ -264,7 +264,7 @@ def shade(axes, values, letters):
     axes.set_xlabel("letter")
 
 
-def run_page() -> dict:
+def run_page():
     """The names that the blocks of tutorial.md define, up to section 10."""
     page = (ROOT / "tutorial.md").read_text(encoding="utf-8").partition("## 10. ")[0]
     names = {}

@@ -26,7 +26,7 @@ import grassmann as G
 from charlm.text import encode, read_file
 from charlm.trained import held_out, load_trained
 from experiments.common import markdown
-from grassmann import Array, Config, Params, UserError, require
+from grassmann import Array, UserError, require
 
 MEASURED = 16384  # characters at most
 LEAST = 20  # characters
@@ -36,7 +36,7 @@ KINDS = ("in a word", "word start", "capital", "punctuation", "space", "line end
 # ---- planes of Gr(2, r): any orthonormal basis (r, 2); nan where there is no plane ---------------
 
 
-def plane(u: Array, v: Array, parallel: float = 1e-5) -> Array:
+def plane(u, v, parallel=1e-5):
     """A basis of the plane that u and v span: (..., r), (..., r) -> (..., r, 2).
 
     nan if there is no plane, as in `unit_area_forward`: a zero vector, or sin θ at most `parallel`.
@@ -47,16 +47,16 @@ def plane(u: Array, v: Array, parallel: float = 1e-5) -> Array:
     return where(area > parallel * lengths, basis)
 
 
-def where(spans: Array, basis: Array) -> Array:
+def where(spans, basis):
     """The basis of a plane, or nan: (...), (..., r, 2) -> (..., r, 2)."""
     return np.where(spans[..., None, None], basis, np.nan)
 
 
-def singular_values(M: Array) -> Array:
+def singular_values(M):
     return np.linalg.svd(np.nan_to_num(M), compute_uv=False)  # LAPACK refuses nan
 
 
-def principal_angles(A: Array, B: Array) -> Array:
+def principal_angles(A, B):
     """Two angles, 0 to π/2, ascending: (..., r, 2), (..., r, 2) -> (..., 2).
 
     Their cosines are the singular values of AᵀB. Their sines, which are exact for small angles, are
@@ -70,12 +70,12 @@ def principal_angles(A: Array, B: Array) -> Array:
     return np.where(missing, np.nan, angles)
 
 
-def distance(A: Array, B: Array) -> Array:
+def distance(A, B):
     """Length of the shortest path, sqrt(θ₁² + θ₂²) <= π/√2: (..., r, 2), (..., r, 2) -> (...)."""
     return np.linalg.norm(principal_angles(A, B), axis=-1)
 
 
-def nearest_plane(p: Array) -> Array:
+def nearest_plane(p):
     """The plane nearest to a bivector: (..., n) -> (..., r, 2); nan for p = 0.
 
     Let A be antisymmetric, with p above its diagonal. The dot product of p with a unit bivector
@@ -103,7 +103,7 @@ class Flow:
     s: Array  # (N, T, r)  their partners
     gate: Array  # (N, T)  mean of α over the width: 1 keeps the token's state, 0 takes the message
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         self.planes = plane(self.z, self.s)  # (N, T, r, 2)
         found = np.isfinite(self.planes[..., 0, 0]).sum(1)
         if 2 * found.min() <= len(self.text):
@@ -113,7 +113,7 @@ class Flow:
         self.step[:, 1:] = distance(before, self.planes[:, 1:])
 
 
-def read_flow(params: Params, config: Config, text: str, vocab: list[int]) -> Flow:
+def read_flow(params, config, text, vocab):
     """Read a text in pieces. Each begins early enough to see the whole past.
 
     With positions it sees half a context.
@@ -145,7 +145,7 @@ def read_flow(params: Params, config: Config, text: str, vocab: list[int]) -> Fl
     return Flow(text, *whole)
 
 
-def character_kinds(text: str) -> Array:
+def character_kinds(text):
     """The kind of each character, one of KINDS."""
     c = np.array([*text])
     before = np.array([" ", *text[:-1]])
@@ -159,7 +159,7 @@ def character_kinds(text: str) -> Array:
     return np.select([*tests.values()], [*tests], "word start")  # the first that holds
 
 
-def by_kind(text: str, values: Array) -> dict[str, Array]:
+def by_kind(text, values):
     """For each kind of character in the text, the mean of values (N, T) per layer (N)."""
     found = np.isfinite(values).any(0)
     kinds = np.where(found, character_kinds(text), "none")
@@ -167,7 +167,7 @@ def by_kind(text: str, values: Array) -> dict[str, Array]:
     return {kind: np.nanmean(values[:, kinds == kind], axis=1) for kind in present}
 
 
-def coastline(flow: Flow, layer: int) -> Array:
+def coastline(flow, layer):
     """The path of one layer in steps of different sizes, a table with these columns:
 
     scale   "ruler": every k-th plane; "block" of k characters, "word", "line": the plane nearest to
@@ -204,7 +204,7 @@ def coastline(flow: Flow, layer: int) -> Array:
     return np.rec.fromrecords(rows, names="scale,size,step,noise")
 
 
-def explained(planes: Array, labels: Array) -> float:
+def explained(planes, labels):
     """The share of the variance of the planes' projectors that labels explain.
 
     planes (T, r, 2), labels (T). A single projector has |A Aᵀ|² = 2.
@@ -219,7 +219,7 @@ def explained(planes: Array, labels: Array) -> float:
     return (within - total) / (2 * len(planes) - total)
 
 
-def squared_sum(planes: Array) -> float:
+def squared_sum(planes):
     """|Σ A Aᵀ|² / T for planes (T, r, 2)."""
     side = np.concatenate(planes, axis=1)  # (r, 2T)
     return np.square(side @ side.T).sum() / len(planes)
@@ -228,7 +228,7 @@ def squared_sum(planes: Array) -> float:
 # ---- the program ---------------------------------------------------------------------------------
 
 
-def text_of_run(checkpoint: Path, extra: dict) -> str:
+def text_of_run(checkpoint, extra):
     """The text held out from the training. Raises UserError if it is not found."""
     try:
         return held_out(extra)
@@ -238,7 +238,7 @@ def text_of_run(checkpoint: Path, extra: dict) -> str:
         ) from None
 
 
-def verdict(table: Array, shuffled: Array) -> str:
+def verdict(table, shuffled):
     """Says whether one layer's path is a flow.
 
     Its steps must be shorter than in random order, and shorter than the steps of the shuffled text.
@@ -257,7 +257,7 @@ def verdict(table: Array, shuffled: Array) -> str:
     )
 
 
-def step_shares(table: Array) -> dict[str, float]:
+def step_shares(table):
     """The mean step at each scale, as a share of the mean step in random order."""
     shares = {}
     for row in table:
@@ -268,7 +268,7 @@ def step_shares(table: Array) -> dict[str, float]:
     return shares
 
 
-def print_table(title: str, rows: dict, digits: int = 2) -> None:
+def print_table(title, rows, digits=2):
     """Print a table with a column for each layer, and several numbers in a cell: "1.90 / 1.85"."""
     lines = []
     for name, values in rows.items():
@@ -280,7 +280,7 @@ def print_table(title: str, rows: dict, digits: int = 2) -> None:
     print("\n" + markdown(lines))
 
 
-def main() -> None:
+def main():
     command_line.plain_output()
     parser = command_line.Parser(__doc__)
     best = command_line.BEST
@@ -294,7 +294,7 @@ def main() -> None:
         measure(args.checkpoint, read_file(args.file) if args.file else None)
 
 
-def measure(checkpoint: Path, text: str | None) -> None:
+def measure(checkpoint, text):
     """Read a text (None: the held-out text), measure, print. Raises UserError and OSError."""
     params, config, extra = load_trained(G, checkpoint)
     require(
@@ -330,7 +330,7 @@ def measure(checkpoint: Path, text: str | None) -> None:
     print_letters(trained, other)
 
 
-def print_kinds(trained: Flow, untrained: Flow) -> None:
+def print_kinds(trained, untrained):
     """Steps and gates at each kind of character."""
     means = [np.nanmean(flow.step, 1) for flow in (trained, untrained)]
     rows = {"all": means}
@@ -343,7 +343,7 @@ def print_kinds(trained: Flow, untrained: Flow) -> None:
     print_table("mean gate α at", {kind: [gates[kind]] for kind in gates})
 
 
-def print_scales(tables: list[list[Array]]) -> None:
+def print_scales(tables):
     """Steps at each scale, of all layers of three flows. nan: too few words or lines."""
     shares = [[step_shares(table) for table in of_flow] for of_flow in tables]
     rows = {}
@@ -353,7 +353,7 @@ def print_scales(tables: list[list[Array]]) -> None:
     print_table(title, rows)
 
 
-def print_letters(trained: Flow, other: Flow) -> None:
+def print_letters(trained, other):
     """How much of a plane its character explains."""
     shares = []
     for flow in (trained, other):

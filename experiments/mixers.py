@@ -12,8 +12,6 @@ like any other. Only "rotary attention" can write one token at a time. The other
     hybrid        attention in one layer, our layer in the others
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 import grassmann as G
-from grassmann import Params, Scope
+from grassmann import Scope
 
 
 class Op(NamedTuple):
@@ -50,6 +48,10 @@ def linear_backward(dy, cache, grads):
     name, c_linear = cache
     dx, grads["W_" + name], grads["b_" + name] = G.linear_backward(dy, c_linear)
     return dx
+
+
+def linear_shapes(name, n, m):
+    return {"W_" + name: (n, m), "b_" + name: (m,)}
 
 
 def look_back(z, w, config, layer):
@@ -101,22 +103,21 @@ def rotary_backward(dout, cache):
     dheads = linear_backward(dout, c_out, grads)
     dheads = dheads.reshape(B, L, n_head, d_k).swapaxes(1, 2)
     dq, dk, dv = G.attention_core_backward(dheads, c_core)
-    dqkv = np.stack([rotate(dq, -1), rotate(dk, -1), dv])  # (3, B, n_head, L, d_k)
-    dqkv = dqkv.transpose(1, 3, 0, 2, 4).reshape(B, L, -1)
+    dq = rotate(dq, -1)
+    dk = rotate(dk, -1)
+    dqkv = np.stack([dq, dk, dv])  # (3, B, n_head, L, d_k)
+    dqkv = dqkv.transpose(1, 3, 0, 2, 4)
+    dqkv = dqkv.reshape(B, L, -1)
     return linear_backward(dqkv, c_qkv, grads), grads
 
 
 def rotary_shapes(config, layer):
     d = config.d_model
-    return {
-        "W_qkv": (d, 3 * d),
-        "b_qkv": (3 * d,),
-        "W_out": (d, d),
-        "b_out": (d,),
-    }
+    qkv = linear_shapes("qkv", d, 3 * d)
+    return qkv | linear_shapes("out", d, d)
 
 
-def with_taps(mixer: Op) -> Op:
+def with_taps(mixer):
     """The mixer, with a short convolution before it: it sees h + Σ_Δ w_Δ ⊙ h_{t-Δ}."""
 
     def forward(h, w, config, layer):
@@ -131,8 +132,8 @@ def with_taps(mixer: Op) -> Op:
         return dh + dh_taps, grads
 
     def shapes(config, layer):
-        taps = (len(config.offsets[layer]), config.d_model)
-        return {"taps": taps} | mixer.shapes(config, layer)
+        own = {"taps": (len(config.offsets[layer]), config.d_model)}
+        return own | mixer.shapes(config, layer)
 
     return Op(forward, backward, shapes)
 
@@ -164,23 +165,19 @@ def convolution_backward(dout, cache):
 
 def convolution_shapes(config, layer):
     d = config.d_model
-    return {
-        "W_in": (d, 2 * d),
-        "b_in": (2 * d,),
-        "taps": (len(config.offsets[layer]), d),
-        "W_out": (d, d),
-        "b_out": (d,),
-    }
+    own = linear_shapes("in", d, 2 * d)
+    own["taps"] = (len(config.offsets[layer]), d)
+    return own | linear_shapes("out", d, d)
 
 
 # ---- around another mixer ------------------------------------------------------------------------
 
 
 def gate_shapes(d):
-    return {"W_gate": (2 * d, d), "b_gate": (d,)}
+    return linear_shapes("gate", 2 * d, d)
 
 
-def gated(mixer: Op) -> Op:
+def gated(mixer):
     """gate(h, mixer(h)), with our layer's gate."""
 
     def forward(h, w, config, layer):
@@ -200,7 +197,7 @@ def gated(mixer: Op) -> Op:
     return Op(forward, backward, shapes)
 
 
-def half(mixer: Op) -> Op:
+def half(mixer):
     """(h + mixer(h)) / 2: a gate that always stays half open."""
 
     def forward(h, w, config, layer):
@@ -219,14 +216,12 @@ def half(mixer: Op) -> Op:
 
 def reduce_shapes(config, layer):
     r = config.rank
-    return {
-        "W_red": (config.d_model, r),
-        "b_red": (r,),
-        "taps": (len(config.offsets[layer]), r),
-    }
+    own = linear_shapes("red", config.d_model, r)
+    own["taps"] = (len(config.offsets[layer]), r)
+    return own
 
 
-def with_features(features: Op, gate: bool = True) -> Op:
+def with_features(features, gate=True):
     """Our layer with other features: reduce, look back, features, gate. Without a gate, mix = g."""
 
     def forward(h, w, config, layer):
@@ -252,7 +247,7 @@ def with_features(features: Op, gate: bool = True) -> Op:
     return gated(mixer)._replace(shapes=shapes) if gate else mixer
 
 
-def projected(product: Op) -> Op:
+def projected(product):
     """g = p W_plu + b_plu, where p is a product of z and s. The wedge gives our layer."""
 
     def forward(z, s, w):
@@ -268,7 +263,7 @@ def projected(product: Op) -> Op:
         return dz, ds, grads
 
     def shapes(d, r):
-        return {"W_plu": (product.shapes(r), d), "b_plu": (d,)}
+        return linear_shapes("plu", product.shapes(r), d)
 
     return Op(forward, backward, shapes)
 
@@ -367,13 +362,14 @@ def learned_backward(dg, cache):
     ds = ds_1 + ds_2
     dX = dX_1 + dX_2
     dY = dY_1 + dY_2
-    return dz, ds, {"X": dX, "Y": dY, "b_plu": dg.sum((0, 1))}
+    db = dg.sum((0, 1))
+    return dz, ds, {"X": dX, "Y": dY, "b_plu": db}
 
 
 # ---- bivectors of another size, and a memory of bivectors ----------------------------------------
 
 
-def rescaled(factor: int) -> Op:
+def rescaled(factor):
     """Our layer with its bivectors multiplied by a factor: (k p) W_plu is p (k W_plu)."""
 
     def forward(h, w, config, layer):
@@ -421,7 +417,8 @@ def bivector_memory_forward(h, w, config, layer):
     g += c @ w["W_mem"]
     mix, c_gate = G.gate_forward(h, g, w["W_gate"], w["b_gate"])
     c_memory = z, k, v, c, scale, w["W_mem"]
-    return mix, (c_red, c_partner, c_wedge, c_kv, c_gate, c_memory)
+    cache = c_red, c_partner, c_wedge, c_kv, c_gate, c_memory
+    return mix, cache
 
 
 def bivector_memory_backward(dmix, cache):
@@ -446,20 +443,17 @@ def bivector_memory_backward(dmix, cache):
 def bivector_memory_shapes(config, layer):
     d = config.d_model
     r = config.rank
-    return {
-        **reduce_shapes(config, layer),
-        "W_kv": (d, 2 * r),
-        "b_kv": (2 * r,),
-        "W_mem": (r, d),
-        **WEDGE.shapes(d, r),
-        **gate_shapes(d),
-    }
+    own = reduce_shapes(config, layer)
+    own |= linear_shapes("kv", d, 2 * r)
+    own["W_mem"] = (r, d)
+    own |= WEDGE.shapes(d, r)
+    return own | gate_shapes(d)
 
 
 # ---- all of them ---------------------------------------------------------------------------------
 
 
-def in_layer(layer: int) -> Op:
+def in_layer(layer):
     """The hybrid's mixer: attention in the second layer, else ours."""
     return Op(*G.MIXERS[TAPPED if layer == 1 else "grassmann"])
 
@@ -508,7 +502,7 @@ MIXERS = {
 }
 
 
-def reads_whole(mixer: Op) -> Op:
+def reads_whole(mixer):
     """The mixer, which keeps no `past`. One token at a time raises UserError."""
 
     def forward(h, w, config, layer, past=None):
@@ -518,13 +512,15 @@ def reads_whole(mixer: Op) -> Op:
     return mixer._replace(forward=forward)
 
 
-def install() -> None:
+def install():
     """Add the mixers to grassmann.MIXERS, where Config looks."""
     for name, mixer in MIXERS.items():
-        G.MIXERS[name] = mixer if mixer is ROTARY else reads_whole(mixer)
+        if mixer is not ROTARY:
+            mixer = reads_whole(mixer)
+        G.MIXERS[name] = mixer
 
 
-def scale_features(params: Params) -> None:
+def scale_features(params):
     """Rescale X and Y to N(0, 0.2/r), in place.
 
     Sums are then as large as the wedge's features. Products of two dot products are at most half

@@ -14,20 +14,18 @@ command_line.prepare()  # before NumPy
 import gzip
 import lzma
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 import grassmann
-from charlm.text import Corpus, decode, read_corpus
+from charlm.text import decode, read_corpus
 from charlm.trained import load_trained
 from experiments.common import markdown
-from experiments.texts import Text
-from grassmann import Array, require
+from grassmann import require
 
 
-def ngram_loss(train, test, order: int, vocab_size: int, window: int | None = None) -> float:
+def ngram_loss(train, test, order, vocab_size, window=None):
     """Mean nats per token of `test`, without its first `order - 1` tokens, from counts in `train`.
 
         P_n(c | context) = (N(context c) + T P_{n-1}(c | shorter)) / (N(context) + T)
@@ -60,7 +58,7 @@ def ngram_loss(train, test, order: int, vocab_size: int, window: int | None = No
     return float(-np.log(p).mean())
 
 
-def numbered(tokens: Array, n: int, vocab_size: int) -> Array:
+def numbered(tokens, n, vocab_size):
     """Every n-gram as one number: that of its first n-1 tokens, times vocab_size, plus the last."""
     places = len(tokens) - n + 1
     grams = np.zeros(places, np.int64)
@@ -69,14 +67,14 @@ def numbered(tokens: Array, n: int, vocab_size: int) -> Array:
     return grams
 
 
-def look_up(keys: Array, known: Array, values: Array) -> Array:
+def look_up(keys, known, values):
     """values[i] where a key is known[i], else 0; `known` is sorted."""
     place = np.searchsorted(known, keys)
     place = place.clip(max=len(known) - 1)
     return np.where(known[place] == keys, values[place], 0)
 
 
-def best_ngram(text: Text, window: int) -> tuple[int, float, float]:
+def best_ngram(text, window):
     """The order with the lowest validation loss, this loss, and the test loss.
 
     Orders are 1 to 7, or as far as contexts fit into a number.
@@ -94,7 +92,7 @@ def best_ngram(text: Text, window: int) -> tuple[int, float, float]:
 # ---- the program ---------------------------------------------------------------------------------
 
 
-def compressed(compress: Callable[[bytes], bytes], corpus: Corpus) -> float:
+def compressed(compress, corpus):
     """Nats per character that the held-out text adds to the compressed training text."""
     seen, new = (
         decode(tokens, corpus.vocab).encode("utf-8", "surrogatepass")
@@ -104,7 +102,7 @@ def compressed(compress: Callable[[bytes], bytes], corpus: Corpus) -> float:
     return 8 * more * math.log(2) / len(corpus.val)
 
 
-def yardsticks(corpus: Corpus, model: Path | None) -> list[dict]:
+def yardsticks(corpus, model):
     """A row for each: nats and bits per character of the held-out text."""
     losses = {
         "gzip": compressed(gzip.compress, corpus),
@@ -121,7 +119,7 @@ def yardsticks(corpus: Corpus, model: Path | None) -> list[dict]:
     ]
 
 
-def main() -> None:
+def main():
     command_line.plain_output()
     parser = command_line.Parser(__doc__)
     parser.add_argument("--data", help="a text, as train_char.py takes it")

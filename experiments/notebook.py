@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jupytext
 from nbclient import NotebookClient
-from nbformat import NotebookNode, v4
+from nbformat import v4
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = """\
@@ -31,7 +31,7 @@ LAST = [
 ]
 
 
-def notebook() -> NotebookNode:
+def notebook():
     """The page as cells, without the outputs that the page shows: running the cells makes them."""
     page = (ROOT / "tutorial.md").read_text(encoding="utf-8")
     page = re.sub(r"(```python\n.*?```\n)```text\n.*?```\n", r"\1", page, flags=re.DOTALL)
@@ -53,7 +53,7 @@ def notebook() -> NotebookNode:
     return made
 
 
-def run(made: NotebookNode) -> NotebookNode:
+def run(made):
     """The notebook with outputs. Raises nbclient's CellExecutionError."""
     where = {"metadata": {"path": str(ROOT)}}
     NotebookClient(made, timeout=600, resources=where, coalesce_streams=True).execute()

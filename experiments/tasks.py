@@ -10,7 +10,6 @@ import math
 import numpy as np
 
 import grassmann
-from grassmann import Array, Config, Params, Rng
 
 # Tokens: 0 to 7 are answers, 8 to 15 filler. In `recall` 16 asks. In `keys` 16 + k names slot k,
 # before its key and when it is asked for.
@@ -33,7 +32,7 @@ DISTANCES = (
 NUMBERS = (2, 2), (4, 4), (8, 8), (16, 16)
 
 
-def recall(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
+def recall(rng, batch, length):
     """What was the key? The text is filler with one key. Some tokens after the key ask for it."""
     x = rng.integers(ANSWERS, ASK, (batch, length))
     place = rng.integers(0, length // 4, (batch, 1))
@@ -46,7 +45,7 @@ def recall(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
     return x, y, np.where(asks, distance, 0)
 
 
-def keys(rng: Rng, batch: int, length: int) -> tuple[Array, Array, Array]:
+def keys(rng, batch, length):
     """What was the key of this slot? 2, 4, 8 or 16 slots get a key each, and are asked for later.
 
     In the first quarter of the text, each key follows the token that names its slot. After it, half
@@ -79,9 +78,7 @@ TASKS = {"recall": recall, "keys": keys}
 GROUPS = {"recall": DISTANCES, "keys": NUMBERS}
 
 
-def accuracy(
-    params: Params, config: Config, x: Array, y: Array, group: Array, groups=DISTANCES
-) -> list[float]:
+def accuracy(params, config, x, y, group, groups=DISTANCES):
     """For each of the groups: how often the likeliest of the eight answers is right."""
     answers = []
     for chunk in np.array_split(x, math.ceil(len(x) / 8)):
@@ -95,7 +92,7 @@ def accuracy(
     return shares
 
 
-def table(rows: list) -> list[dict[str, str]]:
+def table(rows):
     """A line per task and model: how often it is right, the mean of the seeds, and the lowest."""
     lines = []
     for row in rows:

@@ -4,8 +4,6 @@ A text is cut in three: nine tenths to train on; the next twentieth (`val`) to c
 and orders of n-grams; the last twentieth (`test`) to report the loss of what was chosen.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import subprocess
@@ -35,7 +33,7 @@ class Text:
     bytes_per_token: float  # of `test`, in UTF-8
 
 
-def read_text(data: str | None, pieces: int = 0, context: int = 1) -> Text:
+def read_text(data, pieces=0, context=1):
     """The text that --data names, or "bible": characters, or byte pairs, `pieces` different ones.
 
     Raises UserError if the text is missing or too short.
@@ -60,7 +58,7 @@ def read_text(data: str | None, pieces: int = 0, context: int = 1) -> Text:
     return Text(f"{name} in {pieces:,} byte pairs", sha256, pieces, [], *tokens, per_token)
 
 
-def byte_pairs(parts: tuple[str, ...], size: int) -> tuple[Array, ...]:
+def byte_pairs(parts, size):
     """The parts as tokens of a byte pair encoding learned from the first part.
 
     See Sennrich and others, arXiv 1508.07909.
@@ -86,7 +84,7 @@ def byte_pairs(parts: tuple[str, ...], size: int) -> tuple[Array, ...]:
     return tuple(encoded)
 
 
-def king_james() -> str:
+def king_james():
     """The King James Bible, a verse a line, from Debian's package bible-kjv. Raises UserError."""
     command = ["bible", "-f", "Gen1:1-Rev22:21"]
     try:
