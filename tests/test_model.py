@@ -19,142 +19,200 @@ def near(a, b, atol=1e-12):
 # ---- the model, written out token by token -------------------------------------------------------
 
 
-def written_out(params, config, text):
-    """Logits (L, V) of one text, directly from the equations, and for each layer z, p (L, …) and the gate alpha, or with
-    attention the table a (heads, L, L). Without taps p is the mean of one wedge per offset; the model computes only one.
-    """
-    inside = []
+def layernorm(x, w):
+    centred = x - x.mean(1, keepdims=True)
+    x_hat = centred / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+    return x_hat * w["w"] + w["b"]
 
-    def layernorm(x, name):
-        x_hat = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
-        return x_hat * params[name + "w"] + params[name + "b"]
 
-    def ffn(x, name):
-        a = x @ params[name + "W_1"] + params[name + "b_1"]
-        gelu = 0.5 * a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
-        return gelu @ params[name + "W_2"] + params[name + "b_2"]
+def ffn(x, w):
+    a = x @ w["W_1"] + w["b_1"]
+    q = math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)
+    gelu = 0.5 * a * (1 + np.tanh(q))
+    return gelu @ w["W_2"] + w["b_2"]
 
-    def wedge(u, v):
-        p, sizes = G.plucker(u, v), np.linalg.norm(u) * np.linalg.norm(v)
-        area = np.linalg.norm(p) if config.normalize else 1
-        return p / area if area > 1e-5 * sizes or not config.normalize else 0 * p
 
-    def grassmann(h, name, offsets):
-        z, s, p = h @ params[name + "W_red"] + params[name + "b_red"], [], []
-        for t in range(len(h)):
-            past = [(k, z[t - delta]) for k, delta in enumerate(offsets) if t >= delta]
-            if config.taps:
-                s.append(
-                    sum((params[name + "taps"][k] * v for k, v in past), np.zeros(config.rank))
-                )
-                p.append(wedge(z[t], s[t]))
-            else:
-                p.append(
-                    sum(wedge(z[t], v) for _, v in past) / len(past)
-                    if past
-                    else 0 * G.plucker(z[t], z[t])
-                )
-        g = p @ params[name + "W_plu"] + params[name + "b_plu"]
-        if config.memory:
-            kv, M, c = h @ params[name + "W_kv"] + params[name + "b_kv"], 0, []
-            for t, (key, value) in enumerate(zip(*np.split(kv, 2, 1), strict=True)):
-                M = M + np.outer(key + s[t], value)
-                c.append(z[t] @ M / math.sqrt(config.rank * (t + 1)))
-            g = g + c @ params[name + "W_mem"]
-        alpha = 1 / (
-            1
-            + np.exp(
-                -(np.concatenate([h, g], 1) @ params[name + "W_gate"] + params[name + "b_gate"])
-            )
-        )
-        inside.append({"z": z, "p": p, "alpha": alpha})
-        return alpha * h + (1 - alpha) * g
+def wedge(u, v, normalize):
+    p = G.plucker(u, v)
+    if not normalize:
+        return p
+    area = np.linalg.norm(p)
+    sizes = np.linalg.norm(u) * np.linalg.norm(v)
+    return p / area if area > 1e-5 * sizes else 0 * p
 
-    def attention(h, name):
-        q, k, v = np.split(h @ params[name + "W_qkv"] + params[name + "b_qkv"], 3, axis=1)
-        a, heads = [], np.zeros_like(h)
-        for own in np.split(np.arange(config.d_model), config.n_head):  # a head's coordinates
-            weights = np.tril(np.exp(q[:, own] @ k[:, own].T / math.sqrt(len(own))))
-            a.append(weights / weights.sum(1, keepdims=True))
-            heads[:, own] = a[-1] @ v[:, own]
-        inside.append({"a": a})
-        return heads @ params[name + "W_out"] + params[name + "b_out"]
 
-    h = params["E"][text] + (params["P"][: len(text)] if config.positions else 0)
-    for i in range(config.n_layer):
-        ln1, ln2, inner, mixer = (f"blocks.{i}.{part}." for part in ("ln1", "ln2", "ffn", "mix"))
-        attends = config.mixer == "attention"
-        mix = (
-            partial(attention, name=mixer)
-            if attends
-            else partial(grassmann, name=mixer, offsets=config.offsets[i])
-        )
-        if config.block == "prenorm":
-            h = h + mix(layernorm(h, ln1))
-            h = h + ffn(layernorm(h, ln2), inner)
-        else:
-            h = layernorm(mix(h) + (h if attends else 0), ln1)
-            h = layernorm(h + ffn(h, inner), ln2)
+def average_of_wedges(z, t, offsets, normalize):
+    """One wedge per valid offset. The model computes only one wedge for all."""
+    wedges = [wedge(z[t], z[t - delta], normalize) for delta in offsets if t >= delta]
+    return np.mean(wedges, axis=0) if wedges else 0 * G.plucker(z[t], z[t])
+
+
+def weighted_partner(z, t, offsets, taps):
+    s = np.zeros_like(z[t])
+    for k, delta in enumerate(offsets):
+        if t >= delta:
+            s += taps[k] * z[t - delta]
+    return s
+
+
+def memory(h, z, s, w):
+    r = z.shape[1]
+    kv = h @ w["W_kv"] + w["b_kv"]
+    M = np.zeros((r, r))
+    c = np.zeros_like(z)
+    for t in range(len(z)):
+        key = kv[t, :r] + s[t]
+        value = kv[t, r:]
+        M = M + np.outer(key, value)
+        c[t] = z[t] @ M / math.sqrt(r * (t + 1))
+    return c @ w["W_mem"]
+
+
+def grassmann(h, w, config, offsets):
+    z = h @ w["W_red"] + w["b_red"]
+    everywhere = range(len(z))
+    if config.taps:
+        s = [weighted_partner(z, t, offsets, w["taps"]) for t in everywhere]
+        p = [wedge(z[t], s[t], config.normalize) for t in everywhere]
+    else:
+        p = [average_of_wedges(z, t, offsets, config.normalize) for t in everywhere]
+    g = p @ w["W_plu"] + w["b_plu"]
+    if config.memory:
+        g = g + memory(h, z, s, w)
+    hg = np.concatenate([h, g], 1)
+    alpha = 1 / (1 + np.exp(-hg @ w["W_gate"] - w["b_gate"]))
+    return alpha * h + (1 - alpha) * g, {"z": z, "p": p, "alpha": alpha}
+
+
+def attention(h, w, config):
+    q, k, v = np.split(h @ w["W_qkv"] + w["b_qkv"], 3, axis=1)
+    heads = np.zeros_like(h)
+    tables = []
+    for own in np.split(np.arange(config.d_model), config.n_head):  # a head's coordinates
+        scores = q[:, own] @ k[:, own].T / math.sqrt(len(own))
+        weights = np.tril(np.exp(scores))
+        a = weights / weights.sum(1, keepdims=True)
+        heads[:, own] = a @ v[:, own]
+        tables.append(a)
+    return heads @ w["W_out"] + w["b_out"], {"a": tables}
+
+
+def block(h, w, config, layer):
+    def mix(x):
+        own = w.scope("mix.")
+        if config.mixer == "attention":
+            return attention(x, own, config)
+        return grassmann(x, own, config, config.offsets[layer])
+
+    ln1 = w.scope("ln1.")
+    ln2 = w.scope("ln2.")
     if config.block == "prenorm":
-        h = layernorm(h, "ln_f.")
-    return h @ params["E"].T, inside
+        mixed, inside = mix(layernorm(h, ln1))
+        h = h + mixed
+        return h + ffn(layernorm(h, ln2), w.scope("ffn.")), inside
+    mixed, inside = mix(h)
+    if config.mixer == "attention":  # it has no gate that could keep h
+        mixed = h + mixed
+    h = layernorm(mixed, ln1)
+    return layernorm(h + ffn(h, w.scope("ffn.")), ln2), inside
+
+
+def written_out(params, config, text):
+    """Logits (L, V) of one text, and for each layer z, p (L, …) and the gate alpha (L, d).
+
+    With attention, for each layer the table a (heads, L, L).
+    """
+    h = params["E"][text]
+    if config.positions:
+        h = h + params["P"][: len(text)]
+    layers = []
+    for i in range(config.n_layer):
+        h, inside = block(h, G.Scope(params, f"blocks.{i}."), config, i)
+        layers.append(inside)
+    if config.block == "prenorm":
+        h = layernorm(h, G.Scope(params, "ln_f."))
+    return h @ params["E"].T, layers
 
 
 @positions
 def test_the_model_is_its_equations(tiny_model, batch, variant, positions):
-    """Logits, loss, and the values that the caches name. Equal tokens make degenerate pairs, and one offset is longer
-    than the text."""
-    params, config = tiny_model(
-        **variant, positions=positions, context=12, offsets=((1, 2, 5), (3, 10))
-    )
+    """Equal tokens make degenerate pairs, and one offset is longer than the text."""
+    offsets = ((1, 2, 5), (3, 10))
+    params, config = tiny_model(**variant, positions=positions, context=12, offsets=offsets)
     texts, y = batch(2)
     found, cache = G.model_forward(params, config, texts)
-    logits, inside = zip(*(written_out(params, config, text) for text in texts), strict=True)
-    near(found, logits, 1e-11)
-    for i in range(config.n_layer):
-        for name in inside[0][i]:
-            near(cache["blocks"][i]["mix"][name], [text[i][name] for text in inside], 1e-11)
-    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    expected = -np.mean([math.log(p[row, t, y[row, t]]) for row, t in np.ndindex(2, 9)])
-    assert G.loss_and_grads(params, config, texts, y)[0] == pytest.approx(expected, rel=1e-12)
+    loss, _ = G.loss_and_grads(params, config, texts, y)
+    losses = []
+    for row, text in enumerate(texts):
+        logits, layers = written_out(params, config, text)
+        near(found[row], logits, 1e-11)
+        for i, inside in enumerate(layers):
+            for name, value in inside.items():
+                near(cache["blocks"][i]["mix"][name][row], value, 1e-11)
+        p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        losses += [-math.log(p[t, token]) for t, token in enumerate(y[row])]
+    assert loss == pytest.approx(np.mean(losses), rel=1e-12)
 
 
 # ---- streaming -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(np.float64, 1e-10), (np.float32, 1e-3)])
-def test_streaming_equals_forward_far_beyond_the_context(tiny_model, variant, dtype, atol):
-    """Prompts shorter and longer than the memory's chunks, then token by token; degenerate pairs. The state does not
-    grow: a layer keeps the last max(Δ) reduced states, at most one more (views keep theirs alive), and the memory."""
-    model = tiny_model(dtype, **variant, vocab_size=3, context=16, offsets=((1, 2, 5), (1, 9)))
+@pytest.fixture
+def text():
+    """Two hundred letters of three, thirty of them equal, so that pairs are degenerate."""
     text = np.random.default_rng(1).integers(0, 3, 200)
     text[50:80] = text[50]
-    logits, state, start, held = G.forward(*model, text[None])[0], G.stream_init(*model), 0, []
+    return text
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(np.float64, 1e-10), (np.float32, 1e-3)])
+def test_streaming_equals_forward_far_beyond_the_context(tiny_model, variant, dtype, atol, text):
+    """Prompts shorter and longer than the memory's chunks, then token by token."""
+    offsets = ((1, 2, 5), (1, 9))
+    model = tiny_model(dtype, **variant, vocab_size=3, context=16, offsets=offsets)
+    logits = G.forward(*model, text[None])[0]
+    state = G.stream_init(*model)
+    end = 0
     for size in (63, 1, 1, 65, *[1] * 70):
-        last, state = G.stream_read(*model, state, text[start : start + size])
-        start += size
-        near(last, logits[start - 1], atol)
-        arrays = [a for layer in state["past"] for a in map(np.asarray, layer.values())]
-        held.append(sum((a if a.base is None else a.base).size for a in arrays))
+        start, end = end, end + size
+        last, state = G.stream_read(*model, state, text[start:end])
+        near(last, logits[end - 1], atol)
     assert last.dtype == dtype
-    assert "mixer" in variant or max(held[20:]) <= (6 + 10) * 4 + 2 * (4 * 4 + 1) * (
-        "memory" in variant
-    )
+
+
+def held(state):
+    """The numbers that a stream keeps alive. A view keeps the whole array alive."""
+    arrays = [np.asarray(a) for layer in state["past"] for a in layer.values()]
+    return sum((a if a.base is None else a.base).size for a in arrays)
+
+
+@pytest.mark.parametrize(("memory", "more"), [(False, 0), (True, 2 * (4 * 4 + 1))])
+def test_the_state_of_a_stream_does_not_grow(tiny_model, memory, more, text):
+    """A layer keeps the last max(Δ) reduced states of rank 4, at most one more, and the memory."""
+    model = tiny_model(memory=memory, offsets=((1, 2, 5), (1, 9)), context=16)
+    state = G.stream_init(*model)
+    for token in text:
+        G.stream_step(*model, state, token)
+        assert held(state) <= (6 + 10) * 4 + more
 
 
 @pytest.mark.parametrize("context", [8, 9])
 def test_streaming_with_positions_re_reads_half_the_context(tiny_model, variant, context):
-    """At the end of the context it continues from the last context // 2 tokens, at positions 0, 1, …"""
+    """At the end of the context it goes on from the last context // 2 tokens, from position 0."""
     model = tiny_model(**variant, positions=True, context=context)
-    text, window, state = np.random.default_rng(1).integers(0, 11, 30), [], G.stream_init(*model)
+    text = np.random.default_rng(1).integers(0, 11, 30)
+    state = G.stream_init(*model)
+    window = []
     for token in text:
-        window = [*(window[-(context // 2) :] if len(window) == context else window), token]
+        if len(window) == context:
+            window = window[-(context // 2) :]
+        window.append(token)
         logits, state = G.stream_step(*model, state, token)
         near(logits, G.forward(*model, np.array([window]))[0, -1])
-        assert len(state["recent"]) <= context
-    state = G.stream_init(*model)
-    G.stream_read(*model, state, text[:5])
-    near(G.stream_read(*model, state, text[5:])[0], logits)  # many tokens at once
+    at_once = G.stream_init(*model)
+    G.stream_read(*model, at_once, text[:5])
+    last, _ = G.stream_read(*model, at_once, text[5:])
+    near(last, logits)
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -165,34 +223,78 @@ def model(tiny_model):
     return tiny_model(vocab_size=7)
 
 
-@pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 1}, {"temperature": 1e-300}])
+GREEDY = [
+    {"temperature": 0},
+    {"top_k": 1},
+    {"temperature": 1e-300},
+]
+
+
+@pytest.mark.parametrize("how", GREEDY)
 def test_greedy_sampling_takes_the_largest_logit(model, how):
     text = [3, 1, *G.generate(*model, [3, 1], 20, **how)]
-    assert (G.forward(*model, np.array([text]))[0].argmax(-1)[1:-1] == text[2:]).all()
+    logits = G.forward(*model, np.array([text]))[0]
+    np.testing.assert_array_equal(logits.argmax(-1)[1:-1], text[2:])
 
 
-@pytest.mark.parametrize(("temperature", "top_k"), [(0.5, None), (2.0, 4), (3.0, 100)])
-def test_frequencies_are_softmax_of_logits_over_temperature(model, temperature, top_k):
+HOW = [
+    {"temperature": 0.5},
+    {"temperature": 2.0, "top_k": 4},
+    {"temperature": 3.0, "top_k": 100},
+]
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_frequencies_are_softmax_of_logits_over_temperature(model, how):
     """For the first token after (3, 1), with a thousand seeds, within four standard deviations."""
-    n, logits = 1000, G.forward(*model, np.array([[3, 1]]))[0, -1]
-    p = np.exp((logits - logits.max()) / temperature)
-    p[np.argsort(logits)[: -(top_k or 7)]] = 0
+    logits = G.forward(*model, np.array([[3, 1]]))[0, -1]
+    p = np.exp(logits / how["temperature"])
     p /= p.sum()
-    draws = [next(G.generate(*model, [3, 1], 1, temperature, top_k, seed)) for seed in range(n)]
-    assert (np.abs(np.bincount(draws, minlength=7) / n - p) <= 4 * np.sqrt(p * (1 - p) / n)).all()
+    likeliest = np.argsort(-p)
+    if "top_k" in how:
+        p[likeliest[how["top_k"] :]] = 0
+    if "top_p" in how:
+        enough = np.flatnonzero(np.cumsum(p[likeliest]) >= how["top_p"])[0]
+        p[likeliest[enough + 1 :]] = 0
+    p /= p.sum()
+    draws = [next(G.generate(*model, [3, 1], 1, seed=seed, **how)) for seed in range(1000)]
+    frequencies = np.bincount(draws, minlength=7) / 1000
+    deviations = np.sqrt(p * (1 - p) / 1000)
+    assert (np.abs(frequencies - p) <= 4 * deviations).all()
 
 
-@positions
-def test_prompts(tiny_model, positions):
-    """An empty prompt, any iterable, every token, longer than the context; nothing to write; seeds."""
-    model = tiny_model(positions=positions)
-    write = lambda prompt, n=30, **how: list(G.generate(*model, prompt, n, **how))  # noqa: E731
-    assert write([1, 2]) == write(iter([1, 2])) == write(np.array([1, 2])) != write([1, 2], seed=1)
+@pytest.fixture
+def write(tiny_model):
+    def write(prompt, n=30, positions=False):
+        model = tiny_model(positions=positions)
+        return list(G.generate(*model, prompt, n))
+
+    return write
+
+
+def test_a_prompt_is_any_iterable(write):
+    expected = write([1, 2])
+    assert write(iter([1, 2])) == expected
+    assert write(np.array([1, 2])) == expected
+
+
+def test_an_empty_prompt_is_token_0(write):
     assert write([]) == write([0])
-    assert len(write([*range(11), *[1] * 20], 50)) == 50 and write([1, 2], 0) == []
+
+
+def test_a_prompt_may_be_longer_than_the_context(write):
+    assert len(write([1] * 20, 50, positions=True)) == 50
 
 
 # ---- sizes and configurations --------------------------------------------------------------------
+
+SCALES = {
+    "taps": 0.5,
+    "W_red": 1 / 8,
+    "W_kv": 1 / 8,
+    "W_2": 0.01,
+    "W_out": 0.01,
+}
 
 
 def test_initial_weights(tiny_config, variant):
@@ -202,106 +304,195 @@ def test_initial_weights(tiny_config, variant):
     for name, value in params.items():
         kind = name.split(".")[-1]
         assert value.dtype == np.float32
-        scale = {"taps": 0.5, "W_red": 1 / 8, "W_kv": 1 / 8, "W_2": 0.01, "W_out": 0.01}.get(
-            kind, 0.02
-        )
         if value.ndim == 1:
             assert (value == (kind == "w")).all()
         else:
+            scale = SCALES.get(kind, 0.02)
             assert value.std() == pytest.approx(scale, rel=5 / np.sqrt(value.size))
-    assert not np.array_equal(G.init_params(config, seed=4)["E"], params["E"])
 
 
-def test_defaults_that_follow_from_other_values(tiny_config):
-    config, attention = G.Config(65), G.Config(65, mixer="attention")
-    assert (config.d_ff, config.offsets) == (2 * config.d_model, G.WIDENING)
-    assert (attention.d_ff, attention.offsets) == (4 * config.d_model, ())
-    assert G.Config(65, taps=False, n_layer=5).offsets == ((1,), (2,), (4,), (8,), (1,))
+def test_another_seed_draws_other_weights(tiny_config):
+    one = G.init_params(tiny_config(), seed=3)
+    other = G.init_params(tiny_config(), seed=4)
+    assert not np.array_equal(one["E"], other["E"])
+
+
+def test_defaults_that_follow_from_other_values():
+    config = G.Config(65)
+    attention = G.Config(65, mixer="attention")
+    assert config.d_ff == 2 * config.d_model
+    assert config.offsets == G.WIDENING
+    assert attention.d_ff == 4 * attention.d_model
+    assert attention.offsets == ()
+
+
+def test_default_offsets_widen_with_the_quarters_of_the_layers():
+    layers = G.Config(65, n_layer=6).offsets
+    assert [G.WIDENING.index(layer) for layer in layers] == [0, 1, 1, 2, 3, 3]
+
+
+def test_default_offsets_without_taps_are_one_a_layer():
+    config = G.Config(65, taps=False, n_layer=5)
+    assert config.offsets == ((1,), (2,), (4,), (8,), (1,))
+
+
+def test_default_offsets_are_shorter_than_the_context():
     assert G.Config(65, n_layer=2, context=5).offsets == (G.WIDENING[1], (1, 2, 4))
-    assert [G.WIDENING.index(layer) for layer in G.Config(65, n_layer=6).offsets] == [
-        0,
-        1,
-        1,
-        2,
-        3,
-        3,
-    ]
     assert G.Config(65, n_layer=1, context=2).offsets == ((1,),)
+
+
+def test_a_changed_copy_keeps_what_was_given(tiny_config):
+    config = dataclasses.replace(tiny_config(), taps=False, d_model=16)
+    assert config.offsets == ((1,), (1, 3))
+    assert config.d_ff == 10
+
+
+def test_sizes_from_numpy_make_the_same_config(tiny_config):
     config = tiny_config(vocab_size=np.int64(11), offsets=[[np.int32(1)], [1, 3]])
-    assert config == tiny_config() and hash(config) == hash(tiny_config())
-    assert type(config.vocab_size) is type(config.offsets[0][0]) is int
+    assert config == tiny_config()
+    assert hash(config) == hash(tiny_config())
+    assert type(config.vocab_size) is int
+    assert type(config.offsets[0][0]) is int
 
 
-WRONG = {  # of tiny_config
-    "rank must be at least 2, not 1": [{"rank": 1}],
-    "n_layer must be at least 1, not 0": [{"n_layer": 0}],
-    "dropout must be at least 0 and below 1": [{"dropout": rate} for rate in (1, -0.1, math.nan)],
-    "2 layers need as many groups of offsets, not 3": [{"offsets": ((1,),) * 3}],
-    "offsets, all distinct": [{"offsets": ((1, 1), (2,))}, {"offsets": ((), (1,))}],
-    "1 to context - 1, here 8": [{"offsets": ((1,), (wrong,))} for wrong in (0, 9)],
-    "n_head, 3, must divide d_model, 8": [{"mixer": "attention", "n_head": 3}],
-    "neither memory nor offsets": [
-        {"mixer": "attention"} | x for x in ({"memory": True}, {"offsets": ((1,),) * 2})
-    ],
-    "partners that are not normalised": [{"memory": True, "normalize": True}],
-    "block must be one of": [{"block": "postnorm"}, {"block": ["paper"]}],
-    "mixer must be one of": [{"mixer": "lstm"}, {"mixer": {}}],
-}
+WRONG = [  # what is said, and the changes of tiny_config
+    ("rank must be at least 2, not 1", {"rank": 1}),
+    ("n_layer must be at least 1, not 0", {"n_layer": 0}),
+    ("d_ff must be at least 1, not 0", {"d_ff": 0}),
+    ("dropout must be at least 0 and below 1", {"dropout": 1}),
+    ("dropout must be at least 0 and below 1", {"dropout": -0.1}),
+    ("dropout must be at least 0 and below 1", {"dropout": math.nan}),
+    ("2 layers need as many groups of offsets, not 3", {"offsets": ((1,),) * 3}),
+    ("offsets, all distinct", {"offsets": ((1, 1), (2,))}),
+    ("offsets, all distinct", {"offsets": ((), (1,))}),
+    ("1 to context - 1, here 8", {"offsets": ((1,), (0,))}),
+    ("1 to context - 1, here 8", {"offsets": ((1,), (9,))}),
+    ("partners that are not normalised", {"memory": True, "normalize": True}),
+    ("n_head, 3, must divide d_model, 8", {"mixer": "attention", "n_head": 3}),
+    ("neither memory nor offsets", {"mixer": "attention", "memory": True}),
+    ("neither memory nor offsets", {"mixer": "attention", "offsets": ((1,),) * 2}),
+    ("block must be one of", {"block": "postnorm"}),
+    ("block must be one of", {"block": ["paper"]}),
+    ("mixer must be one of", {"mixer": "lstm"}),
+    ("mixer must be one of", {"mixer": {}}),
+]
 
 
-@pytest.mark.parametrize(("rule", "changes"), [(r, c) for r in WRONG for c in WRONG[r]], ids=str)
+@pytest.mark.parametrize(("rule", "changes"), WRONG, ids=str)
 def test_a_wrong_configuration_gets_a_sentence(rule, changes):
     """The sentence does not show the whole configuration."""
-    sizes = {
-        "context": 9,
-        "n_layer": 2,
-        "d_model": 8,
-        "offsets": None if "mixer" in changes else ((1,), (1, 3)),
-    }
+    sizes = {"context": 9, "n_layer": 2, "d_model": 8, "offsets": ((1,), (1, 3))}
+    if "mixer" in changes:
+        del sizes["offsets"]
     with pytest.raises(G.UserError, match=rule) as error:
         G.Config(11, **sizes | changes)
-    assert "\n" not in str(error.value) and "Config(" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "Config(" not in str(error.value)
 
 
-TEXT, TABLE = np.array([[1, 2, 3]]), {"P": np.zeros((9, 8))}
-DOORS = {  # the message, and the call that raises it
-    r"\(B, L\), not int64 of shape \(3,\)": lambda p, c: G.forward(p, c, TEXT[0]),
-    r"\(B, L\), not int64 of shape \(1, 0\)": lambda p, c: G.forward(p, c, TEXT[:, :0]),
-    "whole numbers.* not float64": lambda p, c: G.forward(p, c, TEXT / 1),
-    "from 0 to 6, not from -1 to 1": lambda p, c: G.forward(p, c, TEXT - 2),
-    "from 0 to 6, not from 5 to 7": lambda p, c: G.loss_and_grads(p, c, TEXT, TEXT + 4),
-    "from 0 to 6, not from 6 to 8": lambda p, c: G.loss_and_grads(p, c, TEXT + 5, TEXT),
-    "same shape": lambda p, c: G.loss_and_grads(p, c, TEXT, TEXT[:, 1:]),
-    "P is missing": lambda p, c: G.stream_init(p, dataclasses.replace(c, positions=True)),
-    "P is .* no such parameter": lambda p, c: G.forward(p | TABLE, c, TEXT),
-    "E is": lambda p, c: G.loss_and_grads(p | {"E": TEXT}, c, TEXT, TEXT),
-    "10 tokens exceed the context of 9": lambda p, c: G.forward(
-        p | TABLE, dataclasses.replace(c, positions=True), np.zeros((1, 10), int)
-    ),
-    "nothing to read": lambda p, c: G.stream_read(p, c, G.stream_init(p, c), []),
-    "tokens must be from 0 to 6$": lambda p, c: G.stream_step(p, c, G.stream_init(p, c), -1),
-    "from 0 to 6$": lambda p, c: G.stream_step(p, c, G.stream_init(p, c), 7),
-    "not from 7 to 7": lambda p, c: G.generate(p, c, [7], 1),
-    "temperature must": lambda p, c: G.generate(p, c, [1], 1, temperature=-1),
-    "number of tokens must be": lambda p, c: G.generate(p, c, [1], -1),
-    "top_k must": lambda p, c: G.generate(p, c, [1], 1, top_k=0),
-    "not finite": lambda p, c: next(G.generate(p | {"E": p["E"] * np.nan}, c, [3], 1)),
-}
+@pytest.mark.parametrize("changes", [{"offsets": ((1.0,),)}, {"context": 2.5}], ids=str)
+def test_a_size_that_is_no_whole_number_is_a_type_error(changes):
+    with pytest.raises(TypeError):
+        G.Config(11, n_layer=1, **changes)
 
 
-@pytest.mark.parametrize("rule", DOORS)
-def test_what_makes_no_sense_gets_a_sentence(model, rule):
-    with pytest.raises(G.UserError, match=rule):
-        DOORS[rule](*model)
+# ---- what makes no sense -------------------------------------------------------------------------
+
+TEXT = np.array([[1, 2, 3]])
+refused = partial(pytest.raises, G.UserError)
+
+WRONG_TOKENS = [
+    (r"\(B, L\), not int64 of shape \(3,\)", TEXT[0]),
+    (r"\(B, L\), not int64 of shape \(1, 0\)", TEXT[:, :0]),
+    ("whole numbers.* not float64", TEXT / 1),
+    ("from 0 to 6, not from -1 to 1", TEXT - 2),
+    ("from 0 to 6, not from 5 to 7", TEXT + 4),
+]
 
 
-def test_mistakes_of_the_program_keep_their_traceback():
-    """x (4, 6) has as many numbers as 8 rows for W (3, 5). Sizes of a wrong type are a TypeError."""
-    with pytest.raises(
-        ValueError, match=r"x \(4, 6\) has rows of 6, but W \(3, 5\) takes rows of 3"
-    ) as error:
+@pytest.mark.parametrize(("rule", "tokens"), WRONG_TOKENS)
+def test_tokens_that_make_no_sense(model, rule, tokens):
+    with refused(match=rule):
+        G.forward(*model, tokens)
+
+
+def test_both_sides_of_the_loss_are_checked(model):
+    with refused(match="not from 6 to 8"):
+        G.loss_and_grads(*model, TEXT + 5, TEXT)
+    with refused(match="not from 6 to 8"):
+        G.loss_and_grads(*model, TEXT, TEXT + 5)
+    with refused(match="same shape"):
+        G.loss_and_grads(*model, TEXT, TEXT[:, 1:])
+
+
+WRONG_PARAMS = [
+    ("P is .* no such parameter", {"P": TEXT}),
+    ("E is", {"E": TEXT}),
+]
+
+
+@pytest.mark.parametrize(("rule", "wrong"), WRONG_PARAMS)
+def test_parameters_that_do_not_fit_the_config(model, rule, wrong):
+    params, config = model
+    params |= wrong
+    with refused(match=rule):
+        G.forward(params, config, TEXT)
+    with refused(match=rule):
+        G.loss_and_grads(params, config, TEXT, TEXT)
+    with refused(match=rule):
+        G.stream_init(params, config)
+
+
+def test_a_missing_parameter(model):
+    params, config = model
+    del params["E"]
+    with refused(match="E is missing"):
+        G.check_model(params, config)
+
+
+def test_positions_end_with_the_context(tiny_model):
+    model = tiny_model(positions=True)
+    with refused(match="10 tokens exceed the context of 9"):
+        G.forward(*model, np.ones((1, 10), int))
+
+
+WRONG_READ = [
+    ("nothing to read", []),
+    ("tokens must be from 0 to 6$", [-1]),
+    ("tokens must be from 0 to 6$", [7]),
+]
+
+
+@pytest.mark.parametrize(("rule", "tokens"), WRONG_READ)
+def test_reading_what_makes_no_sense(model, rule, tokens):
+    with refused(match=rule):
+        G.stream_read(*model, G.stream_init(*model), tokens)
+
+
+WRONG_SAMPLING = [
+    ("not from 7 to 7", {"prompt": [7]}),
+    ("number of tokens must be", {"n": -1}),
+    ("temperature must", {"temperature": -1}),
+    ("temperature must", {"temperature": math.inf}),
+    ("top_k must", {"top_k": 0}),
+]
+
+
+@pytest.mark.parametrize(("rule", "how"), WRONG_SAMPLING)
+def test_sampling_that_makes_no_sense(model, rule, how):
+    """The error comes at once, not with the first token."""
+    with refused(match=rule):
+        G.generate(*model, **{"prompt": [1], "n": 1} | how)
+
+
+def test_logits_that_are_not_finite(rng):
+    with refused(match="not finite"):
+        G.sample(np.array([0, np.nan]), 1, None, rng)
+
+
+def test_a_matrix_of_other_rows_is_no_error_of_the_user():
+    """x (4, 6) has as many numbers as 8 rows for W (3, 5). The traceback stays."""
+    rule = r"x \(4, 6\) has rows of 6, but W \(3, 5\) takes rows of 3"
+    with pytest.raises(ValueError, match=rule) as error:
         G.linear_forward(np.ones((4, 6)), np.ones((3, 5)), np.ones(5))
-    assert error.type is ValueError  # not a UserError
-    for changes in ({"offsets": ((1.0,),)}, {"offsets": "1"}, {"context": 2.5}, {"dropout": None}):
-        with pytest.raises(TypeError):
-            G.Config(11, n_layer=1, **changes)
+    assert error.type is ValueError

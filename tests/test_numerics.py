@@ -56,33 +56,11 @@ second_size = pytest.mark.parametrize("b", [0, 1, 1e15])
 
 @first_size
 @second_size
-def test_products(draw, a, b):
-    x = draw(a, 4, 5)
-    W = draw(b, 5, 3)
-    check("linear", x, W, draw(1, 3), draw(1e-15, 4, 3))
-    u = draw(a, 20, 5)
-    v = draw(b, 20, 5)
-    check("plucker", u, v, draw(1e-15, 20, 10))
-
-
-@first_size
-@second_size
 def test_unit_areas(draw, a, b):
     u = draw(a, 20, 5)
     v = draw(b, 20, 5)
     check("unit_area", u, v, draw(1, 20, 5))
     check("unit_area", v, u, draw(1, 20, 5))
-
-
-@pytest.mark.parametrize("b", [1e15, 1e-25])
-@pytest.mark.parametrize("a", [1e-20, 1e-40, 0])
-def test_a_vector_whose_square_underflows_counts_as_zero(draw, a, b):
-    """Below 1e-19 there is no plane and no gradient. float64 would still see a plane."""
-    u = draw(a, 20, 5)
-    v = draw(b, 20, 5)
-    dq = draw(1, 20, 5)
-    np.testing.assert_array_equal(both_ways("unit_area", u, v, dq), 0)
-    np.testing.assert_array_equal(both_ways("unit_area", v, u, dq), 0)
 
 
 @pytest.mark.parametrize("size", [0, 1e-40, 1, 30, 1e4, 1e30, "mixed"])
