@@ -3,10 +3,10 @@
     python tests/mutate.py                  every mutation, ten minutes or so
     python tests/mutate.py plucker          mutations with "plucker" in their line
 
-A test that cannot fail proves nothing. MUTATIONS lists possible mistakes. For a function or class it has an
-expression or statement that occurs there once, and one or more versions of it with a mistake. The tests run
-with the broken module in place of the right module until a test fails. Exit code 1 if no test fails, if the
-list does not fit the code, or if a test fails without any mutation.
+A test that cannot fail proves nothing. MUTATIONS lists possible mistakes. For a function or class
+it has an expression or statement that occurs there once, and one or more versions of it with a
+mistake. The tests run with the broken module in place of the right module until a test fails. Exit
+code 1 if no test fails, if the list does not fit the code, or if a test fails without any mutation.
 """
 
 import ast
@@ -31,7 +31,8 @@ command_line.prepare()
 _, file, name, *options = sys.argv
 package, _, short = name.rpartition(".")
 spec = importlib.util.spec_from_file_location(name, file)
-sys.modules[name] = module = importlib.util.module_from_spec(spec)  # before a test imports the right module
+module = importlib.util.module_from_spec(spec)
+sys.modules[name] = module  # before a test imports the right module
 if package:
     setattr(importlib.import_module(package), short, module)
 spec.loader.exec_module(module)
