@@ -27,15 +27,21 @@ HERE = Path(__file__).resolve().parent
 
 
 def page(params: Params, config: Config, extra: dict, name: str, text: str) -> str:
-    """The page, with `text` on it. Raises UserError if the model does not know a character of the text."""
+    """The page, with `text` on it.
+
+    Raises UserError if the model does not know a character of the text.
+    """
     tokens = encode(text, extra["vocab"])
     weights = np.concatenate([a.ravel() for a in params.values()])
     with np.errstate(over="ignore"):  # float16 if this loses nothing
         dtype = "<f2" if (weights.astype("<f2") == weights).all() else "<f4"
-    packed, loss = weights.astype(dtype).tobytes(), best_loss(extra)
-    bits = f", {loss / np.log(2):.2f} bits a character on held-out text" if loss is not None else ""
+    packed = weights.astype(dtype).tobytes()
+    about = f"{name}: {weights.size:,} parameters, {len(extra['vocab']):,} different characters"
+    loss = best_loss(extra)
+    if loss is not None:
+        about += f", {loss / np.log(2):.2f} bits a character on held-out text"
     model = {
-        "about": f"{name}: {weights.size:,} parameters, {len(extra['vocab']):,} different characters{bits}",
+        "about": about,
         "config": asdict(config),
         "vocab": extra["vocab"],
         "start": extra["most_common"],
@@ -140,7 +146,10 @@ def write(out: Path, checkpoint: Path, text: str | None) -> None:
         f"--out {out} is not a file; give one, as in --out explorer.html",
     )
     require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
-    cannot = f"the explorer cannot show {checkpoint}: its mixer is %s, and only the Grassmann mixer has planes to draw"
+    cannot = (
+        f"the explorer cannot show {checkpoint}: its mixer is %s, "
+        "and only the Grassmann mixer has planes to draw"
+    )
     try:
         params, config, extra = load_trained(grassmann, checkpoint)
     except UserError as error:

@@ -48,7 +48,7 @@ def tiny(threads: int = 1, quick: bool = False, **training) -> bench.Setup:
 
 
 def in_torch(params: dict) -> dict:
-    """grassmann.py's weights under PyTorch's names. PyTorch's Linears keep their matrices transposed."""
+    """grassmann.py's weights under PyTorch's names. Its Linears keep their matrices transposed."""
     torch = need_torch()
     return {
         ".".join([*path, IN_TORCH.get(last, last)]): torch.tensor(
@@ -103,7 +103,7 @@ def test_sizes_of_the_gpt():
     ("taps", "normalize"), [(True, False), (False, True), (True, True), (False, False)]
 )
 def test_the_layer_in_pytorch(taps, normalize, rng):
-    """Outputs and gradients are those of grassmann.py, also of parallel tokens, and so is the size of first weights."""
+    """Outputs, gradients and first weights are those of grassmann.py, also of parallel tokens."""
     torch_layer, torch = need_torch("experiments.torch_layer"), need_torch()
     torch.manual_seed(0)
     offsets, layer = (
@@ -161,7 +161,7 @@ def test_a_layer_of_another_kind_is_not_loaded(ordinary_params, tmp_path, change
 
 
 def test_the_gpt_in_pytorch(ordinary_params):
-    """The same logits with the same weights once its GELU is not exact, also with its cache. It has no biases."""
+    """The same logits with the same weights, also with its cache. It has no biases."""
     torch, config = need_torch(), Config(7, 24, 3, 16, mixer="attention", positions=True)
     params = {name: p * (".b" not in name) for name, p in ordinary_params(config).items()}
     model, tokens, past = (
@@ -189,7 +189,7 @@ def test_the_gpt_in_pytorch(ordinary_params):
     ("changes", "grad_clip", "error"), [({}, 1e9, 1e-10), (PAPER, 1e9, 1e-10), (PAPER, 1.0, 1e-6)]
 )
 def test_both_sides_train_alike(ordinary_params, offsets, changes, grad_clip, error):
-    """Ten steps in float64 from the same weights lead to the same weights. (PyTorch clips by norm + 1e-6.)"""
+    """Ten steps in float64 from the same weights. PyTorch clips by norm + 1e-6."""
     setup = tiny(grad_clip=grad_clip, warmup_iters=3, iters=10, lr=1e-2)
     config = setup.config(offsets=offsets, **changes)
     need_torch()
@@ -246,7 +246,7 @@ def test_race(has_torch):
 
 
 def test_length(monkeypatch):
-    """Lengths of 64 and 256 in 1,024 tokens, which are all read; attention only up to its longest table."""
+    """Lengths of 64 and 256: all tokens are read; attention only up to its longest table."""
     read, stream_read = Counter(), grassmann.stream_read
     monkeypatch.setattr(
         grassmann, "stream_read", lambda *args: read.update([len(args[-1])]) or stream_read(*args)

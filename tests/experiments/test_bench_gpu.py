@@ -67,7 +67,7 @@ def test_how_much_a_step_starts():
     not shutil.which("g++") or platform.libc_ver()[0] != "glibc", reason="no g++ with glibc"
 )
 def test_a_report(tmp_path, monkeypatch, capsys):
-    """In a rehearsal: every section is printed and written when it is done, and a section that is too slow ends."""
+    """In a rehearsal: a section is printed and written when it is done, and ends if too slow."""
     for name, (function, _) in bench_gpu.SECTIONS.items():
         monkeypatch.setitem(
             bench_gpu.SECTIONS, name, (function, 0.1 if name == "laptop-ours" else 600)

@@ -67,7 +67,7 @@ def lab(tmp_path) -> Laboratory:
 def settle(
     lab: Laboratory, question: Question, loss=lambda trial: 1.0
 ) -> tuple[list[Row], list[Trial]]:
-    """Finish what a question needs, with this validation loss and its negative as test loss: rows, trials."""
+    """Finish what a question needs, with this validation loss; the test loss is its negative."""
     asked, rows = [], lab.answer(question)
     while lab.missing:
         for _, trial, _ in lab.missing.values():
@@ -476,7 +476,7 @@ def results(start: str | tuple[str, ...]) -> list[list[str]]:
 
 
 def loss(label: str, *sections: str | tuple[str, ...]) -> str:
-    """Test loss of a model, without its spread over seeds, in the first of these sections that has it."""
+    """Test loss of a model, without its spread, in the first of these sections that has it."""
     return next(
         row[3].split()[0] for section in sections for row in results(section) if row[0] == label
     )
@@ -489,7 +489,7 @@ def page(name: str) -> str:
 def test_the_losses_that_the_laboratory_shows_are_those_of_the_results(
     name="experiments/README.md",
 ):
-    """Rows of models stand in compare.md, less the columns left out; a setting has the losses of the models above."""
+    """Rows of models stand in compare.md; a setting has the losses of the models above."""
     known = [{*row} for section in SECTIONS for row in table(section)]
     for start in re.finditer(
         r"^\| (model \| (learning|test)|model, by|setting)", page(name), re.MULTILINE
@@ -531,7 +531,7 @@ def test_the_percentages_of_a_page_are_those_of_the_results(name, sentence, mode
 
 
 def test_the_page_on_the_dispute_is_that_of_the_results():
-    """Our losses, where they are measured; and the gaps of others, from the lines of published.csv."""
+    """Our losses, and the gaps of others from the lines of published.csv."""
     dispute = page("docs/dispute.md")
     sentences = re.findall(r"(\d+) to (\d+)% ahead\b.*? (\d+) to (\d+)% behind", page("README.md"))
     for k, (question, told) in enumerate(

@@ -149,7 +149,7 @@ def test_kinds_of_characters():
     ids=["prenorm", "average", "paper", "memory"],
 )
 def test_the_flow_is_what_the_layers_compute(variant, windows):
-    """A long text is read in pieces as if in one piece. With positions, a token sees at least half a context."""
+    """Also a long text, read in pieces. With positions, a token sees at least half a context."""
     params, config = model(**variant)
     flow = F.read_flow(params, config, TEXT[: windows[-1][-1]], VOCAB)
     for start, first, end in windows:

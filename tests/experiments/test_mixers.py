@@ -1,4 +1,4 @@
-"""What the layer is compared with: gradients of mixers, nothing from the future, n-grams as written out."""
+"""What the layer is compared with: mixers and their gradients, n-grams as written out."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -43,7 +43,7 @@ def test_offsets_differ_from_the_first_step(mixer):
 
 
 def test_how_large_features_are_at_first(monkeypatch, rng):
-    """Compared with the wedge, in the last layer. The objections in experiments/README.md name this."""
+    """Compared with the wedge, in the last layer. experiments/README.md names this."""
     gate, tokens, sizes = grassmann.gate_forward, rng.integers(0, 65, (12, 64)), {}
     ranks = {
         "grassmann": 32,
@@ -71,7 +71,7 @@ def test_how_large_features_are_at_first(monkeypatch, rng):
 
 
 def test_features_are_what_they_are_called(rng):
-    """Learned planes are dot products with planes. The wedge is the difference of two products, or with a plus the sum."""
+    """Learned planes are dot products with planes. The wedge is a difference of two products."""
     z, s, x, y = rng.standard_normal((4, 1, 1, 5))
     w = grassmann.Scope({"X": x[0].T, "Y": y[0].T, "b_plu": np.array([0.5])})
     planes = mixers.learned_forward(z, s, w)[0].item() - 0.5
@@ -102,7 +102,7 @@ def test_rescaled_is_the_layer_with_larger_projections(tiny_model, batch):
 
 @pytest.mark.parametrize("offsets, factor", [(None, 31), (((1, 2, 4, 8, 12, 16),) * 4, 76)])
 def test_messages_that_are_rescaled_are_as_long_as_without_normalising(rng, offsets, factor):
-    """At the start, within a quarter: as long as with one offset a layer, in the second layer of the default model."""
+    """At the start, in the second layer of the default model, within a quarter."""
     sizes, x = {}, rng.integers(0, 65, (12, 64))
     for normalize, where in ((False, None), (True, offsets)):
         config = grassmann.Config(65, offsets=where, taps=False, normalize=normalize)
@@ -114,7 +114,7 @@ def test_messages_that_are_rescaled_are_as_long_as_without_normalising(rng, offs
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("order", [1, 2, 4])
 def test_ngrams_are_the_formula(rng, order, window):
-    """Witten and Bell, counted one by one; with windows, from the past that a network in windows sees."""
+    """Witten and Bell, counted one by one, from the past that a network in windows sees."""
     train, test, V = rng.integers(0, 3, 60), rng.integers(0, 4, 30), 4
     text, losses = train.tolist(), []
 
@@ -159,7 +159,7 @@ def test_yardsticks_are_bits_of_the_held_out_text(tmp_path):
 
 @pytest.mark.parametrize("width", [1, 4, 5])
 def test_a_rotation_multiplies_complex_numbers(rng, width):
-    """By e^(it f), f = 10000^(-k / n) for the k-th of n. With an odd width the last coordinate stays."""
+    """By e^(it f), f = 10000^(-k / n) for the k-th of n. An odd last coordinate stays."""
     x, n = rng.standard_normal((2, 3, 7, width)), width // 2
     turned = (x[..., :n] + 1j * x[..., n : 2 * n]) * np.exp(
         1j * np.outer(range(7), 10000.0 ** (-np.arange(n) / n))

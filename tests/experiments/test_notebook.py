@@ -1,4 +1,4 @@
-"""The notebook equals the page. On every page, a Markdown renderer leaves each formula as it is written."""
+"""The notebook equals the page, and a Markdown renderer leaves every formula as it is written."""
 
 import re
 from html import unescape
@@ -39,7 +39,7 @@ def test_it_runs_cell_by_cell():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_formula_is_taken_for_markdown(page):
-    r"""GitHub's renderer comes before MathJax: it takes the backslash off \, and \\, and pairs of _ for emphasis."""
+    r"""GitHub's renderer comes before MathJax: to it, \, is a comma and pairs of _ are emphasis."""
     source = re.sub(
         r"^```.*?^```$|`[^`\n]*`", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE
     )

@@ -9,7 +9,7 @@ from experiments.compare import BASE, Trial, evaluate, learner
 
 
 def test_recall_asks_for_what_lies_so_far_back(rng):
-    """A token that asks says nothing else. No nearer token tells the answer. Every distance occurs."""
+    """A token that asks says nothing else. No nearer one tells the answer. All distances occur."""
     x, y, distance = tasks.recall(rng, 512, 256)
     asks, far = distance > 0, distance > 20
     np.testing.assert_array_equal(asks, x == tasks.ASK)

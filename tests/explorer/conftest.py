@@ -1,4 +1,4 @@
-"""A real browser, headless, and pages of models in it. Without a browser these tests are skipped."""
+"""A real browser, headless, and pages of models in it. Without one these tests are skipped."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,13 @@ import grassmann as G
 from charlm.text import vocabulary
 from explorer.__main__ import page
 
-FLAGS = "--headless --no-sandbox --no-first-run --disable-component-update --disable-background-networking"
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--no-first-run",
+    "--disable-component-update",
+    "--disable-background-networking",
+]
 PAGE = Path(__file__).resolve().parents[2] / "explorer" / "explorer.html"
 KINDS = {
     "default": {},
@@ -53,7 +59,7 @@ def browser(tmp_path_factory):
         pytest.skip("no browser: Chromium and chromedriver are not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
@@ -121,9 +127,10 @@ class Page:
 
     def wait(self, condition="explorer.done()"):
         self.browser.set_script_timeout(60)
-        self.browser.execute_async_script(
-            f"const done = arguments[0], look = () => {condition} ? done() : setTimeout(look, 5); look()"
-        )
+        self.browser.execute_async_script(f"""
+            const done = arguments[0];
+            const look = () => {condition} ? done() : setTimeout(look, 5);
+            look()""")
 
     def bits(self):
         return np.array(

@@ -1,8 +1,9 @@
-"""Make the files of the repository from a run of your own: explorer/shakespeare.npz and explorer/explorer.html.
+"""Make explorer/shakespeare.npz and explorer/explorer.html from a run of your own.
 
   python train_char.py --data shakespeare && python tests/explorer/ship.py out/best.npz
 
-The weights are rounded to float16, which keeps the page small. Without an argument only the page is made again.
+The weights are rounded to float16, which keeps the page small. Without an argument, only the page
+is made again.
 """
 
 import sys

@@ -29,7 +29,7 @@ def make(folder, *args, stdout=subprocess.PIPE, **how):
 
 
 def save(path, text=LINES, mixer="grassmann", **extra):
-    """A checkpoint of a small model, as after a run on LINES, and next to it the text as it is now."""
+    """A checkpoint of a small model, as after a run on LINES, and the text as it is now."""
     config = G.Config(
         len(vocabulary(LINES)), n_layer=1, d_model=8, rank=4, context=8, n_head=2, mixer=mixer
     )

@@ -1,4 +1,4 @@
-"""model.js against grassmann.py: the same logits, whatever the model; and what is kept while one types."""
+"""model.js against grassmann.py: the same logits, whatever the model and the edits to a text."""
 
 import numpy as np
 import pytest
@@ -100,7 +100,8 @@ def test_sample_draws_as_often_as_the_probabilities_say(explore, top_k, temperat
     logits = np.array([0, 1, 2, 3, 1.5, -1.0])
     drawn = explore().js(
         """const [logits, temperature, top_k] = arguments, random = random_numbers(1);
-        const x = Float32Array.from(logits), draw = () => sample(x, temperature, top_k ?? 6, random, x.slice());
+        const x = Float32Array.from(logits);
+        const draw = () => sample(x, temperature, top_k ?? 6, random, x.slice());
         return Array.from({ length: 20000 }, draw)""",
         logits.tolist(),
         temperature,

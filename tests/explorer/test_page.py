@@ -1,4 +1,4 @@
-"""The page: what it draws, what its controls do, what it survives. test_maker.py tests how a page is made."""
+"""The page: what it draws, what its controls do, what it survives."""
 
 import itertools
 import re
@@ -18,10 +18,11 @@ webdriver = pytest.importorskip(
 )
 ActionChains, Keys = webdriver.ActionChains, webdriver.Keys
 
-TEXT = (
-    "MENENIUS:\nYou are a fair viol, your sense the strings,\nWho, fingered, make man his lawful music;\n"
-    * 2
-)
+SPEECH = """MENENIUS:
+You are a fair viol, your sense the strings,
+Who, fingered, make man his lawful music;
+"""
+TEXT = SPEECH * 2
 ON_TEXT = f"#text={quote(TEXT)}"
 
 
@@ -346,7 +347,8 @@ def test_keys_and_pointer_choose_characters_and_a_line_end_is_as_visible_as_a_le
     explore, browser
 ):
     page = explore(hash=f"{ON_TEXT}&at=9")
-    style = "const { outlineStyle, color } = getComputedStyle(cells[9], '::before'); return [outlineStyle, color]"
+    style = """const { outlineStyle, color } = getComputedStyle(cells[9], '::before');
+        return [outlineStyle, color]"""
     assert all(
         here != there
         for here, there in zip(page.js(style), page.js(f"choose(3); {style}"), strict=True)
@@ -390,8 +392,10 @@ def test_tab_reaches_every_control_and_each_has_a_name(explore, browser):
         "output",
     } <= reached
     assert (
-        page.js("""all("button, input, textarea, select, [role], svg").filter(node => !(node.ariaLabel
-        || node.matches("[aria-labelledby], label *, [role=status], #step") || node.textContent.trim())).length""")
+        page.js("""all("button, input, textarea, select, [role], svg").filter(node => !(
+            node.ariaLabel
+            || node.matches("[aria-labelledby], label *, [role=status], #step")
+            || node.textContent.trim())).length""")
         == 0
     )
 
@@ -432,7 +436,8 @@ def test_the_address_is_the_state(explore, browser):
     assert page.js(now)[:4] == [[], 0, "layers", "words"]
     page = explore(hash="#at=329&tab=layers")  # the eye and the caret are led to their place
     for action in ("", "box.focus();"):  # as by the tabulator
-        assert page.js(f"""{action} const [a, b] = [$("pane"), cells[329]].map(x => x.getBoundingClientRect());
+        assert page.js(f"""{action} const places = [$("pane"), cells[329]];
+            const [a, b] = places.map(x => x.getBoundingClientRect());
             return [state.at, box.selectionStart, a.top <= b.top && b.bottom <= a.bottom]""") == [
             329,
             330,
@@ -441,7 +446,8 @@ def test_the_address_is_the_state(explore, browser):
 
 
 def test_hostile_text_neither_runs_nor_hangs_and_none_is_no_error(explore, browser):
-    text = "<script>hit = 1</script><img src=x onerror=hit=1>\"'&amp;</textarea>\u202e\U0001f600\u0301 end"
+    text = "<script>hit = 1</script><img src=x onerror=hit=1>"
+    text += "\"'&amp;</textarea>\u202e\U0001f600\u0301 end"
     page = explore(random_model(text), text)
     page.click("#step")  # which names characters, too
     page.js(
@@ -486,7 +492,7 @@ def test_a_damaged_page_says_so(explore, tmp_path, pattern, damage):
 
 
 def busy(browser):
-    """Seconds that the page's own thread was busy so far, since other processes may be busy, too."""
+    """Seconds that the page's own thread was busy so far. Other processes may be busy, too."""
     browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
     found = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
     return next(entry["value"] for entry in found if entry["name"] == "TaskDuration")
@@ -502,10 +508,17 @@ def least_seconds(browser, code, tries=5):
 
 
 def seconds_of_a_loop(browser):
-    """The speed of this machine: seconds for 200 times the default model's multiply-adds in a plain loop."""
-    browser.execute_script("""W = new Float32Array(677440).fill(0.5); v = new Float32Array(128).fill(0.25);
-        loop = () => { let sum = 0; for (let t = 0; t < 200; t++) for (let i = 0; i < W.length; i++)
-            sum += W[i] * v[i & 127]; return sum; }; loop()""")
+    """Seconds for 200 times the default model's multiply-adds, in a plain loop."""
+    browser.execute_script("""
+        W = new Float32Array(677440).fill(0.5);
+        v = new Float32Array(128).fill(0.25);
+        loop = () => {
+            let sum = 0;
+            for (let t = 0; t < 200; t++)
+                for (let i = 0; i < W.length; i++) sum += W[i] * v[i & 127];
+            return sum;
+        };
+        loop()""")
     return least_seconds(browser, "loop()", tries=10)
 
 
@@ -528,16 +541,17 @@ def test_a_page_is_there_and_writes_in_good_time(explore, browser):
     ids=str,
 )
 def test_a_new_picture_at_once(explore, browser, kind, place, edit):
-    """If everything depends on earlier characters, the changed place is drawn first, and the rest follows."""
+    """If all depends on earlier characters, the changed place is drawn first, the rest follows."""
     page = explore(random_model(TEXT, n_layer=4, d_model=128, rank=32, **kind), (TEXT * 5)[:500])
     choose = f"steps = 0; choose({place});"
-    page.js(
-        f"step = model.stream_step; model.stream_step = (...x) => (steps++, step.apply(model, x)); {choose}"
-    )
+    page.js(f"""step = model.stream_step;
+        model.stream_step = (...x) => (steps++, step.apply(model, x));
+        {choose}""")
     code = (
         f"const text = box.value, letter = 'ae'[text.length % 2]; box.value = {edit}; box.oninput()"
     )
-    code += "; clearTimeout(timers.slow)"  # the first picture; another letter each time, so that nothing stays
+    # the first picture; another letter each time, so that nothing stays
+    code += "; clearTimeout(timers.slow)"
     assert least_seconds(browser, code) < seconds_of_a_loop(browser)
     page.js("refresh();")
     page.wait()
