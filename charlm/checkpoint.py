@@ -1,7 +1,8 @@
 """A model on disk: one .npz, which is written whole or not at all, and checked when it is read.
 
-It has arrays `param/NAME`, the optimiser's `adam_m/NAME` and `adam_v/NAME` if training can be resumed, and `meta`, one
-JSON document as bytes (configuration, vocabulary, step, …). np.load reads it too. CuPy arrays make the same file.
+It has arrays `param/NAME`, the optimiser's `adam_m/NAME` and `adam_v/NAME` if training can be
+resumed, and `meta`, one JSON document as bytes (configuration, vocabulary, step, …). np.load
+reads it too. CuPy arrays make the same file.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ FORMAT = 1  # the file's version; load_checkpoint refuses any other version
 def save_checkpoint(path: str | os.PathLike, params: Params, config: Config, **extra) -> None:
     """Write parameters, configuration and `extra`.
 
-    In `extra`, a dict of arrays named like the parameters becomes arrays `KEY/NAME`; the rest must be JSON.
-    The new file is written next to `path`, flushed to the disk and then renamed. So `path` is always a whole
-    file, the old or the new. Raises OSError, and UserError for anything that `load_checkpoint` would refuse.
+    In `extra`, a dict of arrays named like the parameters becomes arrays `KEY/NAME`; the rest
+    must be JSON. The new file is written next to `path`, flushed to the disk and then renamed. So
+    `path` is always a whole file, the old or the new. Raises OSError, and UserError for anything
+    that `load_checkpoint` would refuse.
     """
     groups = {"param": on_host(params)}
     groups |= {
@@ -50,10 +52,11 @@ def save_checkpoint(path: str | os.PathLike, params: Params, config: Config, **e
 
 
 def load_checkpoint(path: str | os.PathLike, place: Callable = dict) -> tuple[Params, Config, dict]:
-    """Read what `save_checkpoint` wrote: (params, config, extra). `place` makes the dicts; for a GPU it is gpu.Flat.
+    """Read what `save_checkpoint` wrote: (params, config, extra).
 
-    Nothing in the file is executed or unpacked. Raises OSError if it cannot be read, and UserError, with
-    one line, if it is not a whole checkpoint of this version.
+    `place` makes the dicts; for a GPU it is gpu.Flat. Nothing in the file is executed or unpacked.
+    Raises OSError if it cannot be read, and UserError, with one line, if it is not a whole
+    checkpoint of this version.
     """
     require(not Path(path).exists() or Path(path).is_file(), f"{path} is not a file")
     try:

@@ -1,6 +1,7 @@
-"""Three questions to ask of a mixing layer of your own, and the loader for its file (docs/my_layer.py is one).
+"""Three questions to ask of a mixing layer of your own, and the loader for its file.
 
-Are its gradients right? Does it return the same token by token as all at once? Does it see the future?
+Are its gradients right? Does it return the same token by token as all at once? Does it see the
+future? docs/my_layer.py is such a file.
 """
 
 import hashlib
@@ -15,9 +16,10 @@ import grassmann as G
 
 
 def load_layer(path: str | Path) -> str:
-    """Run the file and add its layer to G.MIXERS. Returns the layer's name, file and hash: "my_layer.py#1a2b3c4d".
+    """Run the file and add its layer to G.MIXERS. Returns the layer's name.
 
-    A Config of this mixer, and so a checkpoint, fits only this file, unchanged. Raises UserError.
+    The name is file and hash, "my_layer.py#1a2b3c4d". A Config of this mixer, and so a checkpoint,
+    fits only this file, unchanged. Raises UserError.
     """
     path = Path(path)
     G.require(
@@ -51,7 +53,7 @@ def load_layer(path: str | Path) -> str:
 
 
 def slope(loss: Callable[[], float], x: G.Array, D: G.Array, h: float = 1e-5) -> float:
-    """The derivative of loss() as x, which it reads, moves along D: (f(x + hD) - f(x - hD)) / 2h."""
+    """The derivative of loss(), which reads x, along D: (f(x + hD) - f(x - hD)) / 2h."""
     start, values = x.copy(), []
     for side in (h, -h):
         x[...] = start + side * D
@@ -63,7 +65,8 @@ def slope(loss: Callable[[], float], x: G.Array, D: G.Array, h: float = 1e-5) ->
 def gradient_errors(loss: Callable[[], float], params: G.Params, grads: G.Params) -> list[tuple]:
     """(error, name, derived, measured) of each gradient, measured by central differences of loss().
 
-    loss() reads the arrays `params`, float64. Errors are relative to the gradient's length, but at least to 1e-3.
+    loss() reads the arrays `params`, float64. Errors are relative to the gradient's length, but at
+    least to 1e-3.
     """
     G.require(
         grads.keys() == params.keys(),
@@ -86,7 +89,10 @@ def gradient_errors(loss: Callable[[], float], params: G.Params, grads: G.Params
 
 
 def stream_error(params: G.Params, config: G.Config, tokens: G.Array) -> float:
-    """Logits from reading half of the tokens as a prompt and half one by one: their largest error against `forward`."""
+    """The largest difference between the logits of a stream and `forward`.
+
+    The stream reads half of the tokens as a prompt, and the other half one by one.
+    """
     half, state, rows = len(tokens) // 2, G.stream_init(params, config), []
     for part in (tokens[:half], *tokens[half:, None]):
         logits, state = G.stream_read(params, config, state, part.tolist())
@@ -95,7 +101,7 @@ def stream_error(params: G.Params, config: G.Config, tokens: G.Array) -> float:
 
 
 def sees_the_future(params: G.Params, config: G.Config, tokens: G.Array) -> float:
-    """How much the logits of the first half change if the second half changes: 0 if the model is causal."""
+    """How much the logits of the first half change if the second half changes. Causal: 0."""
     half, changed = len(tokens) // 2, tokens.copy()
     changed[half:] = (changed[half:] + 1) % config.vocab_size
     return float(
@@ -104,8 +110,10 @@ def sees_the_future(params: G.Params, config: G.Config, tokens: G.Array) -> floa
 
 
 def check_layer(mixer: str) -> None:
-    """Ask a small model all three questions. It has two such layers, because only a second one notices rows that the first
-    returns for old tokens. Raises UserError, which says what is wrong."""
+    """Ask a small model all three questions. Raises UserError, which says what is wrong.
+
+    It has two such layers. Only a second one notices rows that the first returns for old tokens.
+    """
     file = mixer.partition("#")[0]
     config = G.Config(
         11, context=24, n_layer=2, d_model=8, rank=4, d_ff=10, dropout=0.0, mixer=mixer
@@ -114,9 +122,10 @@ def check_layer(mixer: str) -> None:
     for value in params.values():  # the initial weights are so small that they hide mistakes
         value += 0.3 * rng.standard_normal(value.shape)
     tokens = rng.integers(0, 11, 24)
-    run = lambda params=params: G.loss_and_grads(
-        params, config, tokens[None, :-1], tokens[None, 1:]
-    )  # noqa: E731
+
+    def run(params=params):
+        return G.loss_and_grads(params, config, tokens[None, :-1], tokens[None, 1:])
+
     change, (_, grads) = sees_the_future(params, config, tokens), run()
     G.require(np.isfinite(change), f"{file} returns numbers that are not finite")
     G.require(
@@ -128,8 +137,9 @@ def check_layer(mixer: str) -> None:
     _, name, derived, measured = max(wrong, default=(0, "", 0, 0))
     G.require(
         not wrong,
-        f"{file}: wrong gradients, in the order of the forward: {', '.join(row[1] for row in wrong)}; "
-        f"along a random direction {name} is {derived:.6g}, central differences of the loss are {measured:.6g}",
+        f"{file}: wrong gradients, in the order of the forward: "
+        f"{', '.join(row[1] for row in wrong)}; along a random direction {name} is {derived:.6g}, "
+        f"central differences of the loss are {measured:.6g}",
     )
     try:
         change = stream_error(params, config, tokens)

@@ -1,4 +1,4 @@
-"""A mixing layer to start from: each token's numbers times a weighted sum of a few earlier tokens' numbers.
+"""A mixing layer to start from: each token's numbers times a weighted sum of earlier tokens'.
 
     python train_char.py --mixer docs/my_layer.py
 

@@ -29,7 +29,8 @@ def test_the_models_own_layers_and_the_file_to_start_from_pass():
         (
             'dz = dz + dp * cache["s"]',
             "pass",
-            r"mine.py: wrong gradients, .* blocks.1.mix.W_red, blocks.1.mix.b_red; along .* is [\d.]+, .* are [\d.]+$",
+            r"mine.py: wrong gradients, .* blocks.1.mix.W_red, blocks.1.mix.b_red; "
+            r"along .* is [\d.]+, .* are [\d.]+$",
         ),
         (
             '"W_mix": dW_mix,',

@@ -131,7 +131,7 @@ except OSError: print("failed", os.listdir())""",
 
 
 def test_wrong_arrays_are_neither_saved_nor_loaded(refused, not_saved, arrays):
-    """Wrong shapes, dtypes or values, of the model or of the optimiser; and values that JSON would change."""
+    """Wrong shapes, dtypes or values, of model or optimiser; and values that JSON would change."""
     good = model()[0]
     for array in [
         good["E"].T.copy(),
@@ -186,7 +186,7 @@ def test_wrong_descriptions(refused, not_saved, path, with_meta, arrays):
 
 
 def test_wrong_members(path, refused, arrays, capfd):
-    """Missing or extra arrays; compressed arrays, which could be bombs; pickles; headers that promise gigabytes."""
+    """Missing, extra or compressed arrays (bombs); pickles; headers that promise gigabytes."""
     whole, taps = dict(arrays), arrays.pop(name := "adam_v/blocks.1.mix.taps")
     for wrong in (arrays, whole | {"param/Q": taps}, whole | {name: np.array([[print] * 4] * 5)}):
         refused(wrong)

@@ -66,7 +66,7 @@ def test_it_prints_the_prompt_and_what_generate_draws(call, sampled, best):
 
 
 def test_characters_appear_as_they_are_drawn(start, best):
-    """They do not wait until a buffer of thousands is full. At the end the reader leaves, as `head` does."""
+    """They do not wait until a buffer is full. At the end the reader leaves, as `head` does."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with start(
         "sample.py", best, "--length", 10**9, "--seed", 0, "--prompt", "7", env=env
@@ -79,7 +79,7 @@ def test_characters_appear_as_they_are_drawn(start, best):
 
 
 def test_last_where_there_is_no_best(call, trained, tmp_path):
-    """After a run that was stopped before its first validation, in a folder whose name clears a screen."""
+    """After a run that was stopped before its first validation; the name would clear a screen."""
     (folder := tmp_path / "\x1b[2J").mkdir()
     (folder / "last.npz").write_bytes((trained[0] / "last.npz").read_bytes())
     process, shown = (

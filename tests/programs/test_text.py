@@ -10,7 +10,7 @@ from kill_and_resume import MODEL, TEXT
 from charlm import text
 from charlm.text import decode, encode, load_text, vocabulary
 
-# Line ends, NUL, combining marks, a byte order mark, astral planes, emoji with joiners, lone surrogates.
+# Line ends, NUL, combining marks, a byte order mark, astral planes, joiners, lone surrogates.
 ODD = "\r\n\0\t e\u0301\u0308\ufeff\u2028\u200d\x85🙂👩\U0001f3fd\ud800\udbff\udfff\ufffe\U0010ffff"
 
 
@@ -32,8 +32,11 @@ def test_every_text_survives_the_round_trip():
 
 
 def test_several_files_and_folders(tmp_path, capsys, monkeypatch):
-    """In order; of a folder all text below it, by name, except hidden files and those of a run. What is too
-    large or not UTF-8 is left out, and a line says so. A byte order mark in front goes, CRLF is LF."""
+    """In order; of a folder all text below it, by name, except hidden files and those of a run.
+
+    What is too large or not UTF-8 is left out, and a line says so. A byte order mark in front
+    goes, CRLF is LF.
+    """
     files = {
         "in[2]/b.txt": b"b",
         "in[2]/a/z.txt": b"z\n",
@@ -109,7 +112,7 @@ def test_training_and_sampling_on_an_odd_text(program, plain, tmp_path):
 
 
 def test_tiny_shakespeare(call, refused, tmp_path, monkeypatch, capsys):
-    """It is downloaded once, and again if it is damaged. A bad download is one sentence, and leaves no file."""
+    """It is downloaded once, or again if damaged. A bad download is one line and leaves no file."""
 
     def answer(url, timeout):
         if isinstance(answers[0], BaseException):
