@@ -45,7 +45,7 @@ MOST_VALIDATED, PIECE = (
     10_000,
 )  # characters; a longer held-out text is validated on evenly spread pieces
 
-# ---- options ---------------------------------------------------------------------------------------
+# ---- options -------------------------------------------------------------------------------------
 
 
 def offsets(text: str) -> tuple[tuple[int, ...], ...]:
@@ -126,7 +126,8 @@ def flag(name: str) -> str:
 
 
 def build_parser() -> command_line.Parser:
-    """OPTIONS that are not typed are absent from the result, since a resumed run must know which were typed."""
+    """OPTIONS that are not typed are absent from the result, since a resumed run must know which
+    were typed."""
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add(
@@ -169,7 +170,10 @@ def build_parser() -> command_line.Parser:
 
 
 def paper(n_layer: int, d_model: int, context: int) -> dict:
-    """--paper at any size. With twelve layers each offset serves two layers in a row, as in the paper."""
+    """--paper at any size.
+
+    With twelve layers each offset serves two layers in a row, as in the paper.
+    """
     deltas = [(1, 2, 4, 8, 12, 16)[i * 6 // max(6, n_layer)] for i in range(n_layer)]
     return {
         "block": "paper",
@@ -218,7 +222,8 @@ def make_run(args: argparse.Namespace) -> Run:
     require(
         step < iters
         or (step == iters and saved["recent"]),  # it was stopped in its last validation
-        f"nothing to do: {last} is at step {step}; to go on, give more steps, such as --iters {2 * step}",
+        f"nothing to do: {last} is at step {step}; to go on, give more steps, "
+        f"such as --iters {2 * step}",
     )
     for name, value in ("--eval-every", settings["eval_every"]), ("--threads", args.threads):
         require(value >= 1, f"{name} must be at least 1, not {value}")
@@ -234,8 +239,9 @@ def make_run(args: argparse.Namespace) -> Run:
     if args.resume:
         require(
             (corpus.sha256, config) == (saved["text_sha256"], saved["config"]),
-            f"--resume cannot change the text: {corpus.name} is not the text that {last} was trained on; it has "
-            "changed, or it has CRLF line ends, which version 2.0 kept and this version reads as LF",
+            f"--resume cannot change the text: {corpus.name} is not the text that {last} was "
+            "trained on; it has changed, or it has CRLF line ends, which version 2.0 kept and this "
+            "version reads as LF",
         )
     else:
         params = model.init_params(config, training.seed)
@@ -257,11 +263,14 @@ def make_run(args: argparse.Namespace) -> Run:
     )
 
 
-# ---- training --------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
-    """Print a line above the progress bar. If it cannot be written (`| head`, a full disk), go on silently."""
+    """Print a line above the progress bar.
+
+    If it cannot be written (`| head`, a full disk), go on silently.
+    """
     try:
         tqdm.write(visible(text))
         sys.stdout.flush()
@@ -270,7 +279,8 @@ def say(text: str) -> None:
 
 
 def catch_signals() -> None:
-    """From now on, Ctrl-C, SIGTERM and a closed terminal only fill processes.stops, which `train` reads."""
+    """From now on, Ctrl-C, SIGTERM and a closed terminal only fill processes.stops, which `train`
+    reads."""
 
     def note(number: int, frame: object) -> None:
         (processes.caught if processes.size > 1 else processes.stops).append(
@@ -332,8 +342,8 @@ def train(run: Run) -> None:
                         run.plot() if processes.rank == 0 else ""
                     )  # empty, or why there is no plot
                     say(
-                        f"step {run.step:6d}   train {train_loss:.4f}   val {val_loss:.4f} nats/char   "
-                        f"{run.seconds:6.1f} s, {to_go:.0f} to go\n  {line}"
+                        f"step {run.step:6d}   train {train_loss:.4f}   val {val_loss:.4f} "
+                        f"nats/char   {run.seconds:6.1f} s, {to_go:.0f} to go\n  {line}"
                     )
                 best = f" best val {run.best[1]:.4f}" if run.best else ""
                 bar.set_description_str(f"loss {train_loss:.4f}{best}", refresh=False)
@@ -359,7 +369,10 @@ def train(run: Run) -> None:
 
 
 def estimate_loss(run: Run) -> float | None:
-    """The validation loss on at most MOST_VALIDATED characters, or None after a signal. Raises UserError."""
+    """The validation loss on at most MOST_VALIDATED characters, or None after a signal.
+
+    Raises UserError.
+    """
     tokens, losses = run.model.np.asarray(run.corpus.val), []
     starts = np.linspace(0, len(tokens) - PIECE - 1, MOST_VALIDATED // PIECE).astype(int).tolist()
     each = partial(processes.shared_map, run=partial(in_threads, threads=run.threads or 1))
@@ -376,11 +389,12 @@ def estimate_loss(run: Run) -> float | None:
     return loss
 
 
-# ---- the program -----------------------------------------------------------------------------------
+# ---- the program ---------------------------------------------------------------------------------
 
 
 def advice(run: Run, go_on: str) -> str:
-    """What to try next, judging by the losses. experiments/README.md, "What to try next", has the measurements."""
+    """What to try next, judging by the losses. experiments/README.md, "What to try next", has the
+    measurements."""
     rows = [row for row in run.log if row[2] is not None]
     train_loss, loss, earlier = rows[-1][1], rows[-1][2], rows[-1 - len(rows) // 4][2]
     by_heart, still_short = loss - train_loss > 0.15, len(rows) < 4
@@ -411,9 +425,9 @@ def main() -> None:
             run.save("last.npz")  # before any work: is the folder writable?
         corpus, n_params = run.corpus, sum(p.size for p in run.params.values())
         say(
-            f"{corpus.name}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate, "
-            f"{len(corpus.vocab):,} different ones\n{n_params / 1e6:.2f}M parameters; threads: {run.threads or 'GPU'}, "
-            f"processes: {processes.size}; writing into {run.out}"
+            f"{corpus.name}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to "
+            f"validate, {len(corpus.vocab):,} different ones\n{n_params / 1e6:.2f}M parameters; "
+            f"threads: {run.threads or 'GPU'}, processes: {processes.size}; writing into {run.out}"
             + f", from step {run.step} on"
             * (run.step > 0)
         )
@@ -435,12 +449,14 @@ def main() -> None:
         write_more = command_line.command("sample.py", best, *own)
         if processes.stops and (run.step < run.training.iters or run.recent):
             say(
-                f"stopped at step {run.step} and saved; go on with: {go_on}\nsample from it with: {write_more}"
+                f"stopped at step {run.step} and saved; go on with: {go_on}\n"
+                f"sample from it with: {write_more}"
             )
             sys.exit(128 + processes.stops[0])
         step, loss = run.best
         say(
-            f"best validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per character, at step {step}\n"
+            f"best validation loss {loss:.4f} nats, {loss / math.log(2):.4f} bits per "
+            f"character, at step {step}\n"
             f"{run.out / 'log.csv'}, {run.out / 'loss.png'}: the losses; {best}: the model, for\n"
             f"{write_more}\nwhat to try next: {advice(run, go_on)}\n\nA sample:\n"
         )

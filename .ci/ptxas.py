@@ -1,7 +1,7 @@
 """What ptxas makes of kernels.cu, for the GPUs of eight years: python .ci/ptxas.py
 
-Prints registers, shared memory and spilled bytes of every kernel; ends with 1 if one spills. Needs no GPU, but
-CuPy, nvidia-cuda-nvrtc and nvidia-cuda-nvcc.
+Prints registers, shared memory and spilled bytes of every kernel; ends with 1 if one spills. Needs
+no GPU, but CuPy, nvidia-cuda-nvrtc and nvidia-cuda-nvcc.
 """
 
 import importlib.util

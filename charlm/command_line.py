@@ -1,4 +1,7 @@
-"""What the programs share. A program begins with `command_line.prepare()`. The import alone changes nothing."""
+"""What the programs share.
+
+A program begins with `command_line.prepare()`. The import alone changes nothing.
+"""
 
 import argparse
 import ctypes
@@ -19,8 +22,9 @@ BEST = Path("out/best.npz")  # the checkpoint that programs read by default
 def prepare() -> None:
     """Settings of the process, before NumPy is imported. They do not change results.
 
-    BLAS gets one thread, because small matrices are not worth splitting. training.py splits the batch instead.
-    glibc keeps freed memory, because getting it back from the system takes a third of a step.
+    BLAS gets one thread, because small matrices are not worth splitting. training.py splits
+    the batch instead. glibc keeps freed memory, because getting it back from the system takes a
+    third of a step.
     """
     for library in ("OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):
         os.environ.setdefault(f"{library}_THREADS", "1")
@@ -61,7 +65,10 @@ def add_gpu_option(parser: argparse.ArgumentParser) -> None:
 
 
 def backend(gpu: bool, precision: str | None = None) -> ModuleType:
-    """The module that computes: grassmann (NumPy) or gpu (CuPy), with the same names. Raises UserError."""
+    """The module that computes: grassmann (NumPy) or gpu (CuPy), with the same names.
+
+    Raises UserError.
+    """
     import grassmann
 
     grassmann.require(gpu or precision is None, "--precision is an option for GPUs: add --gpu")
@@ -84,10 +91,12 @@ def command(script: str, *args: object) -> str:
 
 
 def plain_output() -> None:
-    """Escape what the terminal cannot show, and hide NumPy's warnings: the programs check their numbers themselves."""
+    """Escape what the terminal cannot show, and hide NumPy's warnings: the programs check their
+    numbers themselves."""
     warnings.filterwarnings("ignore", category=RuntimeWarning)
     for name in ("stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115  (closed, as by >&-)
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         with suppress(AttributeError):  # in IDLE and Jupyter
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
@@ -101,8 +110,11 @@ def leave_quietly() -> None:
 def short_errors(
     parser: Parser, where: object, memory: str = "not enough memory", stopped: str = ""
 ) -> Iterator[None]:
-    """Within the block, an error that the user can correct ends the program with one line and exit code 2, Ctrl-C with
-    `stopped` and 130. Other errors keep their traceback. `where` replaces the file that an OSError does not name."""
+    """Within the block, an error that the user can correct ends the program with one line.
+
+    The exit code is then 2; Ctrl-C ends it with `stopped` and 130. Other errors keep their
+    traceback. `where` replaces the file that an OSError does not name.
+    """
     from grassmann import UserError
 
     try:

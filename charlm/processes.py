@@ -1,7 +1,8 @@
 """Data parallel on MPI: `mpiexec -n 4 python train_char.py …` trains one model on four processes.
 
-Each process, a rank, runs the whole program on its rows of every batch and its part of every validation. Gradients are
-summed over all ranks, so that all make the same step. Rank 0 prints and writes. One rank alone needs no mpi4py.
+Each process, a rank, runs the whole program on its rows of every batch and its part of every
+validation. Gradients are summed over all ranks, so that all make the same step. Rank 0 prints and
+writes. One rank alone needs no mpi4py.
 """
 
 import os
@@ -54,13 +55,19 @@ def rows(n: int) -> np.ndarray:
 
 
 def stop_if(signals: float) -> None:
-    """Stop if any rank has caught a signal. All ranks call this, with the same sum of caught signals."""
+    """Stop if any rank has caught a signal.
+
+    All ranks call this, with the same sum of caught signals.
+    """
     if signals and not stops:
         stops.append(caught[0] if caught else 15)  # SIGTERM
 
 
 def add_up(loss: float, grads: dict) -> tuple[float, dict]:
-    """Loss and gradients, summed over all ranks. The number of caught signals is summed with them."""
+    """Loss and gradients, summed over all ranks.
+
+    The number of caught signals is summed with them.
+    """
     if size == 1:
         return loss, grads
     flat = np.concatenate(
@@ -73,7 +80,10 @@ def add_up(loss: float, grads: dict) -> tuple[float, dict]:
 
 
 def shared_map(function: Callable, chunks: list, run: Callable) -> Iterator:
-    """Yields function(chunk), a number, for each chunk, until a signal. Each rank computes a part of them."""
+    """Yields function(chunk), a number, for each chunk, until a signal.
+
+    Each rank computes a part of them.
+    """
     if size > 1:
         every = comm.allgather([*map(float, run(function, chunks[rank::size])), len(caught)])
         stop_if(sum(part[-1] for part in every))
@@ -87,7 +97,8 @@ def shared_map(function: Callable, chunks: list, run: Callable) -> Iterator:
 
 @contextmanager
 def together():
-    """Within the `with` block, only rank 0 prints to standard output, and an error in one rank ends all ranks."""
+    """Within the `with` block, only rank 0 prints to standard output, and an error in one rank
+    ends all ranks."""
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (to the end)
     try:

@@ -36,7 +36,10 @@ class Run:
     log: list[list] = field(default_factory=list)  # rows of log.csv
 
     def save(self, name: str) -> None:
-        """Write best.npz, to sample from, or last.npz, for --resume; and log.csv. Raises UserError and OSError."""
+        """Write best.npz, to sample from, or last.npz, for --resume; and log.csv.
+
+        Raises UserError and OSError.
+        """
         settings = {
             key: value for key, value in self.settings.items() if not hasattr(self.config, key)
         }
@@ -65,7 +68,10 @@ class Run:
             (self.out / "log.csv.tmp").replace(self.out / "log.csv")
 
     def losses(self) -> list[float]:
-        """The training losses since the last row of the log, as numbers. Waits for a GPU. Raises UserError."""
+        """The training losses since the last row of the log, as numbers.
+
+        Waits for a GPU. Raises UserError.
+        """
         if self.recent:
             array = self.model.np
             self.recent = array.stack([array.asarray(loss) for loss in self.recent]).tolist()
@@ -77,7 +83,10 @@ class Run:
         return self.recent
 
     def plot(self) -> str:
-        """Write loss.png. Returns "", or a line that says why not: a user's matplotlib can fail in many ways."""
+        """Write loss.png.
+
+        Returns "", or a line that says why not: a user's matplotlib can fail in many ways.
+        """
         try:
             from matplotlib.figure import Figure
 
@@ -140,7 +149,8 @@ def read_run(model: ModuleType, last: Path) -> dict:
 
 
 def check_memory(config: Config, batch_size: int, threads: int) -> None:
-    """Raises UserError, before anything is allocated, if the run needs more memory than the machine has."""
+    """Raises UserError, before anything is allocated, if the run needs more memory than the
+    machine has."""
     n_params = sum(math.prod(shape) for shape in param_shapes(config).values())
     tokens = min(
         math.ceil(batch_size / processes.size) * config.context,
@@ -161,12 +171,16 @@ def check_memory(config: Config, batch_size: int, threads: int) -> None:
         has = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         require(
             needed <= has,
-            f"needs {needed:.1f} GB of memory (here {has:.1f}): lower --batch-size, --d-model, --threads",
+            f"needs {needed:.1f} GB of memory (here {has:.1f}): "
+            "lower --batch-size, --d-model, --threads",
         )
 
 
 def lock(out: Path) -> None:
-    """Reserve the folder until this process ends, because two runs would mix their files. Raises UserError."""
+    """Reserve the folder until this process ends, because two runs would mix their files.
+
+    Raises UserError.
+    """
     try:
         import fcntl
 

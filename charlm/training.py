@@ -15,7 +15,8 @@ import numpy as np
 from charlm import processes
 from grassmann import Array, Config, Params, require
 
-SHARD_TOKENS = 4096  # about so many tokens a thread computes at once, and at least one row; it limits the memory
+# About so many tokens a thread computes at once, and at least one row. It limits the memory.
+SHARD_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Training:
             number = isinstance(value, (int, np.integer) if whole else (int, float, np.number))
             require(
                 (number and least <= value < 1e300) or (name == "min_lr" and value is None),
-                f"{name} must be {least} or more and {'whole' if whole else 'finite'}, not {value!r}",
+                f"{name} must be {least} or more and {'whole' if whole else 'finite'}, "
+                f"not {value!r}",
             )
 
     def rate(self, step: int) -> float:
@@ -96,10 +98,11 @@ def loss_and_grads(
     seed: Sequence[int] | None,
     threads: int,
 ) -> tuple[float, Params]:
-    """The model's `loss_and_grads` on several threads. With threads=0, for a GPU, it takes all rows at once.
+    """The model's `loss_and_grads` on several threads.
 
-    The rows are split into shards, and the shards' gradients are added in a fixed order. So with the same number
-    of threads a run repeats bit for bit. Under mpiexec each process takes its part of the rows (processes.py).
+    With threads=0, for a GPU, it takes all rows at once. The rows are split into shards, and the
+    shards' gradients are added in a fixed order. So with the same number of threads a run repeats
+    bit for bit. Under mpiexec each process takes its part of the rows (processes.py).
     """
     require(
         threads >= 0, f"threads must be 1 or more, or 0 for the batch as a whole, not {threads}"
@@ -124,11 +127,17 @@ def loss_and_grads(
 
 @lru_cache
 def pool(threads: int) -> ThreadPoolExecutor:
-    """A pool of threads, made once. A thread waits 0.1 ms for the interpreter lock, not 5 ms (a dozen operations)."""
+    """A pool of threads, made once.
+
+    A thread waits 0.1 ms for the interpreter lock, not 5 ms (a dozen operations).
+    """
     sys.setswitchinterval(1e-4)
     return ThreadPoolExecutor(threads)
 
 
 def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """map(function, items) on several threads. They run in parallel, since NumPy releases the interpreter lock."""
+    """map(function, items) on several threads.
+
+    They run in parallel, since NumPy releases the interpreter lock.
+    """
     return pool(threads).map(function, items) if threads > 1 else map(function, items)

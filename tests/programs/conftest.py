@@ -1,4 +1,5 @@
-"""The programs as users run them: as real processes, or as main() in this process, on tiny models."""
+"""The programs as users run them: as real processes, or as main() in this process, on tiny
+models."""
 
 import contextlib
 import importlib
@@ -71,7 +72,8 @@ def program(start, ended) -> Callable:
 @pytest.fixture
 def call(monkeypatch, text) -> Callable:
     def call(name: str, *args, stdin: bytes = b"") -> Process:
-        """main() of a program, here, without plot, lock and signals. train_char.py gets a tiny model and a text."""
+        """main() of a program, here, without plot, lock and signals. train_char.py gets a tiny
+        model and a text."""
         if name == "train_char.py" and "--resume" not in args:
             args = (*MODEL, "--threads", 1, "--data", text, *args)
         module, code = importlib.import_module(name.removesuffix(".py")), 0
@@ -139,7 +141,8 @@ def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
 
 @helper
 def with_meta(checkpoint: Path, place: str, value: object) -> dict:
-    """The checkpoint's arrays, with another value at a place of its description, such as "extra.settings.lr"."""
+    """The checkpoint's arrays, with another value at a place of its description, such as
+    "extra.settings.lr"."""
     with np.load(checkpoint) as file:
         arrays = dict(file)
     meta, (*groups, key) = json.loads(arrays["meta"].tobytes()), place.split(".")

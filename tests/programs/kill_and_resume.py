@@ -1,9 +1,12 @@
-"""Kill a training run again and again, and resume it each time. Does it equal a run that was left alone?
+"""Kill a training run again and again, and resume it each time.
+
+Does it equal a run that was left alone?
 
   python tests/programs/kill_and_resume.py 50
 
-Kills come at the start of the program, anywhere in its work, and while it writes a checkpoint. After each kill
-the checkpoints must load, and the run must not have gone back. At the end both runs agree bit for bit.
+Kills come at the start of the program, anywhere in its work, and while it writes a checkpoint.
+After each kill the checkpoints must load, and the run must not have gone back. At the end both runs
+agree bit for bit.
 """
 
 import contextlib
@@ -44,7 +47,10 @@ def contents(checkpoint: Path) -> dict:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """The files and keys in which two finished runs differ by a bit. Only the seconds may differ."""
+    """The files and keys in which two finished runs differ by a bit.
+
+    Only the seconds may differ.
+    """
     found = [] if log_lines(one) == log_lines(other) else ["log.csv"]
     for name in ("best.npz", "last.npz"):
         a, b = contents(one / name), contents(other / name)

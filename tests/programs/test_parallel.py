@@ -65,7 +65,10 @@ def ranks(folder, rank=""):
 
 
 def all_ended(job, folder):
-    """The exit code, the output, and the program's own errors. Within 15 seconds no rank is left."""
+    """The exit code, the output, and the program's own errors.
+
+    Within 15 seconds no rank is left.
+    """
     start = time.perf_counter()
     out, errors = job.communicate(timeout=60)
     while ranks(folder):
@@ -80,7 +83,10 @@ def all_ended(job, folder):
 def test_ranks_follow_one_process_also_when_one_is_killed(
     program, launch, text, wait_for_step, tmp_path
 ):
-    """13 windows a step, no multiple of three ranks; then two ranks go on. Results are equal up to rounding."""
+    """13 windows a step, no multiple of three ranks; then two ranks go on.
+
+    Results are equal up to rounding.
+    """
     alone = tmp_path / "alone"
     assert (
         program(
@@ -111,7 +117,8 @@ def test_ranks_follow_one_process_also_when_one_is_killed(
 
 @pytest.mark.parametrize("which", ["mpiexec", 2])
 def test_a_signal_stops_all_after_the_same_step(launch, wait_for_step, tmp_path, which):
-    """Ctrl-C, which mpiexec passes on (Open MPI then shows nothing more), or a signal to a single rank."""
+    """Ctrl-C, which mpiexec passes on (Open MPI then shows nothing more), or a signal to a single
+    rank."""
     wait_for_step(job := launch(3, "--iters", 100_000), tmp_path / "out", 50)
     if which == "mpiexec":
         job.send_signal(signal.SIGINT)

@@ -54,7 +54,10 @@ def step_of(folder, name="last.npz"):
 
 
 def test_a_stopped_run_equals_one_that_was_not(begin, alone, tmp_path, wait_for_step, ended, plain):
-    """Parameters, optimiser, best model and every line of the log, except the seconds. Ctrl-C may end who reads, too."""
+    """Parameters, optimiser, best model and every line of the log, except the seconds.
+
+    Ctrl-C may end who reads, too.
+    """
     step, options = 0, []
     for stop, read in (
         (signal.SIGTERM, True),
@@ -120,8 +123,11 @@ def test_stopped_in_every_validation(call, resume, succeeded, tmp_path, monkeypa
 
 
 def test_a_closed_terminal_loses_nothing(begin, wait_for_step, ended, refused, tmp_path):
-    """Output is impossible then. SIGHUP comes twice, from the terminal and from the shell. Until then a second run in
-    the folder is refused. Ctrl-C was ignored when the run began, as in the background, so it stays ignored."""
+    """Output is impossible then. SIGHUP comes twice, from the terminal and from the shell.
+
+    Until then a second run in the folder is refused. Ctrl-C was ignored when the run began, as in
+    the background, so it stays ignored.
+    """
     ours, theirs = pytest.importorskip("pty").openpty()
     ends = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
     ignoring = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
@@ -144,7 +150,10 @@ def test_killed_again_and_again():
 
 
 def test_more_iterations_later(alone, copied, resume, succeeded):
-    """A finished run goes on, with so large a learning rate that it gets worse. Its log and its best model stay."""
+    """A finished run goes on, with so large a learning rate that it gets worse.
+
+    Its log and its best model stay.
+    """
     old = kill_and_resume.log_lines(alone)
     (copied / "log.csv").write_text("310,undone,,0.001,9.99\n320,1.")
     succeeded(
@@ -185,12 +194,16 @@ def test_more_iterations_later(alone, copied, resume, succeeded):
     ],
 )
 def test_what_cannot_be_resumed(alone, resume, refused, words, message):
-    """Options that change the model or the training are refused by name; so is a run that is finished or missing."""
+    """Options that change the model or the training are refused by name; so is a run that is
+    finished or missing."""
     assert re.search(message, refused(resume(alone, *MORE, *words.split())))
 
 
 def test_the_text_is_known_by_its_contents(call, resume, succeeded, refused, tmp_path, monkeypatch):
-    """This works from another working folder, too. Only a missing text makes the program ask for its new place."""
+    """This works from another working folder, too.
+
+    Only a missing text makes the program ask for its new place.
+    """
     text, out = tmp_path / "text", tmp_path / "out"
     text.write_text(TEXT)
     monkeypatch.chdir(tmp_path)
@@ -268,7 +281,10 @@ def test_damaged_checkpoints(alone, call, resume, refused, tmp_path, damage, mes
 
 
 def test_a_full_disk(program, alone, copied, refused):
-    """The system allows files of 1000 bytes, less than the log needs. The old files stay as they are."""
+    """The system allows files of 1000 bytes, less than the log needs.
+
+    The old files stay as they are.
+    """
     resource = pytest.importorskip("resource")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # noqa: E731
     process = program("train_char.py", "--resume", "--out", copied, *MORE, preexec_fn=limit)

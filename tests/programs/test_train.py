@@ -36,7 +36,10 @@ def made(*words):
 
 
 def test_a_run_leaves_a_log_a_picture_and_a_sample(trained, text):
-    """The log has a row every ten steps and at each validation. A validation prints 70 characters of the model."""
+    """The log has a row every ten steps and at each validation.
+
+    A validation prints 70 characters of the model.
+    """
     out, printed = trained
     assert sorted(file.name for file in out.iterdir()) == FILES
     header, *rows = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
@@ -117,7 +120,8 @@ def test_files_of_others_are_never_moved(call, succeeded, refused, tmp_path):
 
 
 def test_a_run_in_the_folder_of_its_text(call, succeeded, tmp_path):
-    """Files that the programs write there are not text: the run resumes, and another run has the same text."""
+    """Files that the programs write there are not text: the run resumes, and another run has the
+    same text."""
     (tmp_path / "a.txt").write_text(TEXT)
     for how in (
         ["--iters", 2],
@@ -191,7 +195,8 @@ def test_options_that_would_be_ignored(call, refused, text, tmp_path, capsys):
 
 @pytest.mark.skipif(os.name != "posix", reason="the commands to copy are those of a shell")
 def test_commands_run_as_they_are_printed(program, text, succeeded, plain, tmp_path):
-    """In a folder with an odd name, without matplotlib, and with a PMI_SIZE that does not come from MPI."""
+    """In a folder with an odd name, without matplotlib, and with a PMI_SIZE that does not come
+    from MPI."""
     options = [
         *MODEL,
         "--data",
@@ -309,7 +314,8 @@ def test_bad_options(call, refused, tmp_path, words, message):
 
 
 def test_folders_that_cannot_be_written(call, refused, tmp_path, monkeypatch):
-    """A file in the way, a name that is too long, a broken link, a working folder that was deleted."""
+    """A file in the way, a name that is too long, a broken link, a working folder that was
+    deleted."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     for out in ("file", "file/under", "x" * 300, "link"):
@@ -325,7 +331,8 @@ def test_folders_that_cannot_be_written(call, refused, tmp_path, monkeypatch):
 
 
 def test_names_of_files_are_escaped_in_all_that_is_printed(call, succeeded, tmp_path):
-    """A name may hold characters that clear a screen: a folder of texts, and the place of an earlier run."""
+    """A name may hold characters that clear a screen: a folder of texts, and the place of an
+    earlier run."""
     (folder := tmp_path / f"{HOSTILE}texts").mkdir()
     (folder / f"a.{HOSTILE}").write_text(TEXT)
     for _ in range(2):
@@ -339,7 +346,10 @@ def test_names_of_files_are_escaped_in_all_that_is_printed(call, succeeded, tmp_
 @pytest.mark.parametrize("every", [1, 10, 1000])
 def test_a_loss_that_is_not_a_number_stops_the_run(call, refused, tmp_path, every):
     """The error names the step, and the files hold the last state that was still good."""
-    diverging = "--lr 10 --grad-clip 0 --warmup-iters 0 --weight-decay 10 --iters 200 --dropout 0.1 --eval-every"
+    diverging = (
+        "--lr 10 --grad-clip 0 --warmup-iters 0 --weight-decay 10 --iters 200 --dropout 0.1 "
+        "--eval-every"
+    )
     sentence = refused(call("train_char.py", *diverging.split(), every, "--out", tmp_path))
     step = re.search(r"(?:at|before) step (\d+): lower --lr", sentence)
     assert step and load_checkpoint(tmp_path / "last.npz")[2]["step"] < int(step[1])

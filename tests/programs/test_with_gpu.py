@@ -1,4 +1,5 @@
-"""The programs with --gpu, on the CPU stand-in for CuPy in tests/gpu, and without a working CuPy."""
+"""The programs with --gpu, on the CPU stand-in for CuPy in tests/gpu, and without a working
+CuPy."""
 
 import os
 import platform
@@ -63,7 +64,8 @@ BROKEN = {  # a cupy.py, and the programs' message
     not shutil.which("g++") or platform.libc_ver()[0] != "glibc", reason="no g++ with glibc"
 )
 def test_a_run_goes_on_on_the_other_side(program, tmp_path):
-    """train_char.py --gpu writes what the CPU writes. --resume and sample.py work with files of either."""
+    """train_char.py --gpu writes what the CPU writes. --resume and sample.py work with files of
+    either."""
     sizes = (
         "--context 8 --n-layer 2 --d-model 8 --rank 3 --batch-size 4 --eval-every 10 --dropout 0"
     )
