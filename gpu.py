@@ -1,16 +1,18 @@
 """The model on a CUDA GPU, with CuPy: the GPU version of grassmann.py.
 
-Names and order are as in grassmann.py; from the blocks up, arguments are too. Plain array code is not written again:
-`_borrowed` takes a function of grassmann.py and gives it this module's names, so that its `np` is CuPy and its ops are
-the ops below. These ops are CUDA kernels (kernels.cu), where array code would pass over memory a dozen times, and
-cuBLAS's matrix products (gpu_kernels/device.py). Two things are fused into later kernels. The next LayerNorm computes the gate
-and adds up what joins the residual path (`_Sum`). A gradient that is a sum over tokens may come in parts, one for each
-block of threads (`Parts`).
+Names and order are as in grassmann.py; from the blocks up, arguments are too. Plain array code is
+not written again: `_borrowed` takes a function of grassmann.py and gives it this module's names, so
+that its `np` is CuPy and its ops are the ops below. These ops are CUDA kernels (kernels.cu), where
+array code would pass over memory a dozen times, and cuBLAS's matrix products
+(gpu_kernels/device.py). Two things are fused into later kernels. The next LayerNorm computes the
+gate and adds up what joins the residual path (`_Sum`). A gradient that is a sum over tokens may
+come in parts, one for each block of threads (`Parts`).
 
-`train_step` is recorded as a CUDA graph, because the host takes longer to start a small kernel than the GPU to run it.
-Everything else starts kernel by kernel. Batches and initial weights equal grassmann.py's. Dropout masks differ, because
-kernels draw them. Losses stay on the GPU until they are read. Each module loads the other's checkpoints. Tokens may be
-on the CPU or on the GPU. They are not checked, since this would wait for the GPU. Use one thread only.
+`train_step` is recorded as a CUDA graph, because the host takes longer to start a small kernel than
+the GPU to run it. Everything else starts kernel by kernel. Batches and initial weights equal
+grassmann.py's. Dropout masks differ, because kernels draw them. Losses stay on the GPU until they
+are read. Each module loads the other's checkpoints. Tokens may be on the CPU or on the GPU. They
+are not checked, since this would wait for the GPU. Use one thread only.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ UserError, default_offsets, param_shapes = (
 )
 Params = dict[str, Array]
 TOKENS_PER_PASS = 4096  # tokens in one forward pass of a validation or a stream
-ON_HOST = 5_000_000  # parameters; with fewer, NumPy writes a character before the GPU's kernels have started
+ON_HOST = 5_000_000  # parameters; with fewer, NumPy writes text faster than kernels start
 np = SimpleNamespace(
     **vars(cp) | {"random": numpy.random, "matmul": product}
 )  # the np of borrowed functions
@@ -82,7 +84,7 @@ def _place(w: Scope, name: str) -> Array | None:
     return w.params.gradients[w.prefix + name] if isinstance(w.params, _Weights) else None
 
 
-# ---- small ops -------------------------------------------------------------------------------------------------------
+# ---- small ops -----------------------------------------------------------------------------------
 
 linear_forward, linear_backward = (
     _borrowed(grassmann.linear_forward),
@@ -97,8 +99,9 @@ def dot(a: Array, b: Array) -> Array:
 
 @dataclass
 class _Sum:
-    """h + D(x + b), D dropout. The next LayerNorm computes this `total`. x (..., d) is a product without its bias b.
-    With `hg` = [h' | g] (..., 2d) it is h + D(gate), where x + b are the logits of a gate between h' and g."""
+    """h + D(x + b), D dropout. The next LayerNorm computes this `total`. x (..., d) is a product
+    without its bias b. With `hg` = [h' | g] (..., 2d) it is h + D(gate), where x + b are the logits
+    of a gate between h' and g."""
 
     x: Array
     b: Array | None = None
@@ -131,8 +134,9 @@ class _SumGrad:
 def layernorm_forward(
     x: Array | _Sum, w: Array, b: Array, eps: float = 1e-5, room: bool = False
 ) -> tuple:
-    """x̂ = (x - mean) / sqrt(var + eps) over the last axis, y = w ⊙ x̂ + b; x (..., d), w b (d). With `room` the result
-    is [h | g] (..., 2d): h is y, and beside it is room for the g of the mixing layer."""
+    """x̂ = (x - mean) / sqrt(var + eps) over the last axis, y = w ⊙ x̂ + b; x (..., d), w b (d).
+    With `room` the result is [h | g] (..., 2d): h is y, and beside it is room for the g of the
+    mixing layer."""
     s = x if isinstance(x, _Sum) else _Sum(cp.ascontiguousarray(x))
     d, T = len(w), s.x.size // len(w)
     s.total = cp.empty(s.x.shape, w.dtype) if s is x else s.x
@@ -160,7 +164,8 @@ def layernorm_forward(
 
 
 def layernorm_backward(dy: Array, cache: tuple, dmore: Array | _SumGrad | None = None) -> tuple:
-    """dx (for a `_Sum`, the gradients of its terms), dw, db. `dmore`, from another use of x, is added to dx."""
+    """dx (for a `_Sum`, the gradients of its terms), dw, db. `dmore`, from another use of x, is
+    added to dx."""
     s, w, mean, inv_std = cache
     x, d, T, dy = s.total, len(w), len(mean), dy.reshape(-1, len(w))
     row = row_stride(dy)  # so that one half of [dh | dg] is not copied
@@ -209,8 +214,9 @@ def gelu_backward(dy: Array, cache: tuple) -> Array | tuple[Array, Parts]:
 
 
 def draw_rows(seed: int | Sequence[int] | Array, first: int = 0, n: int | None = None) -> Callable:
-    """Returns draw(shape): a key and a first place, for rows `first`, first + 1, … of a batch of n. Kernels draw each
-    random number as a hash of the key and its place. The key comes from the seed, or is given as an array."""
+    """Returns draw(shape): a key and a first place, for rows `first`, first + 1, … of a batch of n.
+    Kernels draw each random number as a hash of the key and its place. The key comes from the seed,
+    or is given as an array."""
     begin, key = 0, seed if isinstance(seed, Array) else cp.asarray(_key(seed))
 
     def draw(shape: tuple[int, ...]) -> tuple[Array, numpy.int64]:
@@ -227,7 +233,8 @@ def _key(seed: int | Sequence[int]) -> numpy.ndarray:
 
 
 def dropout_forward(x: Array | _Sum, rate: float, draw: Callable | None) -> tuple:
-    """Set a fraction `rate` of x to 0 and divide the rest by 1 - rate: the mean stays. draw=None: no dropout."""
+    """Set a fraction `rate` of x to 0 and divide the rest by 1 - rate: the mean stays. draw=None:
+    no dropout."""
     if draw is None or rate == 0:
         return x, None
     mask = *draw(x.x.shape if isinstance(x, _Sum) else x.shape), float(rate)
@@ -247,7 +254,8 @@ embedding_forward = _borrowed(grassmann.embedding_forward)
 
 
 def embedding_backward(dx: Array, cache: tuple) -> Array:
-    """dE_k = Σ dx_t over all t where token k stands. So dE = Oᵀ dx, where O (T, V) has one-hot rows."""
+    """dE_k = Σ dx_t over all t where token k stands. So dE = Oᵀ dx, where O (T, V) has one-hot
+    rows."""
     tokens, (V, _) = cache
     one_hot = cp.empty((tokens.size, V), dx.dtype)
     per_element("one_hot", one_hot.size, V, tokens.astype(numpy.int32, copy=False), one_hot)
@@ -255,7 +263,8 @@ def embedding_backward(dx: Array, cache: tuple) -> Array:
 
 
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
-    """Mean over tokens of -log softmax(logits)[target] in nats; logits (..., V), targets (...). Caches the gradient."""
+    """Mean over tokens of -log softmax(logits)[target] in nats; logits (..., V), targets (...).
+    Caches the gradient."""
     V, targets = logits.shape[-1], cp.asarray(targets).astype(numpy.int32, copy=False)
     losses, dlogits = (cp.empty(shape, logits.dtype) for shape in (targets.size, (targets.size, V)))
     per_token("cross_entropy", targets.size, V, logits, targets, losses, dlogits)
@@ -263,11 +272,12 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
 
 
 def cross_entropy_backward(dloss: float, cache: tuple) -> Array:
-    """∂(log Σ exp(x) - x_target)/∂x = softmax(x) - onehot(target); the mean divides it by T; (T, V)."""
+    """∂(log Σ exp(x) - x_target)/∂x = softmax(x) - onehot(target); the mean divides it by T; (T,
+    V)."""
     return cache[0] if dloss == 1 else dloss * cache[0]
 
 
-# ---- the mixing layer, and attention for comparison ------------------------------------------------------------------
+# ---- the mixing layer, and attention for comparison ----------------------------------------------
 
 unit_area_forward, unit_area_backward = (
     _borrowed(grassmann.unit_area_forward),
@@ -291,16 +301,18 @@ def _indices(offsets: tuple[int, ...], r: int) -> tuple[Array, Array, Array]:
 
 
 def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[_Sum, dict]:
-    """The Grassmann mixing layer (paper, section 3): h (B, L, d), or [h | g] with room for g, -> mix (B, L, d).
+    """The Grassmann mixing layer (paper, section 3): h (B, L, d), or [h | g] with room for g, ->
+    mix (B, L, d).
 
         z = h W_red + b_red        reduce                       (B, L, r)
         s = partner(z)             look back                    (B, L, r)
         p = z ∧ s                  span a plane                 (B, L, n)
-        g = p W_plu + b_plu        project back                 (B, L, d)   + memory(h, z, s), if any
+        g = p W_plu + b_plu        project back                 (B, L, d), + memory, if any
         mix = gate(h, g)           blend, in the next LayerNorm (B, L, d)
 
-    One kernel computes the biases, p and, with taps, s. `past` and the cache are as in grassmann.py, except that the
-    cache has `logits` instead of alpha: the gate is sigmoid(logits + b_gate).
+    One kernel computes the biases, p and, with taps, s. `past` and the cache are as in
+    grassmann.py, except that the cache has `logits` instead of alpha: the gate is sigmoid(logits +
+    b_gate).
     """
     offsets, b_red, r, d = config.offsets[layer], w["b_red"], config.rank, len(w["b_plu"])
     hg = cp.concatenate([h, h], -1) if h.shape[-1] == d else h
@@ -399,7 +411,7 @@ MIXERS = {
     "attention": (attention_forward, attention_backward, attention_shapes),
 }
 
-# ---- the block -------------------------------------------------------------------------------------------------------
+# ---- the block -----------------------------------------------------------------------------------
 
 
 def ffn_forward(x: Array, w: Scope) -> tuple[_Sum, tuple]:
@@ -420,7 +432,8 @@ def ffn_backward(dout: _SumGrad, cache: tuple) -> tuple[Array, Params]:
 def prenorm_block_forward(
     h: Array, w: Scope, config: Config, layer: int, past=None, draw=None
 ) -> tuple[_Sum, dict]:
-    """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))). LN1 writes into the array that the mixing layer reads."""
+    """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))). LN1 writes into the array that the mixing
+    layer reads."""
     mixer_forward, *_ = MIXERS[config.mixer]
     normed, c_ln1 = layernorm_forward(h, w["ln1.w"], w["ln1.b"], room=mixer_forward is mix_forward)
     mix, c_mix = mixer_forward(normed, w.scope("mix."), config, layer, past)
@@ -461,7 +474,7 @@ def check_tokens(tokens: Array, config: Config) -> None:
     """Does nothing, since reading tokens would wait for the GPU."""
 
 
-# ---- parameters, the model and its loss ------------------------------------------------------------------------------
+# ---- parameters, the model and its loss ----------------------------------------------------------
 
 head_forward, head_backward = _borrowed(grassmann.head_forward), _borrowed(grassmann.head_backward)
 model_forward, model_backward = (
@@ -487,7 +500,8 @@ def _differentiate(
 def loss_and_grads(
     params: Params, config: Config, x: Array, y: Array, seed=None, rows=None
 ) -> tuple[Array, Params]:
-    """As in grassmann.py, kernel by kernel. The gradients are new arrays. float(loss) waits for the GPU."""
+    """As in grassmann.py, kernel by kernel. The gradients are new arrays. float(loss) waits for the
+    GPU."""
     require(x.shape == y.shape, f"x and y must have the same shape, not {x.shape} and {y.shape}")
     check_model(params, config)
     x, y = (cp.asarray(a).astype(numpy.int32, copy=False) for a in (x, y))
@@ -496,7 +510,7 @@ def loss_and_grads(
     return _differentiate(params, gradients, config, x, y, draw, len(x) / n), gradients
 
 
-# ---- optimiser -------------------------------------------------------------------------------------------------------
+# ---- optimiser -----------------------------------------------------------------------------------
 
 
 def adamw_init(params: Params) -> dict[str, Params]:
@@ -514,7 +528,8 @@ def adamw_step(
 def _rates(
     step: int, lr: float, betas=(0.9, 0.99), weight_decay: float = 0.1, eps: float = 1e-8
 ) -> numpy.ndarray:
-    """The numbers of an AdamW step: lr / (1 - β₁^(step+1)), 1 / (1 - β₂^(step+1)), lr λ, 1 - β₁, 1 - β₂, eps."""
+    """The numbers of an AdamW step: lr / (1 - β₁^(step+1)), 1 / (1 - β₂^(step+1)), lr λ, 1 - β₁, 1
+    - β₂, eps."""
     (beta_1, beta_2), t = betas, step + 1
     return numpy.array(
         [lr / (1 - beta_1**t), 1 / (1 - beta_2**t), lr * weight_decay, 1 - beta_1, 1 - beta_2, eps]
@@ -527,24 +542,26 @@ def _adamw(params: Params, grads: Params, state: dict[str, Params], rates: Array
 
 
 def clip_grads(grads: Params, max_norm: float) -> Array:
-    """Scale all gradients by one factor, in place, to a joint norm of at most max_norm. Returns the norm before."""
+    """Scale all gradients by one factor, in place, to a joint norm of at most max_norm. Returns the
+    norm before."""
     g, parts, norm = grads.buffer, cp.empty(256, numpy.float64), cp.empty((), numpy.float64)
     device.launch("sum_of_squares", 256, numpy.int64(g.size), g, parts)
     device.launch("clip", 256, numpy.int64(g.size), float(max_norm), g, parts, norm)
     return norm
 
 
-# ---- a training step -------------------------------------------------------------------------------------------------
+# ---- a training step -----------------------------------------------------------------------------
 
 
 def train_step(
     params: Flat, config: Config, training, optimizer: dict, step: int, tokens: Array
 ) -> Array:
-    """One step, in place, on the batch that (training.seed, step) draws from tokens on the GPU. Returns the loss.
+    """One step, in place, on the batch that (training.seed, step) draws from tokens on the GPU.
+    Returns the loss.
 
-    The first call starts kernel by kernel, the second records a CUDA graph. From then on the host only sends what
-    changes: where the windows start, dropout's key, AdamW's rates. Several processes have two graphs each, and NCCL
-    adds up the gradients between them.
+    The first call starts kernel by kernel, the second records a CUDA graph. From then on the host
+    only sends what changes: where the windows start, dropout's key, AdamW's rates. Several
+    processes have two graphs each, and NCCL adds up the gradients between them.
     """
     B, L, mine = training.batch_size, config.context, processes.rows(training.batch_size)
     require(len(tokens) > L, f"{len(tokens)} tokens are too few: a context of {L} needs {L + 1}")
@@ -606,7 +623,7 @@ def _nccl() -> object:
     return init_process_group(processes.size, processes.rank, use_mpi=True)
 
 
-# ---- batches, validation, sampling -----------------------------------------------------------------------------------
+# ---- batches, validation, sampling ---------------------------------------------------------------
 
 get_batch, validation_loss = _borrowed(grassmann.get_batch), _borrowed(grassmann.validation_loss)
 stream_init, stream_read, stream_step = map(
@@ -615,14 +632,16 @@ stream_init, stream_read, stream_step = map(
 
 
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
-    """As in grassmann.py, with logits copied from the GPU. Raises UserError if they are not finite."""
+    """As in grassmann.py, with logits copied from the GPU. Raises UserError if they are not
+    finite."""
     return grassmann.sample(logits.get(), temperature, top_k, rng)
 
 
 def generate(
     params: Params, config: Config, prompt, n: int, temperature=1.0, top_k=None, seed=0
 ) -> Iterator[int]:
-    """As in grassmann.py. NumPy computes it unless the model is large: starting dozens of kernels takes longer."""
+    """As in grassmann.py. NumPy computes it unless the model is large: starting dozens of kernels
+    takes longer."""
     how = config, prompt, n, temperature, top_k, seed
     if params.buffer.size > ON_HOST:
         return _borrowed(grassmann.generate)(params, *how)

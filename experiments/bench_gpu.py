@@ -1,12 +1,13 @@
 """How fast gpu.py is on a CUDA GPU, compared with PyTorch and with the limits of the GPU.
 
-  python -m experiments.bench --gpu --report        everything in ten minutes, into results/gpu-NAME.md
-  python -m experiments.bench --gpu --only floor    what a step starts and moves; needs no GPU
-  python -m experiments.bench --gpu --rehearse      tiny models on the tests' CPU stand-in, to see the layout
+  python -m experiments.bench --gpu --report      everything, into results/gpu-NAME.md
+  python -m experiments.bench --gpu --only floor  what a step starts and moves; needs no GPU
+  python -m experiments.bench --gpu --rehearse    tiny models on the tests' stand-in
 
-Needs a GPU, CuPy, and for comparison a PyTorch built for CUDA. Each section is a process of its own with a time limit,
-so that a slow section does not stop the next. Both sides have the same batches, clipping and AdamW, and the text is on
-the GPU. The clock is read when the GPU is done. Compiled PyTorch includes the loss; the compile time is not counted.
+Needs a GPU, CuPy, and for comparison a PyTorch built for CUDA. Each section is a process of its own
+with a time limit, so that a slow section does not stop the next. Both sides have the same batches,
+clipping and AdamW, and the text is on the GPU. The clock is read when the GPU is done. Compiled
+PyTorch includes the loss; the compile time is not counted.
 """
 
 from charlm import command_line
@@ -51,7 +52,7 @@ RATES = {
     "us a node": 1.5,
 }  # assumed of an H100
 
-# ---- sections: each yields the rows of its table; everything that it prints is a note --------------------------------
+# ---- sections: each yields the rows of its table; everything that it prints is a note ------------
 
 
 def rates(setup: Setup) -> Iterator[dict]:
@@ -86,8 +87,9 @@ def parity(setup: Setup) -> Iterator[dict]:
 def floor(setup: Setup) -> Iterator[dict]:
     """What a recorded step of the default model starts and moves, and how long that must take
 
-    Counted on the tests' CPU stand-in: nodes of the graph, calls of the host, bytes of all arguments, operations of
-    products. The floor adds up the times of all nodes. A node's time is the longest of three: bytes, operations, start.
+    Counted on the tests' CPU stand-in: nodes of the graph, calls of the host, bytes of all
+    arguments, operations of products. The floor adds up the times of all nodes. A node's time is
+    the longest of three: bytes, operations, start.
     """
     sys.path.insert(0, str(ROOT / "tests" / "gpu"))
     import cuda_on_cpu
@@ -143,7 +145,8 @@ def floor(setup: Setup) -> Iterator[dict]:
 
 
 def ours(setup: Setup, size: str) -> Iterator[dict]:
-    """Milliseconds per training step of gpu.py, and how many microseconds of a step the host is busy"""
+    """Milliseconds per training step of gpu.py, and how many microseconds of a step the host is
+    busy"""
     (gpu, precisions, wait), setup = ours_on_gpu(), of_size(setup, size)
     for precision in precisions:
         gpu.set_precision(precision)
@@ -164,7 +167,8 @@ def ours(setup: Setup, size: str) -> Iterator[dict]:
 
 
 def theirs(setup: Setup, size: str, by: str) -> Iterator[dict]:
-    """Milliseconds per training step of PyTorch, eager or compiled, in float32, TF32 and bfloat16 (autocast)"""
+    """Milliseconds per training step of PyTorch, eager or compiled, in float32, TF32 and bfloat16
+    (autocast)"""
     setup = of_size(setup, size)
     for precision in ("bfloat16", "tf32", "float32"):
         torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
@@ -227,7 +231,8 @@ SECTIONS |= {"kernels": (partial(kernels, size="nanogpt"), 30), "training": (tra
 
 
 def ours_on_gpu() -> tuple:
-    """gpu.py, in float32; the precisions of this GPU's products; and a function that waits for the GPU."""
+    """gpu.py, in float32; the precisions of this GPU's products; and a function that waits for the
+    GPU."""
     gpu = command_line.backend(True, "float32")
     device = gpu.cp.cuda.Device()
     return (
@@ -238,7 +243,8 @@ def ours_on_gpu() -> tuple:
 
 
 def timed(step: Callable, wait: Callable) -> float:
-    """Seconds of a call: the median of seven rounds of calls, after two rounds that compile, record and warm up."""
+    """Seconds of a call: the median of seven rounds of calls, after two rounds that compile, record
+    and warm up."""
     times, calls = [], 3
     for _ in range(9 if DEVICE == "cuda" else 3):
         start = time.perf_counter()
@@ -301,7 +307,7 @@ class OnGPU(Theirs):
         return self.tokens[windows], self.tokens[windows + 1]
 
 
-# ---- the report ------------------------------------------------------------------------------------------------------
+# ---- the report ----------------------------------------------------------------------------------
 
 
 def run(
@@ -336,7 +342,8 @@ def run(
 
 
 def main(only: list[str] | None, data: str | None, folder: Path | None, rehearse: bool) -> None:
-    """Run the sections. Print each when it is done, and with a folder write it. Raises UserError without a GPU."""
+    """Run the sections. Print each when it is done, and with a folder write it. Raises UserError
+    without a GPU."""
     page, gpu, measured, names = ["# On a GPU"], {}, {}, only or [*SECTIONS]
     for name in names if names == ["floor"] or "rates" in names else ["rates", *names]:
         rows, notes = run(name, data, rehearse, measured)

@@ -1,5 +1,6 @@
-"""How gpu.py reaches CUDA: kernels, cuBLAS's matrix products, arrays in one buffer, and a training step recorded as a
-CUDA graph. (This file is not called cuda.py, because CuPy imports a package of that name.)"""
+"""How gpu.py reaches CUDA: kernels, cuBLAS's matrix products, arrays in one buffer, and a training
+step recorded as a CUDA graph. (This file is not called cuda.py, because CuPy imports a package of
+that name.)"""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ try:
     cp.ones((2, 2)) @ cp.ones((2, 2))  # works only if driver, GPU, compiler and cuBLAS work
 except Exception as error:  # each of them raises its own type
     raise ImportError(
-        "this needs a CUDA GPU for each process, and CuPy. If CuPy is missing: pip install -r requirements-gpu.txt for "
-        "driver 580 or newer (see nvidia-smi) and GTX 16, RTX 20 or newer GPUs, else -r requirements-gpu12.txt "
+        "this needs a CUDA GPU for each process, and CuPy. If CuPy is missing: "
+        "pip install -r requirements-gpu.txt for driver 580 or newer (see nvidia-smi) and "
+        "GTX 16, RTX 20 or newer GPUs, else -r requirements-gpu12.txt "
         f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     ) from None
 
@@ -34,7 +36,7 @@ WORKSPACE = 2**25  # bytes of memory that cuBLAS may use: its default on an H100
 ALIGNED = 64  # numbers: every array of a `Flat` begins at a multiple of 256 bytes
 tf32 = False  # `set_precision`
 
-# ---- kernels ---------------------------------------------------------------------------------------------------------
+# ---- kernels -------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -53,7 +55,8 @@ def _kernels(real: numpy.dtype) -> Callable:
 def launch(name: str, blocks: int, *args) -> None:
     """Start a kernel of kernels.cu; its `real` is the dtype of the first array of floats.
 
-    Arrays are made contiguous, unless given as [a]. None becomes a null pointer. Numbers get the kernel's types.
+    Arrays are made contiguous, unless given as [a]. None becomes a null pointer. Numbers get the
+    kernel's types.
     """
     real = next(
         (a.dtype for a in args if isinstance(a, Array) and a.dtype.kind == "f"),
@@ -77,7 +80,8 @@ def per_element(name: str, n: int, *args) -> None:
 
 
 def chunks(T: int) -> tuple[int, int]:
-    """The number of blocks for T tokens, at most 512, which fill a GPU, and a block's tokens, a multiple of 8."""
+    """The number of blocks for T tokens, at most 512, which fill a GPU, and a block's tokens, a
+    multiple of 8."""
     chunk = 8 * -(-T // 4096)
     return -(-T // chunk), chunk
 
@@ -100,12 +104,13 @@ def parts_of(T: int, *shape: int, dtype: numpy.dtype) -> Array:
     return cp.empty((chunks(T)[0], *shape), dtype)
 
 
-# ---- matrix products -------------------------------------------------------------------------------------------------
+# ---- matrix products -----------------------------------------------------------------------------
 
 
 def set_precision(precision: str) -> None:
-    """How float32 matrices are multiplied from now on: "float32", as they are, or "tf32", rounded to 10 bits after the
-    point on tensor cores. Sums and weights are always float32. Raises ValueError on another word or an older GPU."""
+    """How float32 matrices are multiplied from now on: "float32", as they are, or "tf32", rounded
+    to 10 bits after the point on tensor cores. Sums and weights are always float32. Raises
+    ValueError on another word or an older GPU."""
     global tf32
     if precision not in ("float32", "tf32"):
         raise ValueError(f"precision must be float32 or tf32, not {precision!r}")
@@ -123,7 +128,8 @@ def _cublas() -> tuple[ctypes.CDLL, Array]:
 
 
 def row_stride(x: Array) -> int | None:
-    """The distance between rows of a matrix, or of each matrix in a stack; None if a row is not contiguous."""
+    """The distance between rows of a matrix, or of each matrix in a stack; None if a row is not
+    contiguous."""
     if x.flags.c_contiguous:
         return x.shape[-1]
     row, column = (stride // x.itemsize for stride in x.strides[-2:])
@@ -131,7 +137,8 @@ def row_stride(x: Array) -> int | None:
 
 
 def _operand(x: Array) -> tuple[int, Array, int]:
-    """Whether memory holds xᵀ; x, or a contiguous copy if need be; the distance between rows in memory."""
+    """Whether memory holds xᵀ; x, or a contiguous copy if need be; the distance between rows in
+    memory."""
     for transposed, m in enumerate((x, x.swapaxes(-1, -2))):
         if apart := row_stride(m):
             return transposed, x, apart
@@ -139,11 +146,13 @@ def _operand(x: Array) -> tuple[int, Array, int]:
 
 
 def product(a: Array, b: Array, out: Array | None = None, add: bool = False) -> Array:
-    """a b for a (..., in), b (in, out), or for two stacks of matrices, (..., rows, in) and (..., in, out).
+    """a b for a (..., in), b (in, out), or for two stacks of matrices, (..., rows, in) and (...,
+    in, out).
 
-    Both have the same dtype, float32 or float64. `out` may be some columns of an array. With `add` the product is
-    added to `out`. CuPy's own product cannot be recorded in a CUDA graph. cuBLAS stores matrices by columns, so it
-    computes (a b)ᵀ = bᵀ aᵀ. Raises RuntimeError if cuBLAS refuses, ValueError if the stacks differ.
+    Both have the same dtype, float32 or float64. `out` may be some columns of an array. With `add`
+    the product is added to `out`. CuPy's own product cannot be recorded in a CUDA graph. cuBLAS
+    stores matrices by columns, so it computes (a b)ᵀ = bᵀ aᵀ. Raises RuntimeError if cuBLAS
+    refuses, ValueError if the stacks differ.
     """
     library, workspace = _cublas()
     runtime, cublas, pointer = cp.cuda.runtime, cp.cuda.cublas, ctypes.c_void_p
@@ -192,7 +201,8 @@ def product(a: Array, b: Array, out: Array | None = None, add: bool = False) -> 
     )
     if any(status):
         raise RuntimeError(
-            f"cuBLAS refuses a product of {a.shape} and {b.shape}, {a.dtype} and {b.dtype}: {status}"
+            f"cuBLAS refuses a product of {a.shape} and {b.shape}, "
+            f"{a.dtype} and {b.dtype}: {status}"
         )
     return result
 
@@ -204,7 +214,8 @@ def over_tokens(a: Array, b: Array, out: Array | None = None) -> Array:
 
 @contextlib.contextmanager
 def recordable_products() -> Iterator[None]:
-    """Within the `with` block a @ b of CuPy's arrays is `product`, so that plain array code can be recorded."""
+    """Within the `with` block a @ b of CuPy's arrays is `product`, so that plain array code can be
+    recorded."""
     Array.__matmul__ = product
     try:
         yield
@@ -212,11 +223,12 @@ def recordable_products() -> Iterator[None]:
         del Array.__matmul__  # the method that CuPy's class inherits is found again
 
 
-# ---- arrays in one buffer --------------------------------------------------------------------------------------------
+# ---- arrays in one buffer ------------------------------------------------------------------------
 
 
 class Flat(dict):
-    """A dict of arrays that are views of one `buffer`: matrices, then vectors. Copies of `arrays`, or zeros."""
+    """A dict of arrays that are views of one `buffer`: matrices, then vectors. Copies of `arrays`,
+    or zeros."""
 
     def __init__(self, arrays: dict, copy: bool = True):
         self.places, end = {}, 0  # name -> where its array begins in the buffer
@@ -236,14 +248,16 @@ class Flat(dict):
 
 
 class Gradients(Flat):
-    """The gradients of all parameters. `table` tells a kernel where each layer has left its gradients."""
+    """The gradients of all parameters. `table` tells a kernel where each layer has left its
+    gradients."""
 
     def __init__(self, params: Flat):
         super().__init__(params, copy=False)
         self.table = cp.empty((len(params), 5), numpy.int64)
 
     def gather(self, grads: dict) -> None:
-        """Copy all gradients into the buffer, and add up `Parts`. Raises ValueError on another shape or dtype."""
+        """Copy all gradients into the buffer, and add up `Parts`. Raises ValueError on another
+        shape or dtype."""
         self.rows, threads = [], 0
         for name, home in self.items():
             g = grads[name].array if isinstance(grads[name], Parts) else grads[name][None]
@@ -268,14 +282,16 @@ class Gradients(Flat):
         self.table[: len(self.rows)].set(numpy.array(self.rows))
 
 
-# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
+# ---- CUDA graphs ---------------------------------------------------------------------------------
 
 
 class Graph:
-    """Everything that function() starts on the GPU, recorded, so that the host can start it with one call.
+    """Everything that function() starts on the GPU, recorded, so that the host can start it with
+    one call.
 
-    Recording computes nothing. The function has run before, so its kernels are compiled. All its arrays keep their
-    places in the graph's own pool of memory. So the next call overwrites the outputs. Raises RuntimeError, MemoryError.
+    Recording computes nothing. The function has run before, so its kernels are compiled. All its
+    arrays keep their places in the graph's own pool of memory. So the next call overwrites the
+    outputs. Raises RuntimeError, MemoryError.
     """
 
     def __init__(self, function: Callable):
@@ -315,8 +331,9 @@ class Graph:
 
 
 class Step:
-    """A recorded training step. It owns the graphs, their inputs, and the gradients, which last until the next step.
-    `key` is everything except the parameters that the recording depends on. Another key needs another Step."""
+    """A recorded training step. It owns the graphs, their inputs, and the gradients, which last
+    until the next step. `key` is everything except the parameters that the recording depends on.
+    Another key needs another Step."""
 
     def __init__(self, key: tuple, params: Flat, inputs: int):
         self.key, self.gradients = key, Gradients(params)
@@ -334,7 +351,8 @@ class Step:
         )
 
     def run(self, name: str, function: Callable):
-        """function(): kernel by kernel in the first call, recorded in the second call, launched from then on."""
+        """function(): kernel by kernel in the first call, recorded in the second call, launched
+        from then on."""
         if name not in self.graphs:
             self.graphs[name] = None
             return function()

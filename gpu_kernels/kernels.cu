@@ -1,11 +1,13 @@
-// The CUDA kernels of gpu.py, for operations that would pass over memory a dozen times as array code.
+// The CUDA kernels of gpu.py, for operations that would pass over memory a dozen times as array
+// code.
 //
-// Letters as in grassmann.py: T tokens, L length, d width, r rank, V vocabulary, n = r(r-1)/2. `real` is float, or
-// double to check gradients; the file is compiled for each. A block has 256 threads: 8 warps of 32 lanes. In most
-// kernels a block has a chunk of the tokens, and each warp takes one token at a time. The lanes of a warp share the
-// token's coordinates: lane k takes k, k + 32, k + 64, … A sum over tokens, such as the gradient of a bias, is computed
-// by the kernel that reads the rows anyway. After every 8 tokens a block adds them to its own row of `parts`
-// (blocks, …), and `gather` adds up the parts. All sums have a fixed order, so a run repeats bit for bit.
+// Letters as in grassmann.py: T tokens, L length, d width, r rank, V vocabulary, n = r(r-1)/2.
+// `real` is float, or double to check gradients; the file is compiled for each. A block has 256
+// threads: 8 warps of 32 lanes. In most kernels a block has a chunk of the tokens, and each warp
+// takes one token at a time. The lanes of a warp share the token's coordinates: lane k takes k, k +
+// 32, k + 64, … A sum over tokens, such as the gradient of a bias, is computed by the kernel that
+// reads the rows anyway. After every 8 tokens a block adds them to its own row of `parts` (blocks,
+// …), and `gather` adds up the parts. All sums have a fixed order, so a run repeats bit for bit.
 
 using in = const real* __restrict__;  // read; no other argument overlaps it
 using out = real* __restrict__;       // read and written
@@ -33,7 +35,8 @@ __device__ real warp_max(real x) {
     return x;
 }
 
-// sums_i += Σ_t f(t, i) over the 8 tokens from `first` on, for i < d. For a block's first 8 tokens sums_i starts at 0.
+// sums_i += Σ_t f(t, i) over the 8 tokens from `first` on, for i < d. For a block's first 8 tokens
+// sums_i starts at 0.
 template <class F> __device__ void add_eight(int T, int chunk, int first, int d, F f, real* sums) {
     for (int i = thread(); i < d; i += 256) {
         real sum = first % chunk ? sums[i] : 0;
@@ -43,10 +46,10 @@ template <class F> __device__ void add_eight(int T, int chunk, int first, int d,
     }
 }
 
-// ---- small ops ------------------------------------------------------------------------------------------------------
+// ---- small ops ----------------------------------------------------------------------------------
 
-// x / (1 - rate), or 0 where random < rate. `random` is a hash of key and place (SplitMix64, Steele, Lea and Flood
-// 2014). The backward computes the hash again, so no mask is stored.
+// x / (1 - rate), or 0 where random < rate. `random` is a hash of key and place (SplitMix64,
+// Steele, Lea and Flood 2014). The backward computes the hash again, so no mask is stored.
 __device__ real dropped(real x, unsigned long long key, long long place, real rate) {
     unsigned long long bits = key + (place + 1) * 0x9e3779b97f4a7c15ull;
     bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -61,9 +64,10 @@ extern "C" __global__ void dropout(long long n, words key, long long place, real
     if (i < n) y[i] = dropped(x[i], *key, place + i, rate);
 }
 
-// sum = residual + D(x + bias),  x̂ = (sum - mean) / σ,  y = w ⊙ x̂ + b. The rows of y are `row` numbers apart.
-// With hg = [h | g] (T, 2d) the gate is α = sigmoid(x + bias), and sum = residual + D(α ⊙ h + (1-α) ⊙ g).
-// Key, bias, hg and residual may be missing. Without `sum`, x is already the sum.
+// sum = residual + D(x + bias),  x̂ = (sum - mean) / σ,  y = w ⊙ x̂ + b. The rows of y are `row`
+// numbers apart. With hg = [h | g] (T, 2d) the gate is α = sigmoid(x + bias), and sum = residual +
+// D(α ⊙ h + (1-α) ⊙ g). Key, bias, hg and residual may be missing. Without `sum`, x is already the
+// sum.
 extern "C" __global__ void __launch_bounds__(RESIDENT) layernorm_forward(
     int T, int chunk, int d, int row, real eps, words key, long long place, real rate, in bias, in hg, in residual,
     in w, in b, in x, out sum, out y, out mean, out inv_std
@@ -177,7 +181,8 @@ extern "C" __global__ void gelu_backward(int T, int chunk, int d, in dy, in x, i
     }
 }
 
-// x = tokens[start + 0, 1, …, L-1] of each window and y = tokens[start + 1, …, L]; a token has `size` bytes
+// x = tokens[start + 0, 1, …, L-1] of each window and y = tokens[start + 1, …, L]; a token has
+// `size` bytes
 extern "C" __global__ void windows(long long n, int L, int size, words starts, bytes tokens, int* x, int* y) {
     const long long i = element();
     if (i >= n) return;
@@ -206,7 +211,7 @@ extern "C" __global__ void cross_entropy(int T, int chunk, int V, in logits, ind
     }
 }
 
-// ---- the wedge product ----------------------------------------------------------------------------------------------
+// ---- the wedge product --------------------------------------------------------------------------
 
 // z = x + b (b may be missing), for the tokens from `past` on in each window of L
 // s_t = Σ_Δ w_Δ ⊙ z_{t-Δ} over the m offsets with t - Δ >= 0; without taps, s is given
@@ -233,7 +238,8 @@ extern "C" __global__ void wedge_forward(
     }
 }
 
-// dz_i = Σ_j A_ij s_j,  ds_i = -Σ_j A_ij z_j for each token, where A is antisymmetric and A_ij = dp_ij for i < j
+// dz_i = Σ_j A_ij s_j,  ds_i = -Σ_j A_ij z_j for each token, where A is antisymmetric and A_ij =
+// dp_ij for i < j
 extern "C" __global__ void wedge_backward(int T, int chunk, int r, int n, in dp, in z, in s, out dz, out ds) {
     __shared__ real staged[8][496];  // each warp keeps its token's dp in fast memory, if r <= 32
     EACH_TOKEN(t) {
@@ -259,8 +265,8 @@ extern "C" __global__ void wedge_backward(int T, int chunk, int r, int n, in dp,
     }
 }
 
-// With taps: dz_t += Σ_Δ w_Δ ⊙ ds_{t+Δ}, from the tokens t+Δ whose partner is t. Without taps, m is 0.
-// parts (blocks, r + m r + d): db_red = Σ_t dz,  dw_Δ = Σ_t ds_{t+Δ} ⊙ z_t,  db_plu = Σ_t dg
+// With taps: dz_t += Σ_Δ w_Δ ⊙ ds_{t+Δ}, from the tokens t+Δ whose partner is t. Without taps, m is
+// 0. parts (blocks, r + m r + d): db_red = Σ_t dz,  dw_Δ = Σ_t ds_{t+Δ} ⊙ z_t,  db_plu = Σ_t dg
 extern "C" __global__ void partner_backward(
     int T, int chunk, int L, int r, int m, int d, indices offsets, in z, in taps, in ds, in dg, out dz, out parts
 ) {
@@ -281,10 +287,11 @@ extern "C" __global__ void partner_backward(
     }
 }
 
-// ---- the optimiser, over the buffers of all parameters --------------------------------------------------------------
+// ---- the optimiser, over the buffers of all parameters ------------------------------------------
 
-// Adds up the parts of all gradients into the buffer `grads`. A row of `table` has a gradient's first thread, its place
-// in the buffer, the address of its parts, their number, and the distance between them.
+// Adds up the parts of all gradients into the buffer `grads`. A row of `table` has a gradient's
+// first thread, its place in the buffer, the address of its parts, their number, and the distance
+// between them.
 extern "C" __global__ void gather(long long n, int rows, words table, real* grads) {
     const long long i = element();
     if (i >= n) return;
@@ -329,8 +336,9 @@ extern "C" __global__ void clip(long long n, real max_norm, out g, const double*
     if (element() == 0) *norm = all;
 }
 
-// m ← β₁ m + (1-β₁) g,  v ← β₂ v + (1-β₂) g²,  θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ) at step k, where only the
-// first `matrices` numbers have the decay λ.  rates: lr / (1 - β₁^(k+1)), 1 / (1 - β₂^(k+1)), lr λ, 1 - β₁, 1 - β₂, eps
+// m ← β₁ m + (1-β₁) g,  v ← β₂ v + (1-β₂) g²,  θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ) at step k,
+// where only the first `matrices` numbers have the decay λ.  rates: lr / (1 - β₁^(k+1)), 1 / (1 -
+// β₂^(k+1)), lr λ, 1 - β₁, 1 - β₂, eps
 extern "C" __global__ void adamw(long long n, long long matrices, in g, out theta, out m, out v, const double* rates) {
     const long long i = element();
     if (i >= n) return;

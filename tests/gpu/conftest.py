@@ -44,7 +44,8 @@ def set_precision(gpu):
 
 @pytest.fixture
 def same():
-    """Assert ‖a - b‖ <= bound max(‖a‖, ‖b‖) for each array a of one result and b of the other; `Parts` are added."""
+    """Assert ‖a - b‖ <= bound max(‖a‖, ‖b‖) for each array a of one result and b of the other;
+    `Parts` are added."""
 
     def check(ours, theirs, bound=0):
         if isinstance(ours, dict):
@@ -71,7 +72,8 @@ def model_and_batch(tiny_model, batch):
 
 @pytest.fixture
 def trained(rng):
-    """Train for a few steps, in place, on the CPU or the GPU. Returns the losses and the optimiser's state."""
+    """Train for a few steps, in place, on the CPU or the GPU. Returns the losses and the
+    optimiser's state."""
     text = np.resize(rng.integers(0, 11, 17), 500).astype(
         np.uint8
     )  # the same words again and again

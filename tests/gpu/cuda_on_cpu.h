@@ -1,9 +1,11 @@
-// Enough of CUDA to run kernels.cu on a CPU, for the tests. It does what a GPU does, or names what is undefined there.
+// Enough of CUDA to run kernels.cu on a CPU, for the tests. It does what a GPU does, or names what
+// is undefined there.
 //
-// Blocks run one after another. The threads of a block are fibers: each has a stack, and one runs at a time, until it
-// waits in __syncthreads, __syncwarp or a warp operation. It goes on when all other fibers wait there, too. The
-// order changes from block to block: code that works by luck in one order fails in the other. A warp operation that not
-// all 32 lanes reach, or a barrier that not all threads of a block reach, is an error; on a GPU it is undefined.
+// Blocks run one after another. The threads of a block are fibers: each has a stack, and one runs
+// at a time, until it waits in __syncthreads, __syncwarp or a warp operation. It goes on when all
+// other fibers wait there, too. The order changes from block to block: code that works by luck in
+// one order fails in the other. A warp operation that not all 32 lanes reach, or a barrier that not
+// all threads of a block reach, is an error; on a GPU it is undefined.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -31,7 +33,7 @@ enum State { NEW, READY, AT_WARP, AT_BLOCK, DONE };
 struct Fiber {
     char stack[1 << 16];
     ucontext_t start;                       // on this stack
-    jmp_buf here;                           // where it waits (a jump here is faster than to a ucontext)
+    jmp_buf here;                           // where it waits; faster than a ucontext
     Size index;
     State state;
     unsigned round;                         // warp operations so far
@@ -117,11 +119,13 @@ template <class... Args>
 const char* launch(void (*kernel)(Args...), unsigned blocks, Size b, void** args) {
     block = b, threads = size_t(b.x) * b.y;
     error.clear();
-    if (threads < 1 || threads > 1024 || blocks < 1 || blocks > 2147483647) return "invalid configuration argument";
+    if (threads < 1 || threads > 1024 || blocks < 1 || blocks > 2147483647)
+        return "invalid configuration argument";
     while (fibers.size() < threads) getcontext(&fibers.emplace_back().start);
     const std::tuple<Args...> values{*static_cast<Args*>(*args++)...};  // in {}, from left to right
     body = [=] { std::apply(kernel, values); };
-    for (block_index = {0, 0}; block_index.x < blocks && error.empty(); block_index.x++) run_block(block_index.x % 2);
+    for (block_index = {0, 0}; block_index.x < blocks && error.empty(); block_index.x++)
+        run_block(block_index.x % 2);
     return error.empty() ? nullptr : error.c_str();
 }
 }  // namespace cuda_on_cpu
@@ -134,7 +138,8 @@ static inline void __syncwarp() { cuda_on_cpu::meet(0xffffffff, "__syncwarp", 0,
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
-    return cuda_on_cpu::meet(mask, "__shfl_xor_sync", other, value)[cuda_on_cpu::current % 32 ^ other];
+    const auto all = cuda_on_cpu::meet(mask, "__shfl_xor_sync", other, value);
+    return all[cuda_on_cpu::current % 32 ^ other];
 }
 
 // The entry that ctypes calls: args are pointers to the kernel's arguments, as for cuLaunchKernel.

@@ -1,10 +1,11 @@
 """A stand-in for CuPy that computes on the CPU, so that gpu.py and kernels.cu run without a GPU.
 
-Its arrays hold NumPy arrays, but like CuPy arrays they refuse to meet an array of the host. New memory holds NaN (in a
-recording, at every launch), and kernels see their arguments between guards. So the tests notice numbers that were never
-written, and numbers written beside an array. Kernels come from kernels.cu, compiled by the host's C++ compiler after
-cuda_on_cpu.h. A graph repeats at each launch what ran while its stream captured; copies between host and device then
-raise, as on a GPU. `started` lists what was started. Only what gpu.py and gpu_kernels/device.py use is here.
+Its arrays hold NumPy arrays, but like CuPy arrays they refuse to meet an array of the host. New
+memory holds NaN (in a recording, at every launch), and kernels see their arguments between guards.
+So the tests notice numbers that were never written, and numbers written beside an array. Kernels
+come from kernels.cu, compiled by the host's C++ compiler after cuda_on_cpu.h. A graph repeats at
+each launch what ran while its stream captured; copies between host and device then raise, as on a
+GPU. `started` lists what was started. Only what gpu.py and gpu_kernels/device.py use is here.
 """
 
 import contextlib
@@ -76,7 +77,8 @@ class ndarray(Base):
 
 
 def host(value):
-    """The NumPy array inside a device array, also in lists and tuples. Arrays of the host are refused."""
+    """The NumPy array inside a device array, also in lists and tuples. Arrays of the host are
+    refused."""
     if isinstance(value, np.ndarray):
         raise TypeError("an array of the host meets one of the device")
     if isinstance(value, (tuple, list)):
@@ -90,14 +92,16 @@ def device(value):
 
 
 OPERATORS = (
-    "add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd isub imul itruediv rpow and neg invert "
+    "add sub mul truediv matmul radd rsub rmul rtruediv rmatmul iadd isub imul itruediv rpow and "
+    "neg invert "
     "float int bool lt le gt ge eq ne getitem setitem len"
 )
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem", "copyto")
 
 
 def function(of_numpy):
-    """A function of NumPy for device arrays. Making a view starts nothing; everything else is started on the device."""
+    """A function of NumPy for device arrays. Making a view starts nothing; everything else is
+    started on the device."""
     name = of_numpy.__name__.strip("_")
 
     def of_device(*args, **kwargs):
@@ -170,7 +174,10 @@ for _name in OPERATORS.split():
 
     setattr(Base, f"__{_name}__", _method)
 
-NAMES = "arange ascontiguousarray concatenate copyto empty_like exp maximum ones sqrt stack tri where zeros zeros_like"
+NAMES = (
+    "arange ascontiguousarray concatenate copyto empty_like exp maximum ones sqrt stack tri where "
+    "zeros zeros_like"
+)
 for _name in NAMES.split():
     globals()[_name] = function(getattr(np, _name))
 inf, finfo = np.inf, np.finfo
@@ -189,7 +196,8 @@ array = asarray  # for arrays of the host
 
 
 def empty(shape, dtype=float):
-    """New memory. It holds NaN, or for whole numbers a token, so that a test notices if it is read."""
+    """New memory. It holds NaN, or for whole numbers a token, so that a test notices if it is
+    read."""
     blank = ndarray(np.empty(shape, dtype))
     if not dry or np.dtype(dtype).kind != "f":
         blank.host[...] = np.nan if np.dtype(dtype).kind == "f" else 1
@@ -307,7 +315,8 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 class Cublas:
-    """The functions that gpu_kernels/device.py calls, with the parameters of NVIDIA's cublas_api.h."""
+    """The functions that gpu_kernels/device.py calls, with the parameters of NVIDIA's
+    cublas_api.h."""
 
     def cublasSetStream_v2(self, handle, stream):
         self.stream = stream.value or 0
@@ -349,7 +358,8 @@ class Cublas:
         compute,
         algo,
     ):
-        """C = alpha op(A) op(B) + beta C for each of `count` matrices, which lie `stride` numbers apart."""
+        """C = alpha op(A) op(B) + beta C for each of `count` matrices, which lie `stride` numbers
+        apart."""
         if (Atype, Btype, Ctype, compute) not in PRODUCTS:
             return 15  # CUBLAS_STATUS_NOT_SUPPORTED
         assert self.stream == get_current_stream().ptr and handle.value

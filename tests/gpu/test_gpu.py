@@ -18,11 +18,12 @@ from grassmann import Config, Scope
 
 parametrize = pytest.mark.parametrize
 
-# ---- names, and the stand-in -----------------------------------------------------------------------------------------
+# ---- names, and the stand-in ---------------------------------------------------------------------
 
 
 def test_names_of_the_model(stand_in):
-    """From the FFN up, gpu.py has the functions of grassmann.py, with the same arguments and in the same order."""
+    """From the FFN up, gpu.py has the functions of grassmann.py, with the same arguments and in the
+    same order."""
     theirs = {
         name: value
         for name, value in vars(grassmann).items()
@@ -122,7 +123,7 @@ def test_arrays_keep_to_their_side_and_new_memory_is_nan(stand_in):
     assert np.isnan(graph().host).all()
 
 
-# ---- op by op --------------------------------------------------------------------------------------------------------
+# ---- op by op ------------------------------------------------------------------------------------
 
 T, D, V = (3, 23), 37, 70  # no size divides evenly into blocks; two need more than a warp
 RNG = np.random.default_rng(2)
@@ -165,7 +166,8 @@ def drawn(what, dtype, rng):
 
 
 def on_device(gpu, a, strided=False):
-    """The array on the GPU; with `strided`, in every other place, since arrays need not be contiguous."""
+    """The array on the GPU; with `strided`, in every other place, since arrays need not be
+    contiguous."""
     if isinstance(a, float):
         return a
     return gpu.cp.asarray(np.repeat(a, 2, -1))[..., ::2] if strided else gpu.cp.asarray(a)
@@ -188,8 +190,8 @@ def test_op(gpu, same, rng, op, dtype, bound):
 @parametrize("chunk", [8, 24])
 @parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_block(gpu, same, rng, monkeypatch, layer, chunk, dtype, bound):
-    """The mixing layer and the FFN, between the LayerNorms that add up their outputs. A warp has one token or, as in
-    long batches, three."""
+    """The mixing layer and the FFN, between the LayerNorms that add up their outputs. A warp has
+    one token or, as in long batches, three."""
     monkeypatch.setattr(gpu.device, "chunks", lambda T: (-(-T // chunk), chunk))
     config = Config(
         2,
@@ -240,7 +242,8 @@ def test_dropout(gpu, same, rng, dtype, bound):
 @parametrize("precision, bound", [("float64", 1e-15), ("float32", 1e-6), ("tf32", 1e-3)])
 @parametrize("sizes", [(3, 5, 7), (1, 5, 1), (64, 1, 2), (384, 512, 256)])
 def test_products(gpu, same, set_precision, rng, precision, bound, sizes):
-    """Products of matrices in any memory layout, and of stacks; into a part of another array, or added to it."""
+    """Products of matrices in any memory layout, and of stacks; into a part of another array, or
+    added to it."""
     real = np.float64 if precision == "float64" else np.float32
     set_precision("float32" if precision == "float32" else "tf32")  # which is for float32 alone
     a, b = (rng.standard_normal(shape).astype(real) for shape in (sizes[:2], sizes[1:]))
@@ -283,7 +286,7 @@ def test_a_product_that_is_refused(gpu):
             gpu.product(one, other)
 
 
-# ---- whole models ----------------------------------------------------------------------------------------------------
+# ---- whole models --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -339,7 +342,7 @@ def test_gradients_with_dropout_are_slopes(gpu, same, rng, model_and_batch, slop
         ), name
 
 
-# ---- the recorded step -----------------------------------------------------------------------------------------------
+# ---- the recorded step ---------------------------------------------------------------------------
 
 
 @parametrize("dtype, bound", [(np.float64, 1e-9), (np.float32, 1e-3)])
@@ -367,7 +370,8 @@ def test_training_follows_the_cpu(gpu, same, tiny_config, trained, recwarn, chan
 
 
 def test_the_graph_does_what_its_kernels_do(gpu, same, tiny_config, trained, monkeypatch):
-    """With dropout, whose numbers differ from the CPU's. From the third step on no function is called."""
+    """With dropout, whose numbers differ from the CPU's. From the third step on no function is
+    called."""
     config, calls, function = tiny_config(dropout=0.3), itertools.count(), gpu._differentiate
     params, ours = (gpu.init_params(config, dtype=np.float64) for _ in "ab")
     with monkeypatch.context() as patch:
@@ -418,8 +422,8 @@ def test_all_that_a_step_depends_on(gpu, set_precision, tiny_config):
 def test_gradients_of_a_layer_of_ones_own(
     gpu, same, tiny_config, trained, monkeypatch, name, change, error
 ):
-    """A strided gradient is copied at every step, inside the recording: a copy outside the graph would hold the
-    gradients of one step for ever. Other shapes and dtypes are refused."""
+    """A strided gradient is copied at every step, inside the recording: a copy outside the graph
+    would hold the gradients of one step for ever. Other shapes and dtypes are refused."""
 
     def backward(dmix, cache):
         dh, grads = gpu.mix_backward(dmix, cache)
@@ -436,8 +440,8 @@ def test_gradients_of_a_layer_of_ones_own(
 
 @parametrize("when", ["early", "spoilt", "Ctrl-C"])
 def test_without_a_graph(gpu, same, tiny_config, trained, monkeypatch, when):
-    """If recording fails, one warning gives the reason, the memory is given back, and the numbers are the same. After
-    Ctrl-C the next step records."""
+    """If recording fails, one warning gives the reason, the memory is given back, and the numbers
+    are the same. After Ctrl-C the next step records."""
     config, empty, released, release = tiny_config(), gpu.cp.empty, [], gpu.device.Graph.__del__
     params, ours = (m.init_params(config, dtype=np.float64) for m in (grassmann, gpu))
 
@@ -490,11 +494,12 @@ def test_memory_of_graphs_is_given_back(on_gpu, tiny_config):
     assert free() > before - 2**22
 
 
-# ---- arrays, validation, sampling, checkpoints -----------------------------------------------------------------------
+# ---- arrays, validation, sampling, checkpoints ---------------------------------------------------
 
 
 def test_arrays_in_one_buffer(gpu, rng):
-    """Each array begins at a multiple of 256 bytes, matrices first. The bytes between arrays never change."""
+    """Each array begins at a multiple of 256 bytes, matrices first. The bytes between arrays never
+    change."""
     shapes = {"b": (5,), "W": (3, 25), "c": (64,), "V": (2, 2)}
     theirs = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     ours, grads = gpu.Flat(theirs), gpu.Flat(theirs)
