@@ -66,16 +66,17 @@ def test_how_large_features_are_at_first(monkeypatch, rng):
 def test_features_are_what_they_are_called(rng):
     """Learned planes are dot products with planes. The symmetric product is a sum of two."""
     z, s, x, y = rng.standard_normal((4, 5))
-    w = grassmann.Scope({"X": x[:, None], "Y": y[:, None], "b_plu": np.array([0.5])})
+    own = {"X": x[:, None], "Y": y[:, None], "b_plu": np.array([0.5])}
+    w = grassmann.Scope(own)
     g, _ = mixers.learned_forward(z[None, None], s[None, None], w)
     dot = grassmann.plucker(z, s) @ grassmann.plucker(x, y)
     assert g.item() == pytest.approx(dot + 0.5)
     outer, _ = mixers.outer_forward(z, s)
-    products = outer.reshape(5, 5)
-    assert_allclose(products, np.outer(z, s))
+    products = np.outer(z, s)
+    assert_allclose(outer.reshape(5, 5), products)
     symmetric, _ = mixers.symmetric_forward(z, s)
-    above = grassmann.pairs(5)
-    assert_allclose(symmetric, (products + products.T)[above])
+    sums = products + products.T
+    assert_allclose(symmetric, sums[grassmann.pairs(5)])
 
 
 def test_what_a_vector_reads_in_planes_is_at_right_angles_to_it(rng):
@@ -104,8 +105,9 @@ def test_messages_that_are_rescaled_are_as_long_as_without_normalising(rng, offs
         config = grassmann.Config(65, taps=False, **variant)
         params = grassmann.init_params(config)
         _, cache = grassmann.model_forward(params, config, tokens)
-        p = cache["blocks"][1]["mix"]["p"][:, 16:]
-        return np.sqrt(np.square(p).mean())
+        mix = cache["blocks"][1]["mix"]
+        squares = np.square(mix["p"][:, 16:])
+        return np.sqrt(squares.mean())
 
     long = factor * size(normalize=True, offsets=offsets)
     assert long == pytest.approx(size(), rel=0.25)
