@@ -16,13 +16,15 @@ from nbformat import v4
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = """\
-# In a hosted notebook: fetch the repository, and what it needs. Elsewhere this does nothing.
+# Fetch the repository and the packages that it needs, each only if it is missing.
 import importlib.util, os
-if os.path.exists("../grassmann.py"):
-    os.chdir("..")
+for folder in ("..", "grassmann"):
+    if os.path.exists(f"{folder}/grassmann.py"):
+        os.chdir(folder)
 if not os.path.exists("grassmann.py"):
     !git clone -q URL-OF-THIS-REPOSITORY grassmann
     %cd grassmann
+if not all(map(importlib.util.find_spec, ("numpy", "matplotlib", "tqdm"))):
     %pip install -q -r requirements.txt
 gpu = "--gpu" if importlib.util.find_spec("cupy") and os.path.exists("/dev/nvidia0") else \"\""""
 LAST = [
