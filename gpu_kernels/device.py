@@ -14,22 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import cupy as cp
 import numpy
-
-from charlm import processes
-
-try:
-    import cupy as cp
-
-    cp.cuda.Device(processes.local_rank).use()
-    cp.ones((2, 2)) @ cp.ones((2, 2))  # works only if driver, GPU, compiler and cuBLAS work
-except Exception as error:  # each of them raises its own type
-    raise ImportError(
-        "this needs a CUDA GPU for each process, and CuPy. If CuPy is missing: "
-        "pip install -r requirements-gpu.txt for driver 580 or newer (see nvidia-smi) and "
-        "GTX 16, RTX 20 or newer GPUs, else -r requirements-gpu12.txt "
-        f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    ) from None
 
 Array = cp.ndarray
 WORKSPACE = 2**25  # bytes of memory that cuBLAS may use: its default on an H100

@@ -15,6 +15,12 @@ def stand_in():
 
 
 @pytest.fixture(scope="session")
+def first_rung():
+    """gpu.py without any kernel of ours, which needs no compiler."""
+    return cuda_on_cpu.gpu_on_cpu(GPU_RUNGS="1")
+
+
+@pytest.fixture(scope="session")
 def on_gpu():
     return pytest.importorskip("gpu", reason="no GPU", exc_type=ImportError)
 

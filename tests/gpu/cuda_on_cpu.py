@@ -28,10 +28,11 @@ COMPILER = shutil.which("g++") if platform.libc_ver()[0] == "glibc" else None  #
 HEADER = Path(__file__).with_suffix(".h")
 
 
-def gpu_on_cpu() -> ModuleType:
-    """gpu.py, as it is when its CuPy is this module."""
-    with mock.patch.dict(sys.modules, cupy=sys.modules[__name__]):  # afterwards all is as before
-        for name in ("gpu", "gpu_kernels.device"):
+def gpu_on_cpu(**environment: str) -> ModuleType:
+    """gpu.py, as it is when its CuPy is this module. Afterwards all is as before."""
+    modules = mock.patch.dict(sys.modules, cupy=sys.modules[__name__])
+    with modules, mock.patch.dict(os.environ, environment):
+        for name in ("gpu", "gpu_kernels", "gpu_kernels.device", "gpu_kernels.fused"):
             sys.modules.pop(name, None)
         return importlib.import_module("gpu")
 
@@ -175,12 +176,13 @@ for _name in OPERATORS.split():
     setattr(Base, f"__{_name}__", _method)
 
 NAMES = (
-    "arange ascontiguousarray concatenate copyto empty_like exp maximum ones sqrt stack tri where "
-    "zeros zeros_like"
+    "arange ascontiguousarray concatenate copyto einsum empty_like exp log matmul maximum ones "
+    "sqrt square stack tanh tri where zeros zeros_like"
 )
 for _name in NAMES.split():
     globals()[_name] = function(getattr(np, _name))
-inf, finfo = np.inf, np.finfo
+inf, finfo, float64 = np.inf, np.finfo, np.float64
+linalg = SimpleNamespace(norm=function(np.linalg.norm))
 
 
 def asarray(value, dtype=None):
@@ -459,7 +461,11 @@ cuda = SimpleNamespace(
     MemoryPool=get_default_memory_pool,
     using_allocator=lambda malloc: contextlib.nullcontext(malloc(512)),
     runtime=SimpleNamespace(
-        CUDA_R_32F=0, CUDA_R_64F=1, memcpyHostToDevice=1, memcpyAsync=memcpy_async
+        CUDA_R_32F=0,
+        CUDA_R_64F=1,
+        memcpyHostToDevice=1,
+        memcpyAsync=memcpy_async,
+        getDeviceCount=lambda: 1,
     ),
     cublas=SimpleNamespace(
         getVersion=lambda handle: VERSION * 10000,
