@@ -5,9 +5,12 @@ A program begins with `command_line.prepare()`. The import alone changes nothing
 
 import argparse
 import ctypes
+import difflib
+import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -17,10 +20,15 @@ from pathlib import Path
 from types import ModuleType
 
 BEST = Path("out/best.npz")  # the checkpoint that programs read by default
+# Names of nanoGPT's options that are not like ours.
+NANOGPT = {"--block-size": "--context", "--n-embd": "--d-model", "--learning-rate": "--lr"}
 
 
-def prepare() -> None:
+def prepare(name: str = "") -> None:
     """Settings of the process, before NumPy is imported. They do not change results.
+
+    A program gives its __name__. If it runs, it ends with one line if a package is missing, and
+    without a word at Ctrl-C until `short_errors` begins.
 
     BLAS gets one thread, because small matrices are not worth splitting. training.py splits
     the batch instead. glibc keeps freed memory, because getting it back from the system takes a
@@ -31,6 +39,12 @@ def prepare() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for option, size in ((-1, (1 << 31) - 1), (-2, 1 << 26), (-3, 1 << 25)) if mallopt else ():
         mallopt(option, size)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+    if name == "__main__":
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for package in ("numpy", "tqdm"):
+            if importlib.util.find_spec(package) is None:
+                sys.exit(f"{package} is missing: pip install -r requirements.txt")
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +58,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"grassmann {__version__}")
 
     def error(self, message: str) -> None:
+        if message.startswith("unrecognized arguments: -"):
+            word = message.split()[2].partition("=")[0].replace("_", "-")
+            near = difflib.get_close_matches(
+                NANOGPT.get(word, word), self._option_string_actions, 1
+            )
+            message += "".join(f"; did you mean {option}?" for option in near)
         if "expected one argument" in message:
             message += " (if it begins with a dash, write --option=-value)"
         shown = "".join(
@@ -106,6 +126,14 @@ def leave_quietly() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def can_print() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def short_errors(
     parser: Parser, where: object, memory: str = "not enough memory", stopped: str = ""
@@ -117,6 +145,8 @@ def short_errors(
     """
     from grassmann import UserError
 
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `prepare`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
         sys.stdout.flush()  # a full disk raises here
@@ -125,6 +155,9 @@ def short_errors(
     except BrokenPipeError:
         leave_quietly()
     except OSError as error:
+        if error.filename is None and not can_print():
+            where = "standard output"
+            leave_quietly()
         parser.error(f"{error.filename or where}: {error.strerror}")
     except MemoryError:
         parser.error(memory)

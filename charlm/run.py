@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,44 @@ from charlm.checkpoint import load_checkpoint, save_checkpoint
 from charlm.text import WRITTEN, Corpus, visible
 from charlm.training import SHARD_TOKENS, Training
 from grassmann import Config, Params, UserError, param_shapes, require
+
+
+@dataclass
+class Row:
+    """A row of log.csv."""
+
+    step: int
+    train_loss: float  # mean since the row before
+    val_loss: float | None  # at a validation
+    lr: float  # of the last step
+    grad_norm: float | None  # of the last step, before clipping; a GPU does not tell it
+    tokens_per_second: int | None  # of training so far
+    train_seconds: float  # in training steps so far, without validation, plot and sample
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    seconds: float = 0.0  # in training steps so far
+    recent: list = field(default_factory=list)  # training losses since the last row of the log
+    grad_norm: float | None = None  # of the last step
+    best: tuple[int, float] | None = None  # step and validation loss of best.npz
+    log: list[Row] = field(default_factory=list)
+
+
+@dataclass
+class Saved:
+    """What last.npz holds: what a run needs to go on."""
+
+    params: Params
+    optimizer: dict[str, Params]
+    config: Config
+    settings: dict
+    vocab: list[int]
+    text_sha256: str
+    at: Progress
 
 
 @dataclass
@@ -29,151 +68,168 @@ class Run:
     training: Training
     params: Params
     optimizer: dict[str, Params]
-    step: int = 0
-    seconds: float = 0.0  # of training so far
-    recent: list = field(default_factory=list)  # training losses since the last row of the log
-    best: list | None = None  # step and validation loss of best.npz
-    log: list[list] = field(default_factory=list)  # rows of log.csv
+    at: Progress
 
     def save(self, name: str) -> None:
         """Write best.npz, to sample from, or last.npz, for --resume; and log.csv.
 
         Raises UserError and OSError.
         """
-        settings = {
-            key: value for key, value in self.settings.items() if not hasattr(self.config, key)
-        }
         extra = {
             "vocab": self.corpus.vocab,
             "most_common": self.corpus.most_common,
-            "settings": settings,
+            "settings": {k: v for k, v in self.settings.items() if not hasattr(self.config, k)},
             "text_sha256": self.corpus.sha256,
-            "step": self.step,
-            "best": self.best,
+            "step": self.at.step,
+            "best": self.at.best and [*self.at.best],
         }
         if name == "last.npz":
+            extra |= self.optimizer
             extra |= {
-                **self.optimizer,
-                "seconds": self.seconds,
-                "log": self.log,
+                "seconds": self.at.seconds,
+                "log": [[*astuple(row)] for row in self.at.log],
                 "recent": self.losses(),
+                "grad_norm": self.at.grad_norm,
             }
-        if processes.rank == 0:
+        if processes.world().rank == 0:
             save_checkpoint(self.out / name, self.params, self.config, **extra)
-            rows = [["step", "train_loss", "val_loss", "lr", "seconds"], *self.log]
-            lines = [",".join("" if cell is None else str(cell) for cell in row) for row in rows]
-            (self.out / "log.csv.tmp").write_text(
-                "\n".join([*lines, ""]), encoding="ascii", newline="\n"
-            )
-            (self.out / "log.csv.tmp").replace(self.out / "log.csv")
+            self.write_log()
+
+    def write_log(self) -> None:
+        """Write log.csv. Raises OSError, and then the old file is still there."""
+        lines = [",".join(f.name for f in fields(Row))]
+        for row in self.at.log:
+            lines.append(",".join("" if cell is None else str(cell) for cell in astuple(row)))
+        unfinished = self.out / "log.csv.tmp"
+        try:
+            unfinished.write_text("\n".join([*lines, ""]), encoding="ascii", newline="\n")
+            unfinished.replace(self.out / "log.csv")
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def losses(self) -> list[float]:
         """The training losses since the last row of the log, as numbers.
 
         Waits for a GPU. Raises UserError.
         """
-        if self.recent:
+        if self.at.recent:
             array = self.model.np
-            self.recent = array.stack([array.asarray(loss) for loss in self.recent]).tolist()
-        require(
-            all(map(math.isfinite, self.recent)),
-            f"the loss became {(self.recent or [0])[-1]} before step "
-            f"{self.step}: lower --lr; {self.out / 'last.npz'} is the last good checkpoint",
-        )
-        return self.recent
+            losses = [array.asarray(loss) for loss in self.at.recent]
+            self.at.recent = array.stack(losses).tolist()
+        last = self.out / "last.npz"
+        for loss in self.at.recent:
+            became = f"the loss became {loss} before step {self.at.step}"
+            advice = f"{self.too_high()}; {last} is the last good checkpoint"
+            require(math.isfinite(loss), f"{became}: {advice}")
+        return self.at.recent
+
+    def too_high(self) -> str:
+        """What to do if the numbers grow beyond all bounds."""
+        # A step multiplies matrices by 1 - lr weight_decay.
+        shrunk = self.training.lr * self.training.weight_decay
+        return "lower --weight-decay" if shrunk > 1 else "lower --lr"
 
     def plot(self) -> str:
-        """Write loss.png.
-
-        Returns "", or a line that says why not: a user's matplotlib can fail in many ways.
-        """
+        """Write loss.png. Returns "", or why not: a user's matplotlib can fail in many ways."""
         try:
+            logging.getLogger("matplotlib").setLevel(logging.ERROR)  # not about its cache
             from matplotlib.figure import Figure
 
-            figure = Figure(figsize=(7, 4.2), layout="constrained")
-            axes = figure.subplots()
-            for k, name, style in (1, "training", "-"), (2, "validation", "o-"):
-                points = [(row[0], row[k]) for row in self.log if row[k] is not None]
-                axes.plot(*zip(*points, strict=True), style, label=name, lw=0.8, ms=3)
-            axes.axhline(self.best[1], color="gray", ls=":", label=f"best {self.best[1]:.3f}")
-            axes.set(xlabel="step", ylabel="loss (nats per character)")
-            axes.set_ylim(
-                top=1.05 * max(row[1] for row in self.log[len(self.log) // 20 :])
-            )  # not the fall at first
+            log, last = self.at.log, self.at.log[-1]
+            validated = [row for row in log if row.val_loss is not None]
+            best = self.at.best[1] if self.at.best else last.val_loss
+            steps = [row.step for row in log]
+            trained = [row.train_loss for row in log]
+            figure = Figure(figsize=(7, 6.5), layout="constrained")
+            axes, whole = figure.subplots(2, sharex=True, height_ratios=[3, 1])
+            axes.plot(steps, trained, label="training", lw=0.8)
+            val_steps, val_losses = zip(
+                *[(row.step, row.val_loss) for row in validated], strict=True
+            )
+            axes.plot(val_steps, val_losses, "o-", label="validation", lw=0.8, ms=3)
+            axes.axhline(best, color="gray", ls=":", label=f"best {best:.3f}")
+            axes.set(ylabel="loss (nats per character)")
+            axes.set_ylim(top=1.05 * max(trained[len(log) // 20 :]))  # not the fall at first
             axes.legend(frameon=False)
+            whole.plot(steps, trained, lw=0.8)
+            whole.set(xlabel="step", ylabel="training loss")
+            rates = whole.twinx()
+            rates.plot(steps, [row.lr for row in log], color="gray", ls=":")
+            rates.set(ylabel="learning rate (dotted)")
             figure.savefig(self.out / "loss.png", dpi=130)
             return ""
+        except ImportError as error:
+            return f"\nno loss.png: {error}: pip install -r requirements.txt"
         except Exception as error:
             return f"\nno loss.png: {type(error).__name__}: {' '.join(str(error).split()):.100}"
 
 
-def read_run(model: ModuleType, last: Path) -> dict:
+def read_run(model: ModuleType, last: Path) -> Saved:
     """What last.npz holds. Raises UserError and OSError."""
     require(last.exists(), f"nothing to resume: {last} does not exist")
     params, config, extra = load_checkpoint(last, getattr(model, "Flat", dict))
     try:
-        settings, best = extra["settings"], extra["best"]
-        Training(**{f.name: settings[f.name] for f in fields(Training)})
-        require(
-            0 <= extra["step"] < 1e18
-            and settings["eval_every"] >= 1
-            and "adam_m" in extra
-            and "adam_v" in extra,
-            "",
+        settings = extra["settings"]
+        step, seconds, best = extra["step"], float(extra["seconds"]), extra["best"]
+        require(0 <= step < 1e18 and settings["eval_every"] >= 1, "")
+        if best is not None:
+            best = int(best[0]), float(best[1])
+        norm = extra.get("grad_norm")  # version 3.0 did not have it
+        at = Progress(
+            step=int(step),
+            seconds=seconds,
+            recent=[float(loss) for loss in extra["recent"]],
+            grad_norm=norm if norm is None else float(norm),
+            best=best if last.with_name("best.npz").exists() else None,
+            log=[read_row(cells) for cells in extra["log"]],
         )
-        extra |= {
-            "params": params,
-            "config": config,
-            "step": int(extra["step"]),
-            "seconds": float(extra["seconds"]),
-            "settings": settings | {f.name: getattr(config, f.name) for f in fields(Config)[1:]},
-            "recent": [float(loss) for loss in extra["recent"]],
-            "best": [int(best[0]), float(best[1])] if best else None,
-            "log": [
-                [
-                    int(step),
-                    float(loss),
-                    val if val is None else float(val),
-                    float(rate),
-                    float(seconds),
-                ]
-                for step, loss, val, rate, seconds in extra["log"]
-            ],
-        }
         "".join([extra["text_sha256"], *(settings["data"] or ())])  # fails unless they are strings
+        optimizer = {name: extra[name] for name in ("adam_m", "adam_v")}
+        Training(**{f.name: settings[f.name] for f in fields(Training)})
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
         raise UserError(
             f"{last} cannot be resumed: settings or progress are missing or make no sense"
         ) from None
-    return extra if last.with_name("best.npz").exists() else extra | {"best": None}
+    settings |= {f.name: getattr(config, f.name) for f in fields(Config)[1:]}
+    return Saved(params, optimizer, config, settings, extra["vocab"], extra["text_sha256"], at)
+
+
+def read_row(cells: list) -> Row:
+    """A row of the log in last.npz. Raises TypeError, ValueError and ArithmeticError."""
+    step, train_loss, val_loss, lr, *rest = cells
+    norm, pace, seconds = rest if len(rest) == 3 else (None, None, *rest)  # as in version 3.0
+    losses = float(train_loss), known(val_loss)
+    return Row(int(step), *losses, float(lr), known(norm), known(pace), float(seconds))
+
+
+def known(value: object) -> float | None:
+    """None, or a number as JSON has it. Raises TypeError."""
+    if not (value is None or isinstance(value, (int, float))):
+        raise TypeError(value)
+    return value
 
 
 def check_memory(config: Config, batch_size: int, threads: int) -> None:
-    """Raises UserError, before anything is allocated, if the run needs more memory than the
-    machine has."""
+    """Does the run need more memory than the machine has? Nothing is allocated yet.
+
+    Raises UserError.
+    """
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    here = processes.world()
     n_params = sum(math.prod(shape) for shape in param_shapes(config).values())
-    tokens = min(
-        math.ceil(batch_size / processes.size) * config.context,
-        threads * max(SHARD_TOKENS, config.context),
-    )
-    of_mixer = (
-        4 * config.n_head * config.context if config.mixer == "attention" else 3 * config.rank**2
-    )
-    per_token = (
-        config.n_layer * (16 * config.d_model + 6 * config.d_ff + of_mixer) + 4 * config.vocab_size
-    )
-    needed = (
-        4e-9
-        * processes.local_size
-        * (n_params * (5 + threads) + tokens * per_token + 4 * batch_size * config.context)
-    )
-    if hasattr(os, "sysconf"):  # not Windows
-        has = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        require(
-            needed <= has,
-            f"needs {needed:.1f} GB of memory (here {has:.1f}): "
-            "lower --batch-size, --d-model, --threads",
-        )
+    of_mixer = 3 * config.rank**2
+    if config.mixer == "attention":
+        of_mixer = 4 * config.n_head * config.context
+    of_layer = 16 * config.d_model + 6 * config.d_ff + of_mixer
+    per_token = config.n_layer * of_layer + 4 * config.vocab_size
+    rows = math.ceil(batch_size / here.size)
+    tokens = min(rows * config.context, threads * max(SHARD_TOKENS, config.context))
+    numbers = n_params * (5 + threads) + tokens * per_token + 4 * batch_size * config.context
+    needed = 4e-9 * here.local_size * numbers
+    has = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lower = "lower --batch-size, --d-model, --threads"
+    require(needed <= has, f"needs {needed:.1f} GB of memory (here {has:.1f}): {lower}")
 
 
 def lock(out: Path) -> None:
@@ -181,13 +237,13 @@ def lock(out: Path) -> None:
 
     Raises UserError.
     """
+    if processes.world().rank > 0:
+        return
     try:
         import fcntl
 
-        if (
-            processes.rank == 0
-        ):  # the folder is never closed, so that the lock ends with the process
-            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder = os.open(out, os.O_RDONLY)  # never closed: the lock ends with the process
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another run is writing into {out}; give this run another --out") from None
     except (ImportError, OSError):
@@ -196,21 +252,18 @@ def lock(out: Path) -> None:
 
 def set_aside(out: Path) -> None:
     """Move an earlier run to out/previous-N. Raises UserError if other files are in the way."""
-    found = [name for name in WRITTEN if (out / name).exists()] if processes.rank == 0 else []
-    if "best.npz" in found or "last.npz" in found:
-        folder = next(
-            path for k in itertools.count(1) if not (path := out / f"previous-{k}").exists()
-        )
-        folder.mkdir()
-        for name in found:
-            (out / name).rename(folder / name)
-        print(
-            visible(
-                f"the earlier run in {out} is now in {folder} (--resume would have gone on with it)"
-            )
-        )
-    else:
-        require(
-            not {"log.csv", "loss.png"} & {*found},
-            f"{out} has a log.csv or loss.png, but no run; give another --out",
-        )
+    if processes.world().rank > 0:
+        return
+    found = [out / name for name in WRITTEN if (out / name).exists()]
+    names = {path.name for path in found}
+    if not names & {"best.npz", "last.npz"}:
+        strange = f"{out} has a log.csv or loss.png, but no run; give another --out"
+        require(not names & {"log.csv", "loss.png"}, strange)
+        return
+    folders = (out / f"previous-{k}" for k in itertools.count(1))
+    folder = next(path for path in folders if not path.exists())
+    folder.mkdir()
+    for path in found:
+        path.rename(folder / path.name)
+    moved = f"the earlier run in {out} is now in {folder}"
+    print(visible(f"{moved} (--resume would have gone on with it)"))

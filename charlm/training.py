@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from grassmann import Array, Config, Params, require
 
 # About so many tokens a thread computes at once, and at least one row. It limits the memory.
 SHARD_TOKENS = 4096
+WORKER = "in_threads"  # the first part of a thread's name
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Training:
                 f"{name} must be {least} or more and {'whole' if whole else 'finite'}, "
                 f"not {value!r}",
             )
+        if self.min_lr is not None:
+            higher = f"min_lr, {self.min_lr}, is higher than lr, {self.lr}"
+            require(self.min_lr <= self.lr, higher)
 
     def rate(self, step: int) -> float:
         """The learning rate: linear up to lr, then half a cosine down to min_lr."""
@@ -59,34 +65,25 @@ def train_step(
     training: Training,
     optimizer: dict[str, Params],
     step: int,
-    tokens: Array,
+    tokens: Array | Callable[[int], tuple[Array, Array]],
     threads: int = 1,
-) -> float:
-    """One step, in place, on the batch that (seed, step) draws from tokens. Returns the loss."""
-    if hasattr(model, "train_step"):  # gpu.py records the whole step as one graph
-        return model.train_step(params, config, training, optimizer, step, tokens)
-    x, y = model.get_batch(tokens, training.batch_size, config.context, training.seed, step)
-    return step_on_batch(model, params, config, training, optimizer, step, x, y, threads)
+) -> tuple[float, float | None]:
+    """One step, in place. Returns the loss and the norm of the gradient before clipping.
 
-
-def step_on_batch(
-    model: ModuleType,
-    params: Params,
-    config: Config,
-    training: Training,
-    optimizer: dict[str, Params],
-    step: int,
-    x: Array,
-    y: Array,
-    threads: int = 1,
-) -> float:
-    """One step on the batch x, y (B, L), in place: gradients, clipping, AdamW. Returns the loss."""
+    (seed, step) draws the batch from `tokens` (T). Instead of tokens there may be a function from
+    the step to a batch x, y (B, L). gpu.py records the whole step as one graph, without the norm.
+    """
     t = training
+    if callable(tokens):
+        x, y = tokens(step)
+    elif hasattr(model, "train_step"):
+        return model.train_step(params, config, t, optimizer, step, tokens), None
+    else:
+        x, y = model.get_batch(tokens, t.batch_size, config.context, t.seed, step)
     loss, grads = loss_and_grads(model, params, config, x, y, (t.seed, step), threads)
-    if t.grad_clip:
-        model.clip_grads(grads, t.grad_clip)
+    norm = model.clip_grads(grads, t.grad_clip or math.inf)
     model.adamw_step(params, grads, optimizer, step, t.rate(step), weight_decay=t.weight_decay)
-    return loss
+    return loss, norm
 
 
 def loss_and_grads(
@@ -129,15 +126,21 @@ def loss_and_grads(
 def pool(threads: int) -> ThreadPoolExecutor:
     """A pool of threads, made once.
 
-    A thread waits 0.1 ms for the interpreter lock, not 5 ms (a dozen operations).
+    A thread waits 0.1 ms for the interpreter lock, not 5 ms, which is a dozen array operations.
     """
     sys.setswitchinterval(1e-4)
-    return ThreadPoolExecutor(threads)
+    if hasattr(os, "register_at_fork"):  # a forked process has the pool, but none of its threads
+        os.register_at_fork(after_in_child=pool.cache_clear)
+    return ThreadPoolExecutor(threads, WORKER)
 
 
 def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
     """map(function, items) on several threads.
 
-    They run in parallel, since NumPy releases the interpreter lock.
+    They run in parallel, since NumPy releases the interpreter lock. Within such a thread it is a
+    plain map, because the pool may have no thread left.
     """
-    return pool(threads).map(function, items) if threads > 1 else map(function, items)
+    inside = threading.current_thread().name.startswith(WORKER)
+    if threads <= 1 or inside:
+        return map(function, items)
+    return pool(threads).map(function, items)
