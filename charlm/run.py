@@ -158,10 +158,10 @@ class Run:
             rates.set(ylabel="learning rate (dotted)")
             figure.savefig(self.out / "loss.png", dpi=130)
             return ""
-        except ImportError as error:
-            return f"\nno loss.png: {error}: pip install -r requirements.txt"
         except Exception as error:
-            return f"\nno loss.png: {type(error).__name__}: {' '.join(str(error).split()):.100}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.100}"
+            advice = "; pip install -r requirements.txt" * isinstance(error, ImportError)
+            return f"\nno loss.png: {reason}{advice}"
 
 
 def read_run(model: ModuleType, last: Path) -> Saved:

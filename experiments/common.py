@@ -10,7 +10,7 @@ import numpy as np
 
 import grassmann
 from charlm import processes
-from charlm.training import step_on_batch, train_step
+from charlm.training import train_step
 
 
 class Learner:
@@ -36,11 +36,7 @@ class Learner:
     def step(self):
         """Make one step. Returns the loss before it."""
         state = self.model, self.params, self.config, self.training, self.optimizer, self.k
-        if callable(self.text):
-            x, y = self.text(self.k)
-            loss = step_on_batch(*state, x, y, self.threads)
-        else:
-            loss = train_step(*state, self.text, self.threads)
+        loss, _ = train_step(*state, self.text, self.threads)
         self.k += 1
         return loss
 

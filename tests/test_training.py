@@ -208,17 +208,17 @@ def test_a_step_is_batch_gradients_clipping_rate_adamw(tiny_model, text, changes
     t = Training(**USUAL | changes)
     params, config = tiny_model(dropout=0.2)
     optimizer = G.adamw_init(params)
-    loss = training.train_step(G, params, config, t, optimizer, step, text, threads=2)
+    loss, norm = training.train_step(G, params, config, t, optimizer, step, text, threads=2)
 
     expected, _ = tiny_model()
     other = G.adamw_init(expected)
     x, y = G.get_batch(text, t.batch_size, config.context, t.seed, step)
     seed = (t.seed, step)
     other_loss, grads = training.loss_and_grads(G, expected, config, x, y, seed, threads=2)
-    if t.grad_clip:
-        G.clip_grads(grads, t.grad_clip)
+    other_norm = G.clip_grads(grads, t.grad_clip or math.inf)
     G.adamw_step(expected, grads, other, step, t.rate(step), weight_decay=t.weight_decay)
     assert loss == other_loss
+    assert norm == other_norm
     for name in params:
         np.testing.assert_array_equal(params[name], expected[name])
         np.testing.assert_array_equal(optimizer["adam_v"][name], other["adam_v"][name])
@@ -228,12 +228,13 @@ def test_a_module_may_have_a_step_of_its_own(tiny_model, text):
     own = SimpleNamespace(train_step=lambda *args: args)
     params, config = tiny_model()
     given = (params, config, Training(), {}, 3, text)
-    assert training.train_step(own, *given) == given
+    assert training.train_step(own, *given) == (given, None)
 
 
 WRONG = [
     ("lr must be 0 or more and finite, not -1", {"lr": -1}),
     ("lr must be", {"lr": math.nan}),
+    ("min_lr, 0.2, is higher than lr, 0.1", {"lr": 0.1, "min_lr": 0.2}),
     ("lr must be 0 or more and finite, not None", {"lr": None}),
     ("seed must be", {"seed": 2.5}),
     ("iters must be 1 or more and whole", {"iters": 0}),

@@ -147,8 +147,7 @@ def test_a_run_is_training_by_hand(changes):
     optimizer = grassmann.adamw_init(params)
     curve = []
     for step in range(40):
-        x, y = grassmann.get_batch(tokens[:800], 4, 8, 3, step)
-        training.step_on_batch(grassmann, params, config, pace, optimizer, step, x, y)
+        training.train_step(grassmann, params, config, pace, optimizer, step, tokens[:800])
         if step in (19, 39):
             curve.append([step + 1, grassmann.validation_loss(params, config, tokens[800:860])])
     assert result["curve"] == curve

@@ -32,15 +32,15 @@ MODEL = ["--context", "8", "--n-layer", "2", "--d-model", "8", "--rank", "3", "-
 
 
 def log_lines(folder: Path) -> list[str]:
-    """The lines of log.csv without their last column, the seconds."""
-    return [line.rpartition(",")[0] for line in (folder / "log.csv").read_text().splitlines()]
+    """The lines of log.csv without the last two columns, which are times."""
+    return [line.rsplit(",", 2)[0] for line in (folder / "log.csv").read_text().splitlines()]
 
 
 def contents(checkpoint: Path) -> dict:
-    """Everything in a checkpoint except the seconds, with arrays as bytes."""
+    """Everything in a checkpoint except times, with arrays as bytes."""
     params, config, extra = load_checkpoint(checkpoint)
     everything = extra | {"param": params, "config": config, "seconds": None}
-    everything["log"] = [row[:-1] for row in extra.get("log", [])]
+    everything["log"] = [row[:-2] for row in extra.get("log", [])]
     for key in {"param", "adam_m", "adam_v"} & everything.keys():
         everything[key] = {name: a.tobytes() for name, a in everything[key].items()}
     return everything
@@ -49,7 +49,7 @@ def contents(checkpoint: Path) -> dict:
 def differences(one: Path, other: Path) -> list[str]:
     """The files and keys in which two finished runs differ by a bit.
 
-    Only the seconds may differ.
+    Only times may differ.
     """
     found = [] if log_lines(one) == log_lines(other) else ["log.csv"]
     for name in ("best.npz", "last.npz"):

@@ -20,6 +20,7 @@ from charlm.checkpoint import load_checkpoint
 from charlm.text import decode, encode, vocabulary
 from grassmann import Config, generate, validation_loss
 
+LOG = "step train_loss val_loss lr grad_norm tokens_per_second train_seconds".split()
 FILES = ["best.npz", "last.npz", "log.csv", "loss.png"]
 HOSTILE = "\x1b[2J\u202e"  # clears a screen and turns the direction of writing
 
@@ -44,19 +45,19 @@ def test_a_run_leaves_a_log_a_picture_and_a_sample(trained, text):
     assert sorted(file.name for file in out.iterdir()) == FILES
     header, *rows = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
     rate = train_char.Training(iters=30, lr=0.1, warmup_iters=0).rate
-    assert header == ["step", "train_loss", "val_loss", "lr", "seconds"]
+    assert header == LOG
     assert [(row[0], bool(row[2])) for row in rows] == [
         ("10", False),
         ("15", True),
         ("20", False),
         ("30", True),
     ]
-    for step, train_loss, _, lr, seconds in rows:
-        assert (
-            float(lr) == rate(int(step) - 1)
-            and 0 < float(train_loss) < 4
-            and 0 < float(seconds) < 100
-        )
+    for step, train_loss, _, lr, norm, pace, seconds in rows:
+        assert float(lr) == rate(int(step) - 1)
+        assert 0 < float(train_loss) < 4
+        assert 0 < float(norm) < 100
+        assert int(pace) > 0
+        assert 0 < float(seconds) < 100
     picture = matplotlib.image.imread(out / "loss.png")
     assert len(np.unique(picture.reshape(-1, 4), axis=0)) > 10  # not an empty page
     head, written = printed.split("A sample:\n\n")
@@ -300,8 +301,15 @@ def test_bad_texts(call, refused, tmp_path, monkeypatch, name, make, message):
         ("--threads -1", "--threads"),
         ("--iters 1.5", "1.5"),
         ("--eval-every 0", "--eval-every"),
-        (f"--warmup-iters 1{'0' * 400}", "warmup_iters"),
-        ("stray", "stray"),
+        (f"--warmup-iters 1{'0' * 400}", "too large"),
+        ("--warmup-iters 6", "--warmup-iters 6 is longer than the run, --iters 5"),
+        ("--min-lr 1", "min_lr, 1.0, is higher than lr"),
+        ("--batch_size 4", "did you mean --batch-size?"),
+        ("--max-iters 4", "did you mean --iters?"),
+        ("--block_size=4", "did you mean --context?"),
+        (f"--d-model 1{'0' * 400}", "too large"),
+        ("--out=", "needs the name of a folder"),
+        ("stray", "cannot read"),
         ("--data ", "--data needs the name"),
         ("--precision tf32", "--gpu"),
         ("--preset huge", "choose from"),
@@ -351,7 +359,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(call, refused, tmp_path, ever
         "--eval-every"
     )
     sentence = refused(call("train_char.py", *diverging.split(), every, "--out", tmp_path))
-    step = re.search(r"(?:at|before) step (\d+): lower --lr", sentence)
+    step = re.search(r"(?:at|before) step (\d+): lower --weight-decay", sentence)
     assert step and load_checkpoint(tmp_path / "last.npz")[2]["step"] < int(step[1])
     assert (
         np.isfinite(validated(tmp_path / "last.npz"))
