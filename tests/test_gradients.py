@@ -99,15 +99,3 @@ def test_model(tiny_model, batch, check_gradients, variant, L, request):
     for other in (None, 5, (5, 2)):
         assert value != loss(other)
     check_gradients(request.node.name, loss, params, grads)
-
-
-def test_gradients_belong_to_the_caller(tiny_model, batch, variant):
-    """A later call on other data does not overwrite earlier gradients or the parameters."""
-    params, config = tiny_model(**variant, positions=True)
-    _, grads = G.loss_and_grads(params, config, *batch(4))
-    arrays = [*params.values(), *grads.values()]
-    before = [a.copy() for a in arrays]
-    _, others = G.loss_and_grads(params, config, *batch(4, seed=3))
-    for a, kept in zip(arrays, before, strict=True):
-        np.testing.assert_array_equal(a, kept)
-        assert not any(np.shares_memory(a, other) for other in others.values())

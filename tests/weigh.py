@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TOKENS = {
     "grassmann.py": 8_200,
-    # 17,500 for what the programs can do today, and 2,000 for what they are to learn
     "grassmann.py train_char.py sample.py charlm/*.py": 19_500,
     "gpu.py gpu_kernels/*.py": 7_000,
     "experiments/*.py": 25_000,
@@ -63,13 +62,6 @@ def prose(page: str) -> str:
     return re.sub(r"^```.*?^```\n", "", text, flags=re.S | re.M)
 
 
-def parentheses(page: str) -> int:
-    """How many sentences of 1,000 have a parenthesis, without tables, formulas, code and links."""
-    text = re.sub(r"^\|.*$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)", "", prose(page), flags=re.M)
-    sentences = re.split(r"(?<=[.?!:])\s", text)
-    return 1000 * sum("(" in sentence for sentence in sentences) // len(sentences)
-
-
 def files(patterns: str) -> list[Path]:
     return [path for pattern in patterns.split() for path in sorted(ROOT.glob(pattern))]
 
@@ -94,8 +86,6 @@ def rows() -> Iterator[tuple[float, float, str]]:
     yield max(map(len, kernels)), 100, "columns of kernels.cu"
     for page, most in WORDS.items():
         yield len(prose(page).split()), most, f"words of {page} outside code blocks"
-    share = parentheses("tutorial.md")
-    yield share, 125, "sentences in 1,000 of tutorial.md with a parenthesis"
 
 
 def main() -> int:
