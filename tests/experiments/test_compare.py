@@ -468,102 +468,90 @@ def page(name: str) -> str:
     return (RESULTS.parent.parent / name).read_text(encoding="utf-8")
 
 
-def test_the_losses_that_the_laboratory_shows_are_those_of_the_results(
-    name="experiments/README.md",
-):
-    """Rows of models stand in compare.md; a setting has the losses of the models above."""
+def test_the_losses_that_the_laboratory_shows_are_those_of_the_results():
+    """A row of a model stands in compare.md, without some of its columns."""
     known = [{*row} for section in SECTIONS for row in table(section)]
-    for start in re.finditer(
-        r"^\| (model \| (learning|test)|model, by|setting)", page(name), re.MULTILINE
-    ):
-        (corner, *models), *rows = table(page(name)[start.start() :])
-        assert corner == "setting" or all(any({*cells} <= row for row in known) for cells in rows)
-        for setting, *cells in rows * (corner == "setting"):
-            told = {row[0]: row[-6].split() for row in results(f"{setting}\n")}
-            seeds = "3" if told["Grassmann"][1:] else "1"
-            assert cells == [seeds, *(told.get(model, [""])[0] for model in models[1:])], setting
+    text = page("experiments/README.md")
+    for start in re.finditer(r"^\| (model \| (learning|test)|model, by)", text, re.MULTILINE):
+        _, *rows = table(text[start.start() :])
+        for cells in rows:
+            assert any({*cells} <= row for row in known), cells
+
+
+def test_a_setting_that_the_laboratory_shows_has_the_losses_of_the_models_above():
+    (_, _, *models), *rows = table(page("experiments/README.md"), "setting .*")
+    for setting, seeds, *cells in rows:
+        told = {row[0]: row[-6].split() for row in results(f"{setting}\n")}
+        assert seeds == ("3" if told["Grassmann"][1:] else "1"), setting
+        assert cells == [told.get(model, [""])[0] for model in models], setting
+
+
+TAPPED = "attention with taps and our gate"
+CONVOLUTION = "convolution with our gate"
+PERCENTAGES = [  # of the first model against the second
+    ("README.md", r"perplexity is (\d+)% below", "Grassmann", "attention"),
+    ("README.md", r"first weights\) is (\d+)% behind", TAPPED, "Grassmann"),
+    ("README.md", r"behind, a convolution (\d+)%", CONVOLUTION, "Grassmann"),
+    ("experiments/README.md", r"perplexity (\d+)% lower", "Grassmann", "attention"),
+    ("experiments/README.md", r"parts is (\d+)% behind", TAPPED, "Grassmann"),
+]
+
+
+@pytest.mark.parametrize("name, sentence, model, other", PERCENTAGES)
+def test_the_percentages_of_a_page_are_those_of_the_results(name, sentence, model, other):
+    losses = [float(loss(label, "1. ", "2. ", "3. ")) for label in (model, other)]
+    gap = math.exp(losses[0] - losses[1]) - 1
+    assert f"{100 * abs(gap):.0f}" == re.search(sentence, page(name))[1]
+
+
+def test_the_page_on_the_dispute_has_our_losses_and_gaps():
+    shown = {model: cells for model, *cells in table(page("docs/dispute.md"))[1:]}
+    for k, question in enumerate(q for q in QUESTIONS if q.number == 10):
+        for section in SECTIONS:
+            if section.startswith(f"10. {question.title}\n") and "gap to attention" in section:
+                for model, *cells in table(section)[1:]:
+                    assert shown[model][2 * k : 2 * k + 2] == [cells[2], cells[-1]]
+
+
+def test_how_far_ahead_and_behind_the_readme_says():
+    sentence = r"(\d+) to (\d+)% ahead\b.*? (\d+) to (\d+)% behind"
+    rows = table(page("docs/dispute.md"))[2:]
+    for k, told in enumerate(re.findall(sentence, page("README.md"))):
+        gaps = sorted(float(row[2 * k + 2][:-1]) for row in rows if " x " not in row[0])
+        assert [f"{abs(gaps[n]):.0f}" for n in (1, 0, 2, 3)] == [*told]
+
+
+def test_the_gaps_of_others_follow_from_their_losses():
+    for *_, attention, ours, gap in table(page("docs/dispute.md"), "who .*")[1:]:
+        if gap:
+            expected = 100 * (float(ours) / float(attention) - 1)
+            assert gap == f"{expected:+.1f}%"
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence", "model", "other"),
-    [
-        ("README.md", r"perplexity is (\d+)% below a plain Transformer", "Grassmann", "attention"),
-        (
-            "README.md",
-            r"first weights\) is (\d+)% behind",
-            "attention with taps and our gate",
-            "Grassmann",
-        ),
-        ("README.md", r"behind, a convolution (\d+)%", "convolution with our gate", "Grassmann"),
-        ("experiments/README.md", r"perplexity (\d+)% lower", "Grassmann", "attention"),
-        (
-            "experiments/README.md",
-            r"parts is (\d+)% behind",
-            "attention with taps and our gate",
-            "Grassmann",
-        ),
-    ],
+    "corner, section",
+    [("contestant", "1. "), ("features", "2. "), ("layer", "10. The dispute\n")],
 )
-def test_the_percentages_of_a_page_are_those_of_the_results(name, sentence, model, other):
-    losses = [float(loss(label, "1. ", "2. ", "3. ")) for label in (model, other)]
-    assert (
-        f"{100 * abs(math.exp(losses[0] - losses[1]) - 1):.0f}"
-        == re.search(sentence, page(name))[1]
-    )
+def test_the_losses_in_the_tutorial_are_those_of_the_results(corner, section):
+    for model, *_, told in table(page("tutorial.md"), corner)[1:]:
+        assert told == loss(model, section)
 
 
-def test_the_page_on_the_dispute_is_that_of_the_results():
-    """Our losses, and the gaps of others from the lines of published.csv."""
-    dispute = page("docs/dispute.md")
-    sentences = re.findall(r"(\d+) to (\d+)% ahead\b.*? (\d+) to (\d+)% behind", page("README.md"))
-    for k, (question, told) in enumerate(
-        zip((q for q in QUESTIONS if q.number == 10), sentences, strict=True)
-    ):
-        done = {
-            row[0]: [row[3], row[-1]]
-            for each in SECTIONS
-            if each.startswith(f"10. {question.title}\n")
-            for row in table(each)[1:]
-            if "gap to attention" in each
-        }
-        assert done == {
-            model: cells for model, *row in table(dispute)[1:] if (cells := row[2 * k : 2 * k + 2])
-        }
-        gaps = sorted(
-            float(row[2 * k + 2][:-1]) for row in table(dispute)[2:] if " x " not in row[0]
-        )
-        assert [f"{abs(gaps[n]):.0f}" for n in (1, 0, 2, 3)] == [*told]
-    lines = [
-        line.split(",")
-        for line in (RESULTS / "published.csv").read_text(encoding="utf-8").splitlines()[1:]
-    ]
-    gaps = {
-        (a, g): f"{100 * (float(g) / float(a) - 1):+.1f}%" if drawn else ""
-        for drawn, *_, a, g in lines
-    }
-    assert all(gap == gaps[a, g] for *_, a, g, gap in table(dispute, "who .*")[1:])
+def test_the_losses_on_the_bible_are_those_of_the_results():
+    (_, *models), *rows = table(page("tutorial.md"), "King James Bible")
+    for setting, *cells in rows:
+        size = setting.removesuffix(", 2,000 steps")
+        for model, told in zip(models, cells, strict=True):
+            assert told == loss(model, (f"5. {size}\n", f"5. {size}, rates"))
 
 
-def test_what_the_tutorial_compares_is_that_of_the_results():
-    """Losses by model or by number of steps, accuracies by distance or number of keys."""
-    for corner, section in (
-        ("contestant", "1. "),
-        ("features", "2. "),
-        ("layer", "10. The dispute\n"),
-    ):
-        assert all(
-            row[-1] == loss(row[0], section) for row in table(page("tutorial.md"), corner)[1:]
-        )
-    (_, *models), *rows = table(lesson := page("tutorial.md"), "King James Bible")
-    for size, *cells in ((row[0].removesuffix(", 2,000 steps"), *row[1:]) for row in rows):
-        assert cells == [loss(model, (f"5. {size}\n", f"5. {size}, rates")) for model in models]
-    for section, corner, where in (
-        ("8. ", r"model \| 1 to 2", lesson),
-        ("9. ", r"model \| 2 keys", page("docs/bivector.md")),
-    ):
-        shown, *rows = table(where, corner)
-        names, *known = results(section)
-        told = {row[1]: dict(zip(names, row, strict=True)) for row in known}
-        assert all(
-            cells == [told[label][name].split()[0] for name in shown[1:]] for label, *cells in rows
-        )
+@pytest.mark.parametrize(
+    "name, corner, section",
+    [("tutorial.md", r"model \| 1 to 2", "8. "), ("docs/bivector.md", r"model \| 2 keys", "9. ")],
+)
+def test_accuracies_on_a_page_are_those_of_the_results(name, corner, section):
+    (_, *groups), *rows = table(page(name), corner)
+    names, *known = results(section)
+    told = {row[1]: dict(zip(names, row, strict=True)) for row in known}
+    for model, *cells in rows:
+        assert cells == [told[model][group].split()[0] for group in groups]
