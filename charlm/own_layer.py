@@ -1,60 +1,65 @@
-"""Three questions to ask of a mixing layer of your own, and the loader for its file.
+"""A mixing layer of your own: its file is loaded, and three questions are asked of it.
 
 Are its gradients right? Does it return the same token by token as all at once? Does it see the
 future? docs/my_layer.py is such a file.
 """
 
 import hashlib
+import importlib.util
+import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 import grassmann as G
+
+PARTS = ("forward", "backward", "shapes")  # section 12 of the tutorial says what they are
+
+# ---- loading -------------------------------------------------------------------------------------
 
 
 def load_layer(path: str | Path) -> str:
     """Run the file and add its layer to G.MIXERS. Returns the layer's name.
 
     The name is file and hash, "my_layer.py#1a2b3c4d". A Config of this mixer, and so a checkpoint,
-    fits only this file, unchanged. Raises UserError.
+    fits only this file, unchanged. The layer may import files beside it. Raises UserError.
     """
-    path = Path(path)
-    G.require(
-        path.suffix == ".py" and path.is_file(),
-        f"a layer is a Python file, and there is no such file: {path}",
-    )
-    content, module = path.read_bytes(), ModuleType(path.stem)
+    path = Path(path).absolute()
+    is_file = path.suffix == ".py" and path.is_file()
+    G.require(is_file, f"a layer is a Python file, and there is no such file: {path.name}")
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_{digest}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for it there
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # at the end, where it hides no other module
     try:
-        exec(
-            compile(content, path, "exec"), vars(module)
-        )  # not imported, so that the hashed bytes are what runs
+        exec(compile(content, path, "exec"), vars(module))  # the bytes with this hash
     except Exception as error:
-        lines = [
-            f", line {at.lineno}"
-            for at in traceback.extract_tb(error.__traceback__)
-            if at.filename == str(path)
-        ]
-        raise G.UserError(
-            f"{path}{''.join(lines[-1:])}: {type(error).__name__}: {error}"
-        ) from error
-    for part in (
-        parts := ("forward", "backward", "shapes")
-    ):  # section 12 of the tutorial says what they are
-        G.require(
-            callable(vars(module).get(part)),
-            f"{path} defines no function {part}; docs/my_layer.py has all three",
-        )
-    mixer = f"{path.name}#{hashlib.sha256(content).hexdigest()[:8]}"
-    G.MIXERS[mixer] = tuple(vars(module)[part] for part in parts)
+        del sys.modules[spec.name]
+        calls = traceback.extract_tb(error.__traceback__)
+        lines = [f", line {at.lineno}" for at in calls if at.filename == str(path)]
+        where = f"{path.name}{''.join(lines[-1:])}"
+        raise G.UserError(f"{where}: {type(error).__name__}: {error}") from error
+    for part in PARTS:
+        missing = f"{path.name} defines no function {part}; docs/my_layer.py has all three"
+        G.require(callable(vars(module).get(part)), missing)
+    mixer = f"{path.name}#{digest}"
+    G.MIXERS[mixer] = (module.forward, module.backward, module.shapes)
     return mixer
+
+
+# ---- gradients -----------------------------------------------------------------------------------
 
 
 def slope(loss: Callable[[], float], x: G.Array, D: G.Array, h: float = 1e-5) -> float:
     """The derivative of loss(), which reads x, along D: (f(x + hD) - f(x - hD)) / 2h."""
-    start, values = x.copy(), []
+    start = x.copy()
+    values = []
     for side in (h, -h):
         x[...] = start + side * D
         values.append(float(loss()))
@@ -68,24 +73,43 @@ def gradient_errors(loss: Callable[[], float], params: G.Params, grads: G.Params
     loss() reads the arrays `params`, float64. Errors are relative to the gradient's length, but at
     least to 1e-3.
     """
-    G.require(
-        grads.keys() == params.keys(),
-        f"gradients and parameters differ: {sorted(grads.keys() ^ params.keys())}",
-    )
-    draw, found = np.random.default_rng(0).standard_normal, []
+    differ = sorted(grads.keys() ^ params.keys())
+    G.require(not differ, f"gradients and parameters differ: {differ}")
+    rng = np.random.default_rng(0)
+    found = []
     for name, x in params.items():
-        G.require(
-            grads[name].shape == x.shape,
-            f"the gradient of {name} has shape {grads[name].shape}, not {x.shape}",
-        )
-        D = draw(x.shape)  # a random direction: a mistake at any entry shows
-        derived, measured = (
-            np.vdot(grads[name], D),
-            np.linalg.norm(D) * slope(loss, x, D / np.linalg.norm(D)),
-        )
-        error = abs(derived - measured) / max(np.linalg.norm(grads[name]), 1e-3)
+        g = grads[name]
+        G.require(g.shape == x.shape, f"the gradient of {name} has shape {g.shape}, not {x.shape}")
+        D = rng.standard_normal(x.shape)  # a random direction: a mistake at any entry shows
+        length = np.linalg.norm(D)
+        derived = np.vdot(g, D)
+        measured = length * slope(loss, x, D / length)
+        error = abs(derived - measured) / max(np.linalg.norm(g), 1e-3)
         found.append((error if np.isfinite(error) else np.inf, name, derived, measured))
     return found
+
+
+def check_op(forward: Callable, backward: Callable, *inputs: G.Array) -> float:
+    """The largest error of an op's gradients: about 1e-9 if they are right, about 1 if not.
+
+    forward(*inputs) -> (out, cache) and backward(dout, cache) -> one gradient for each input, an
+    array or a tuple. Inputs are float64. Raises UserError if a gradient is missing or misshapen.
+    """
+    out, cache = forward(*inputs)
+    dout = np.random.default_rng(1).standard_normal(out.shape)
+    grads = backward(dout.copy(), cache)
+    if not isinstance(grads, tuple):
+        grads = (grads,)
+
+    def loss() -> float:  # a random sum of what the op returns
+        out, _ = forward(*inputs)
+        return (out * dout).sum()
+
+    by_place = dict(enumerate(inputs)), dict(enumerate(grads))
+    return max(gradient_errors(loss, *by_place))[0]
+
+
+# ---- streaming and the future --------------------------------------------------------------------
 
 
 def stream_error(params: G.Params, config: G.Config, tokens: G.Array) -> float:
@@ -93,66 +117,96 @@ def stream_error(params: G.Params, config: G.Config, tokens: G.Array) -> float:
 
     The stream reads half of the tokens as a prompt, and the other half one by one.
     """
-    half, state, rows = len(tokens) // 2, G.stream_init(params, config), []
+    half = len(tokens) // 2
+    state = G.stream_init(params, config)
+    rows = []
     for part in (tokens[:half], *tokens[half:, None]):
         logits, state = G.stream_read(params, config, state, part.tolist())
         rows.append(logits)
-    return float(np.abs(rows - G.forward(params, config, tokens[None])[0, half - 1 :]).max())
+    expected = G.forward(params, config, tokens[None])[0, half - 1 :]
+    return float(np.abs(rows - expected).max())
 
 
 def sees_the_future(params: G.Params, config: G.Config, tokens: G.Array) -> float:
     """How much the logits of the first half change if the second half changes. Causal: 0."""
-    half, changed = len(tokens) // 2, tokens.copy()
+    half = len(tokens) // 2
+    changed = tokens.copy()
     changed[half:] = (changed[half:] + 1) % config.vocab_size
-    return float(
-        np.ptp(G.forward(params, config, np.stack([tokens, changed]))[:, :half], axis=0).max()
-    )
+    logits = G.forward(params, config, np.stack([tokens, changed]))
+    return float(np.ptp(logits[:, :half], axis=0).max())
 
 
-def check_layer(mixer: str) -> None:
-    """Ask a small model all three questions. Raises UserError, which says what is wrong.
+# ---- all three questions -------------------------------------------------------------------------
 
-    It has two such layers. Only a second one notices rows that the first returns for old tokens.
+
+def check_layer(mixer: str, config: G.Config | None = None) -> None:
+    """Ask a model of two such layers all three questions. Raises UserError: what is wrong.
+
+    `config` gives the sizes; without it the model is small. Only a second layer notices rows that
+    the first returns for old tokens. Its layers have the offsets of config's first and last layer.
     """
     file = mixer.partition("#")[0]
-    config = G.Config(
-        11, context=24, n_layer=2, d_model=8, rank=4, d_ff=10, dropout=0.0, mixer=mixer
-    )
-    rng, params = np.random.default_rng(1), G.init_params(config, dtype=np.float64)
+    if config is None:
+        config = G.Config(11, context=24, n_layer=2, d_model=8, rank=4, d_ff=10, mixer=mixer)
+    offsets = (config.offsets[0], config.offsets[-1]) if config.offsets else ()
+    config = replace(config, vocab_size=11, n_layer=2, offsets=offsets, dropout=0.0, mixer=mixer)
+    params = G.init_params(config, dtype=np.float64)
+    rng = np.random.default_rng(1)
     for value in params.values():  # the initial weights are so small that they hide mistakes
-        value += 0.3 * rng.standard_normal(value.shape)
-    tokens = rng.integers(0, 11, 24)
+        value += 0.8 / np.sqrt(config.d_model) * rng.standard_normal(value.shape)
+    longest = max(map(max, offsets), default=0)
+    tokens = rng.integers(0, 11, min(config.context, max(24, 2 * longest)))
 
-    def run(params=params):
-        return G.loss_and_grads(params, config, tokens[None, :-1], tokens[None, 1:])
-
-    change, (_, grads) = sees_the_future(params, config, tokens), run()
-    G.require(np.isfinite(change), f"{file} returns numbers that are not finite")
-    G.require(
-        change < 1e-9,
-        f"{file} sees the future: later tokens change earlier logits, by {change:.2g}",
-    )
-    own = ({k: v for k, v in group.items() if ".mix." in k} or group for group in (params, grads))
-    wrong = [row for row in gradient_errors(lambda: run()[0], *own) if row[0] > 1e-6]
-    _, name, derived, measured = max(wrong, default=(0, "", 0, 0))
-    G.require(
-        not wrong,
-        f"{file}: wrong gradients, in the order of the forward: "
-        f"{', '.join(row[1] for row in wrong)}; along a random direction {name} is {derived:.6g}, "
-        f"central differences of the loss are {measured:.6g}",
-    )
+    h = rng.standard_normal((2, len(tokens), config.d_model))
+    out, _ = G.MIXERS[mixer][0](h, G.Scope(params, "blocks.0.mix."), config, 0)
+    rule = f"{file}: forward must return the shape of h, {h.shape}, not {np.shape(out)}"
+    G.require(np.shape(out) == h.shape, rule)
+    G.require(np.isfinite(out).all(), f"{file} returns numbers that are not finite")
+    change = sees_the_future(params, config, tokens)
+    future = f"{file} sees the future: later tokens change earlier logits, by {change:.2g}"
+    G.require(change < 1e-9, future)
+    check_gradients(file, params, config, h)
     try:
         change = stream_error(params, config, tokens)
     except Exception as error:
-        raise G.UserError(
-            f"{file} reads a text at once, but not in parts: {type(error).__name__}: {error}"
-        ) from error
-    G.require(
-        change < 1e-8,
-        f"{file}: token by token it returns other logits than all at once, by {change:.2g}",
-    )
-    narrow = run({name: value.astype(np.float32) for name, value in params.items()})[1].values()
-    G.require(
-        {grad.dtype.itemsize for grad in narrow} == {4},
-        f"{file} makes float64 of float32: give new arrays h.dtype",
-    )
+        reason = f"{type(error).__name__}: {error}"
+        raise G.UserError(f"{file} reads a text at once, but not in parts: {reason}") from error
+    parts = f"{file}: token by token it returns other logits than all at once, by {change:.2g}"
+    G.require(change < 1e-8, parts)
+    narrow = {name: value.astype(np.float32) for name, value in params.items()}
+    _, grads = G.loss_and_grads(narrow, config, tokens[None, :-1], tokens[None, 1:])
+    sizes = {grad.dtype.itemsize for grad in grads.values()}
+    G.require(sizes == {4}, f"{file} makes float64 of float32: give new arrays h.dtype")
+
+
+def check_gradients(file: str, params: G.Params, config: G.Config, h: G.Array) -> None:
+    """Both layers alone, in the order of the backward pass. Names the first wrong gradient."""
+    forward, backward, shapes = G.MIXERS[config.mixer]
+    dout = np.random.default_rng(2).standard_normal(h.shape)
+
+    def run(layer: int) -> tuple:
+        return forward(h, G.Scope(params, f"blocks.{layer}.mix."), config, layer)
+
+    caches = []
+    for layer in range(config.n_layer):
+        _, cache = run(layer)
+        caches.append(cache)
+    for layer in reversed(range(config.n_layer)):
+        dh, grads = backward(dout.copy(), caches[layer])
+        own = {name: params[f"blocks.{layer}.mix.{name}"] for name in shapes(config, layer)}
+        inputs = dict(reversed(own.items())) | {"h": h}  # the last used comes first
+
+        def loss(layer: int = layer) -> float:
+            out, _ = run(layer)
+            return (out * dout).sum()
+
+        errors = gradient_errors(loss, inputs, grads | {"h": dh})
+        wrong = [row for row in errors if row[0] > 1e-6]
+        if wrong:
+            (_, name, derived, measured), *rest = wrong
+            line = f"{file}: the gradient of {name} in layer {layer} is wrong: along a random "
+            line += f"direction {derived:.6g}, by central differences {measured:.6g}"
+            if rest:
+                line += "; later in the backward, so perhaps only for this reason: "
+                line += ", ".join(row[1] for row in rest)
+            raise G.UserError(line)
