@@ -32,8 +32,8 @@ from grassmann import UserError
 
 HELP = (
     "this needs a CUDA GPU for each process, and CuPy. If CuPy is missing: "
-    "pip install -r requirements-gpu.txt for driver 580 or newer (see nvidia-smi) and "
-    "GTX 16, RTX 20 or newer GPUs, else -r requirements-gpu12.txt"
+    "pip install -e .[gpu] for driver 580 or newer (see nvidia-smi) and "
+    "GTX 16, RTX 20 or newer GPUs, else .[gpu12]"
 )
 
 

@@ -28,6 +28,8 @@ from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -75,7 +77,7 @@ DEFAULTS = {"data": None, "eval_every": 250} | {
 }
 # What --resume may change.
 MAY_CHANGE = ("data", "iters", "lr", "min_lr", "warmup_iters", "eval_every")
-OPTIONS = {  # name: (type, choices or bool, help)
+OPTIONS: dict[str, tuple[Any, str]] = {  # name: (type, choices or bool, help)
     "data": (
         str,
         "UTF-8 files, folders, 'folder/**/*.py', shakespeare or - for standard input "
@@ -116,7 +118,7 @@ OPTIONS = {  # name: (type, choices or bool, help)
     "memory": (bool, "a memory in every layer that all tokens so far have written"),
 }
 NO_USE = {"attention": ("rank", "offsets", "taps", "normalize", "memory"), "grassmann": ("n_head",)}
-PRESETS = {
+PRESETS: dict[str, dict] = {
     "laptop": {},  # the defaults
     "tiny": {"iters": 1000, "d_model": 64, "eval_every": 100},
     "best": {
@@ -172,7 +174,7 @@ def build_parser() -> command_line.Parser:
     add("--threads", type=whole, help="CPU threads (default: all cores)")
     command_line.add_gpu_option(parser)
     for name, (kind, text) in OPTIONS.items():
-        how = {"default": argparse.SUPPRESS, "help": text}
+        how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if type(DEFAULTS[name]) in (int, float, str, bool):
             how["help"] += f" (default: {DEFAULTS[name]})"
         if isinstance(kind, list):
@@ -261,14 +263,14 @@ def check_settings(args: argparse.Namespace, typed: dict, settings: dict) -> Non
             require(there, gone)
 
 
-def read_trained(model, path: Path) -> Saved:
+def read_trained(model: ModuleType, path: Path) -> Saved:
     """A trained model, to begin with. Raises UserError and OSError."""
     params, config, extra = load_trained(model, path)
     settings = {name: getattr(config, name) for name in OF_MODEL}
     return Saved(params, {}, config, settings, extra["vocab"], "", Progress())
 
 
-def take_over(params: Params, old: Saved, vocab: list[int], model) -> None:
+def take_over(model: ModuleType, params: Params, old: Saved, vocab: list[int]) -> None:
     """Copy the trained weights, in place. New characters keep their rows of E as drawn."""
     rows = {point: row for row, point in enumerate(old.vocab)}
     known = [point for point in vocab if point in rows]
@@ -290,24 +292,24 @@ def make_run(args: argparse.Namespace) -> Run:
     require(not (args.resume and args.init), "--init begins a run, --resume goes on with one")
     typed = typed_options(args)
     old = None
+    at = Progress()
     if args.resume:
         old = read_run(model, last)
+        at = old.at
     elif args.init:
         old = read_trained(model, args.init)
     settings = choose_settings(args, typed, old.settings if old else {})
     training = Training(**{name: settings[name] for name in OF_TRAINING})
     check_settings(args, typed, settings)
-    at = old.at if old else Progress()
+    owed = at.step == training.iters and len(at.recent) > 0  # stopped in its last validation
     finished = f"nothing to do: {last} is at step {at.step}; to go on, give more steps"
-    # It may have been stopped in its last validation.
-    more = at.step < training.iters or (at.step == training.iters and at.recent)
-    require(more, f"{finished}, such as --iters {2 * at.step}")
+    require(at.step < training.iters or owed, f"{finished}, such as --iters {2 * at.step}")
     corpus = read_corpus(settings["data"], settings["context"])
     config = Config(len(corpus.vocab), **{name: settings[name] for name in OF_MODEL})
     threads = 0 if args.gpu else args.threads or processes.world().cores
     if not args.gpu:  # with a GPU, CuPy reports that its memory is full
         check_memory(config, training.batch_size, threads)
-    if args.resume:
+    if old and args.resume:
         require(
             (corpus.sha256, config) == (old.text_sha256, old.config),
             f"--resume cannot change the text: {corpus.name} is not the text that {last} was "
@@ -317,8 +319,8 @@ def make_run(args: argparse.Namespace) -> Run:
         params, optimizer = old.params, old.optimizer
     else:
         params = model.init_params(config, training.seed)
-        if args.init:
-            take_over(params, old, corpus.vocab, model)
+        if old:
+            take_over(model, params, old, corpus.vocab)
         optimizer = model.adamw_init(params)
     return Run(model, args.out, threads, settings, corpus, config, training, params, optimizer, at)
 
@@ -481,10 +483,10 @@ def advice(run: Run, go_on: str) -> str:
 
     experiments/README.md, "What to try next", has the measurements.
     """
-    rows = [row for row in run.at.log if row.val_loss is not None]
-    loss, earlier = rows[-1].val_loss, rows[-1 - len(rows) // 4].val_loss
-    by_heart = loss - rows[-1].train_loss > 0.15
-    if len(rows) < 4 or loss < (0.95 if by_heart else 0.99) * earlier:
+    losses = [row.val_loss for row in run.at.log if row.val_loss is not None]
+    loss, earlier = losses[-1], losses[-1 - len(losses) // 4]
+    by_heart = loss - run.at.log[-1].train_loss > 0.15
+    if len(losses) < 4 or loss < (0.95 if by_heart else 0.99) * earlier:
         return f"more steps\n{go_on} --iters {2 * run.at.step}"
     if by_heart:
         return f"more --dropout than {run.config.dropout}, or more text"
@@ -524,7 +526,7 @@ def conclude(run: Run, args: argparse.Namespace) -> None:
         stopped = f"stopped at step {at.step} and saved; go on with: {go_on}"
         say(f"{stopped}\nsample from it with: {write_more}")
         sys.exit(128 + processes.stops[0])
-    step, loss = at.best
+    step, loss = at.best or (0, math.nan)
     plot = run.out / "loss.png"
     files = f"{run.out / 'log.csv'}, {plot}" if plot.exists() else f"{run.out / 'log.csv'}"
     say(
@@ -546,7 +548,7 @@ def main() -> None:
         processes.world()
     with processes.together():
         args = parser.parse_args()
-        with command_line.short_errors(parser, args.out, too_large):
+        with command_line.short_errors(parser, "standard output", too_large):
             if args.resume:
                 lock(args.out)  # before last.npz is read
             run = make_run(args)

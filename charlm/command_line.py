@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 BEST = Path("out/best.npz")  # the checkpoint that programs read by default
 # Names of nanoGPT's options that are not like ours.
@@ -36,9 +37,12 @@ def prepare(name: str = "") -> None:
     """
     for library in ("OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):
         os.environ.setdefault(f"{library}_THREADS", "1")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, size in ((-1, (1 << 31) - 1), (-2, 1 << 26), (-3, 1 << 25)) if mallopt else ():
-        mallopt(option, size)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt = getattr(libc, "mallopt", None)
+    if mallopt:
+        # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+        for option, size in (-1, (1 << 31) - 1), (-2, 1 << 26), (-3, 1 << 25):
+            mallopt(option, size)
     if name == "__main__":
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -57,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=plain, allow_abbrev=False)
         self.add_argument("--version", action="version", version=f"grassmann {__version__}")
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: -"):
             word = message.split()[2].partition("=")[0].replace("_", "-")
             near = difflib.get_close_matches(
@@ -75,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_gpu_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--gpu", action="store_true", help="run on a CUDA GPU, with CuPy (requirements-gpu.txt)"
+        "--gpu", action="store_true", help="run on a CUDA GPU, with CuPy (pip install -e .[gpu])"
     )
     parser.add_argument(
         "--precision",
@@ -126,14 +130,6 @@ def leave_quietly() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def can_print() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
-
-
 @contextmanager
 def short_errors(
     parser: Parser, where: object, memory: str = "not enough memory", stopped: str = ""
@@ -155,9 +151,9 @@ def short_errors(
     except BrokenPipeError:
         leave_quietly()
     except OSError as error:
-        if error.filename is None and not can_print():
-            where = "standard output"
-            leave_quietly()
+        if error.filename is None:
+            with suppress(OSError):  # an output without a number, as in a notebook
+                leave_quietly()
         parser.error(f"{error.filename or where}: {error.strerror}")
     except MemoryError:
         parser.error(memory)

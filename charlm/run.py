@@ -26,7 +26,7 @@ class Row:
     val_loss: float | None  # at a validation
     lr: float  # of the last step
     grad_norm: float | None  # of the last step, before clipping; a GPU does not tell it
-    tokens_per_second: int | None  # of training so far
+    tokens_per_second: float | None  # of training so far
     train_seconds: float  # in training steps so far, without validation, plot and sample
 
 
@@ -91,9 +91,14 @@ class Run:
                 "recent": self.losses(),
                 "grad_norm": self.at.grad_norm,
             }
-        if processes.world().rank == 0:
+        if processes.world().rank > 0:
+            return
+        try:
             save_checkpoint(self.out / name, self.params, self.config, **extra)
             self.write_log()
+        except OSError as error:
+            error.filename = error.filename or self.out / name
+            raise
 
     def write_log(self) -> None:
         """Write log.csv. Raises OSError, and then the old file is still there."""

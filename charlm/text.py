@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import os
 import shlex
+import sys
 import unicodedata
 import urllib.request
 from collections import Counter
@@ -155,6 +156,12 @@ def documentation() -> str:
 def read_named(name: str) -> list[str]:
     """The texts that one word of --data stands for. Raises UserError."""
     require(name != "", "--data needs the name of a file or a folder")
+    if name == "-":
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError:
+            raise UserError("standard input is not UTF-8 text") from None
+        return [text.removeprefix("\ufeff").replace("\r\n", "\n")]
     path = shakespeare() if name == "shakespeare" else Path(name)
     if path.is_dir() or ("*" in name and not path.exists()):
         return read_folder(name)

@@ -1,6 +1,10 @@
 """Training: AdamW, clipping, the learning rate, batches, dropout, validation, threads, the step."""
 
 import math
+import os
+import select
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -238,3 +242,26 @@ def test_wrong_settings_get_a_sentence(rule, changes):
 def test_a_negative_number_of_threads_gets_a_sentence(tiny_model, batch):
     with pytest.raises(G.UserError, match="threads must be 1 or more"):
         training.loss_and_grads(G, *tiny_model(), *batch(2), None, -1)
+
+
+def test_threads_within_threads_do_not_wait_for_each_other():
+    inner = lambda k: list(training.in_threads(lambda x: x + k, [1, 2], threads=2))  # noqa: E731
+    results = training.in_threads(inner, [10, 20], threads=2)
+    done = ThreadPoolExecutor(1).submit(list, results)
+    assert done.result(timeout=30) == [[11, 12], [21, 22]]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_threads_work_in_a_forked_process():
+    list(training.in_threads(abs, [-1, -2], threads=2))
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, bytes(training.in_threads(abs, [-1, -2], threads=2)))
+        os._exit(0)
+    ready, _, _ = select.select([reader], [], [], 30)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert ready == [reader]
+    assert os.read(reader, 9) == bytes([1, 2])

@@ -18,7 +18,7 @@ from charlm.checkpoint import load_checkpoint
 MPIEXEC = shutil.which(
     "mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 )
-WHY = "no mpiexec and mpi4py: requirements-parallel.txt"
+WHY = "no mpiexec and mpi4py: pip install -e .[mpi]"
 pytest.importorskip("mpi4py", reason=WHY)
 pytestmark = [
     pytest.mark.skipif(not MPIEXEC, reason=WHY),
@@ -135,7 +135,7 @@ def test_a_signal_stops_all_after_the_same_step(launch, wait_for_step, tmp_path,
 ONE_FAILS = """
 import sys, train_char
 from charlm import processes
-sys.argv = ["train_char.py", *sys.argv[1:], *["--lr", "nan"] * (processes.rank == 1)]
+sys.argv = ["train_char.py", *sys.argv[1:], *["--lr", "nan"] * (processes.world().rank == 1)]
 train_char.main()
 """
 

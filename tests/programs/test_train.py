@@ -20,7 +20,7 @@ from charlm.checkpoint import load_checkpoint
 from charlm.text import decode, encode, vocabulary
 from grassmann import Config, generate, validation_loss
 
-LOG = "step train_loss val_loss lr grad_norm tokens_per_second train_seconds".split()
+LOG = ["step", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "train_seconds"]
 FILES = ["best.npz", "last.npz", "log.csv", "loss.png"]
 HOSTILE = "\x1b[2J\u202e"  # clears a screen and turns the direction of writing
 
@@ -372,3 +372,106 @@ def test_a_mistake_of_the_program_keeps_its_traceback(call, tmp_path, monkeypatc
     monkeypatch.setattr(grassmann, "get_batch", lambda *args: np.zeros(3) + np.zeros(2))
     with pytest.raises(ValueError, match="could not be broadcast"):
         call("train_char.py", "--iters", 2, "--out", tmp_path)
+
+
+def test_a_trained_model_goes_on_with_another_text(trained, text, tmp_path, capsys):
+    """Its sizes and weights; the embedding follows the characters of the new text."""
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.replace("7", "é"))
+    best = trained[0] / "best.npz"
+    params, config, extra = load_checkpoint(best)
+    run = made("--data", other, "--init", best, "--iters", 5)
+    assert run.at.step == 0
+    assert (run.config.n_layer, run.config.d_model) == (config.n_layer, config.d_model)
+    vocab = run.corpus.vocab
+    for name in params.keys() - {"E"}:
+        np.testing.assert_array_equal(run.params[name], params[name])
+    fresh = grassmann.init_params(run.config, run.training.seed)["E"]
+    for k, point in enumerate(vocab):
+        expected = fresh[k]
+        if point in extra["vocab"]:
+            expected = params["E"][extra["vocab"].index(point)]
+        np.testing.assert_array_equal(run.params["E"][k], expected)
+    assert "new: 'é'; gone: '7'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--d-model", 16], "--init cannot change --d-model"),
+        (["--resume"], "--init begins a run"),
+    ],
+)
+def test_what_init_cannot_do(trained, text, words, message):
+    with pytest.raises(grassmann.UserError, match=message):
+        made("--init", trained[0] / "best.npz", *words, text)
+
+
+def test_text_from_standard_input(program, text, succeeded, tmp_path):
+    """It is trained on, and --resume reads it again."""
+    words = [*MODEL, "--iters", 2, "--threads", 1, "--out", tmp_path, "-"]
+    with text.open("rb") as stdin:
+        printed = succeeded(program("train_char.py", *words, stdin=stdin))
+    assert "3,811 characters to train on" in printed
+
+
+def test_a_text_may_stand_alone(text):
+    assert made(text).settings["data"] == [str(text)]
+
+
+def test_sizes_that_a_preset_gives_do_not_stand_in_the_way(text):
+    config = made(text, "--preset", "best", "--n-layer", 4, "--context", 64).config
+    assert len(config.offsets) == 4
+
+
+def test_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = train_char.build_parser().parse_args(["--out=~/runs"])
+    assert args.out == tmp_path / "runs"
+
+
+def test_ctrl_c_while_packages_are_imported(program, plain, tmp_path):
+    (tmp_path / "tqdm.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    process = program("train_char.py", env=plain | {"PYTHONPATH": str(tmp_path)})
+    assert (process.returncode, process.stderr) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_mpiexec_without_mpi4py(program, refused, plain, tmp_path, variable):
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('not here')")
+    env = plain | {"PYTHONPATH": str(tmp_path), variable: "2"}
+    assert "mpi4py does not work here (not here)" in refused(program("train_char.py", env=env))
+
+
+def test_a_package_that_is_missing(plain, tmp_path):
+    """-S: without site-packages."""
+    process = subprocess.run(
+        [sys.executable, "-S", ROOT / "train_char.py"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert process.stderr == "numpy is missing: pip install -r requirements.txt\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_output_is_not_blamed_on_the_folder(plain, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("short")
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, ROOT / "train_char.py", tmp_path / "texts", "--out", tmp_path / "o"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=plain,
+        )
+    assert process.returncode == 2
+    assert "train_char.py: " in process.stderr
+    assert f"{tmp_path / 'o'}: No space" not in process.stderr
+    assert "Exception ignored" not in process.stderr
+
+
+def test_the_command_to_go_on_keeps_the_threads(trained):
+    assert re.search(r"--resume --out \S+ --threads 1 --iters 60", trained[1])
+
+
+def test_no_picture_is_promised_that_was_not_drawn(call, succeeded, tmp_path):
+    assert "loss.png" not in succeeded(call("train_char.py", "--iters", 2, "--out", tmp_path))

@@ -42,10 +42,10 @@ def program(tmp_path):
 
 WORKS = "import cuda_on_cpu, sys; sys.modules['cupy'] = cuda_on_cpu"
 BROKEN = {  # a cupy.py, and the programs' message
-    "missing": ("raise ImportError('no such library')", "-r requirements-gpu12.* no such library"),
+    "missing": ("raise ImportError('no such library')", r"\[gpu12\].* no such library"),
     "no device": (
         f"{WORKS}\ncuda_on_cpu.ones = 0",
-        "--gpu: .*requirements-gpu.txt .*driver .*TypeError: 'int' ob",
+        "--gpu: .*\\[gpu\\] .*driver .*TypeError: 'int' ob",
     ),
     "old": (
         f"{WORKS}\nold = cuda_on_cpu.SimpleNamespace(compute_capability='75', use=int)\n"
