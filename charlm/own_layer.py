@@ -75,7 +75,8 @@ def gradient_errors(loss: Callable[[], float], params: G.Params, grads: G.Params
     """
     differ = sorted(grads.keys() ^ params.keys())
     G.require(not differ, f"gradients and parameters differ: {differ}")
-    rng = np.random.default_rng(0)
+    # Not a seed that a reader types: with x itself as direction, stretching x would pass unseen.
+    rng = np.random.default_rng([2026, 7])
     found = []
     for name, x in params.items():
         g = grads[name]
