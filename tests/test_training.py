@@ -1,11 +1,10 @@
 """Training: AdamW, clipping, the learning rate, batches, dropout, validation, threads, the step."""
 
 import math
-import os
-import select
-import signal
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +13,8 @@ import pytest
 import grassmann as G
 from charlm import training
 from charlm.training import Training
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def adamw_written_out(theta, m, v, g, t, betas, decay, eps):
@@ -244,24 +245,23 @@ def test_a_negative_number_of_threads_gets_a_sentence(tiny_model, batch):
         training.loss_and_grads(G, *tiny_model(), *batch(2), None, -1)
 
 
-def test_threads_within_threads_do_not_wait_for_each_other():
-    inner = lambda k: list(training.in_threads(lambda x: x + k, [1, 2], threads=2))  # noqa: E731
-    results = training.in_threads(inner, [10, 20], threads=2)
-    done = ThreadPoolExecutor(1).submit(list, results)
-    assert done.result(timeout=30) == [[11, 12], [21, 22]]
+FORKED = """
+for item in in_threads(abs, range(4), 2): pass
+if os.fork() == 0:
+    signal.alarm(20)
+    for item in in_threads(abs, range(4), 2): pass
+    os._exit(0)
+sys.exit(os.wait()[1] != 0)
+"""
+NESTED = """
+def some(n): return sum(in_threads(abs, range(n), 2))
+assert [*in_threads(some, range(5), 2)] == [0, 0, 1, 3, 6]
+"""
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_threads_work_in_a_forked_process():
-    list(training.in_threads(abs, [-1, -2], threads=2))
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writer, bytes(training.in_threads(abs, [-1, -2], threads=2)))
-        os._exit(0)
-    ready, _, _ = select.select([reader], [], [], 30)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert ready == [reader]
-    assert os.read(reader, 9) == bytes([1, 2])
+@pytest.mark.parametrize("code", [FORKED, NESTED], ids=["in a fork", "in a thread"])
+def test_threads_start_wherever_they_are_asked_for(code):
+    """In a process of their own, which an alarm ends if they wait forever."""
+    begin = "import os, signal, sys\nfrom charlm.training import in_threads\nsignal.alarm(20)"
+    run = subprocess.run([sys.executable, "-c", begin + code], cwd=ROOT)
+    assert run.returncode == 0
