@@ -29,6 +29,15 @@ SHAKESPEARE_URL = (
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 MOST_BYTES = 1 << 30  # of a file, and as many characters of a folder
 MOST_FILES = 100_000  # in a folder
+PIECE = 64  # characters, a power of two; such pieces of held-out text are looked for in the rest
+# How files begin that are often taken for text.
+NO_TEXT = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\3\4": "zip",
+    b"%PDF": "PDF",
+}
 # What the programs write into a run's folder.
 WRITTEN = ("best.npz", "last.npz", "log.csv", "loss.png", "explorer.html")
 
@@ -51,7 +60,10 @@ def read_corpus(data: str | Sequence[str] | None, context: int) -> Corpus:
     """The text that --data names, as tokens. Raises UserError, also if it is too short."""
     names = [data] if isinstance(data, str) else data
     name = " ".join(names or ["the documentation of this Python"])
-    return corpus_of(load_text(data), context, name)
+    corpus = corpus_of(load_text(data), context, name)
+    for line in what_leaks(corpus):
+        print(line)
+    return corpus
 
 
 def corpus_of(text: str, context: int, name: str = "the text") -> Corpus:
@@ -66,6 +78,52 @@ def corpus_of(text: str, context: int, name: str = "the text") -> Corpus:
     tokens = encode(text, vocab)
     most_common = int(np.bincount(tokens[: 1 << 20]).argmax())
     return Corpus(text_sha256(text), vocab, tokens[:-n_val], tokens[-n_val:], most_common, name)
+
+
+def what_leaks(corpus: Corpus) -> list[str]:
+    """What a reader of the validation loss must know: copies, and characters never trained on."""
+    lines = []
+    share = share_of_copies(corpus.train, corpus.val)
+    if share >= 0.5:
+        lines.append(
+            f"{100 * share:.0f}% of the held-out text, in pieces of {PIECE} characters, also "
+            "stands in the training text: the validation loss will be too low"
+        )
+    new = np.bincount(corpus.train, minlength=len(corpus.vocab)) == 0
+    count = int(new[corpus.val].sum())
+    if count:
+        lines.append(
+            f"held-out characters that the training text never has: {count:,} "
+            f"({int(new.sum()):,} different)"
+        )
+    return lines
+
+
+def share_of_copies(train: Array, val: Array) -> float:
+    """The share of val's consecutive pieces of PIECE characters that stand anywhere in train."""
+    pieces = val[: len(val) // PIECE * PIECE].reshape(-1, PIECE)
+    if len(pieces) == 0:
+        return 0.0
+    pieces = pieces[:: -(-len(pieces) // 10_000)]  # at most 10,000, evenly spread
+    wanted = np.array([window_hashes(piece)[0] for piece in pieces])
+    found = np.zeros(len(wanted), bool)
+    block = 1 << 20  # windows at once, so that the memory does not grow with the text
+    for start in range(0, len(train) - PIECE + 1, block):
+        hashes = window_hashes(train[start : start + block + PIECE - 1])
+        found |= np.isin(wanted, hashes[np.isin(hashes, wanted)])
+    return float(found.mean())
+
+
+def window_hashes(tokens: Array) -> Array:
+    """A hash of each window of PIECE tokens: Σ_k tokens_{i+k} B^k modulo 2^64, by doubling."""
+    hashes = tokens.astype(np.uint64) + np.uint64(1)
+    power = np.full(1, 0x9E3779B97F4A7C15, np.uint64)  # an array: it wraps around silently
+    width = 1
+    while width < PIECE:
+        hashes = hashes[:-width] + power * hashes[width:]
+        power = power * power
+        width *= 2
+    return hashes
 
 
 def text_sha256(text: str) -> str:
@@ -128,15 +186,19 @@ def visible(text: str) -> str:
 
 
 def load_text(data: str | Sequence[str] | None) -> str:
-    """Files, folders, folder/**/*.py or "shakespeare" as one text; None: Python's documentation.
+    """Files, folders, folder/**/*.py, "shakespeare" or - (standard input) as one text.
 
-    Raises UserError.
+    None: Python's documentation. What comes twice is used once. Raises UserError.
     """
     if data is None:
         return documentation()
     texts = []
     for name in [data] if isinstance(data, str) else data:
         texts += read_named(name)
+    once = list(dict.fromkeys(texts))
+    if len(once) < len(texts):
+        print(f"files that come twice, by name or by contents, are used once: {len(once)} are left")
+    texts = once
     if len(texts) == 1:
         return texts[0]
     return "".join(text if text.endswith("\n") else text + "\n" for text in texts)
@@ -158,10 +220,9 @@ def read_named(name: str) -> list[str]:
     require(name != "", "--data needs the name of a file or a folder")
     if name == "-":
         try:
-            text = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError:
-            raise UserError("standard input is not UTF-8 text") from None
-        return [text.removeprefix("\ufeff").replace("\r\n", "\n")]
+            return [plain_text(sys.stdin.buffer.read(), "standard input")]
+        except UserError as error:  # without the command, which needs a file
+            raise UserError(str(error).partition(", or: ")[0]) from None
     path = shakespeare() if name == "shakespeare" else Path(name)
     if path.is_dir() or ("*" in name and not path.exists()):
         return read_folder(name)
@@ -231,17 +292,49 @@ def read_file(path: Path) -> str:
         # A device says that it is empty, and may never end.
         fine = not path.is_char_device() and path.stat().st_size <= MOST_BYTES
         require(fine, f"{path} is larger than {MOST_BYTES >> 30} GB, or endless")
-        text = path.read_bytes().decode("utf-8", "surrogatepass")
-    except UnicodeDecodeError as error:
-        code = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-        old, new = shlex.quote(str(path)), shlex.quote(f"{path.stem}-utf8.txt")
-        convert = f"iconv -f {code} -t UTF-8 {old} > {new}"
-        raise UserError(
-            f"{path} is not UTF-8 text; save it as UTF-8 in an editor, or: {convert}"
-        ) from None
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return plain_text(content, str(path))
+
+
+def plain_text(content: bytes, name: str) -> str:
+    """The bytes of a file as text. Raises UserError, which says how to make it UTF-8."""
+    for start, kind in NO_TEXT.items():
+        rule = f"{name} is a {kind} file, not text; unpack it, or export its text as UTF-8"
+        require(not content.startswith(start), rule)
+    code = wide_code(content)
+    try:
+        text = content.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        binary = f"{name} is not UTF-8 text; it holds zero bytes, so it is probably not text at all"
+        require(code != "" or 0 not in content, binary)
+        code = code or "WINDOWS-1252"
+    if code:
+        path = Path(name)
+        old, new = shlex.quote(name), shlex.quote(f"{path.stem}-utf8.txt")
+        raise UserError(
+            f"{name} is not UTF-8 text; save it as UTF-8 in an editor, or: "
+            f"iconv -f {code} -t UTF-8 {old} > {new}"
+        )
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def wide_code(content: bytes) -> str:
+    """The name of UTF-16 or UTF-32, if this is such a text, or "". Its zero bytes give it away."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) and content[2:4] != bytes(2):
+        return "UTF-16"
+    zeros = [2 * content[k::4].count(0) > len(content[k::4]) for k in range(4)]
+    if 3 * content.count(0) >= len(content) > 0:
+        for code, places in {
+            "UTF-32LE": (2, 3),
+            "UTF-32BE": (0, 1),
+            "UTF-16LE": (1, 3),
+            "UTF-16BE": (0, 2),
+        }.items():
+            if all(zeros[k] for k in places):
+                return code
+    return ""
 
 
 def shakespeare() -> Path:

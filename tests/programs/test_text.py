@@ -8,7 +8,7 @@ import pytest
 from kill_and_resume import MODEL, TEXT
 
 from charlm import text
-from charlm.text import decode, encode, load_text, vocabulary
+from charlm.text import decode, encode, load_text, plain_text, read_corpus, vocabulary
 
 # Line ends, NUL, combining marks, a byte order mark, astral planes, joiners, lone surrogates.
 ODD = "\r\n\0\t e\u0301\u0308\ufeff\u2028\u200d\x85🙂👩\U0001f3fd\ud800\udbff\udfff\ufffe\U0010ffff"
@@ -142,3 +142,61 @@ def test_tiny_shakespeare(call, refused, tmp_path, monkeypatch, capsys):
             assert load_text(["shakespeare"]) == TEXT and capsys.readouterr().out.startswith(said)
         assert not answers and [*cached.parent.iterdir()] == [cached]
         cached.write_bytes(TEXT.encode()[:-1])
+
+
+def test_a_file_that_comes_twice_is_used_once(tmp_path, capsys):
+    one, copy = tmp_path / "one.txt", tmp_path / "copy.txt"
+    for path in (one, copy):
+        path.write_text("one\n")
+    assert load_text([str(one), str(copy), str(tmp_path)]) == "one\n"
+    assert "files that come twice" in capsys.readouterr().out
+
+
+def lines_about(text: str, tmp_path, capsys) -> str:
+    """What is said of this text."""
+    (tmp_path / "text").write_text(text)
+    read_corpus(str(tmp_path / "text"), 8)
+    return capsys.readouterr().out
+
+
+def test_held_out_text_that_is_trained_on_is_told(tmp_path, capsys):
+    """A text of two equal halves; then one whose last tenth is half a copy, half new."""
+    letters = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 12800)))
+    assert lines_about(letters, tmp_path, capsys) == ""
+    said = lines_about(2 * letters, tmp_path, capsys)
+    assert said.startswith("100% of the held-out text, in pieces of 64 characters, also stands in")
+    said = lines_about(letters[:-640] + letters[100:740], tmp_path, capsys)
+    assert said.startswith("50% of the held-out text")
+    assert lines_about(letters[:-576] + letters[100:676], tmp_path, capsys) == ""
+
+
+def test_characters_that_are_only_held_out_are_told(tmp_path, capsys):
+    said = lines_about("".join(map(str, range(500))) + "xxy", tmp_path, capsys)
+    assert said == "held-out characters that the training text never has: 3 (2 different)\n"
+
+
+@pytest.mark.parametrize("code", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
+def test_wide_text_without_a_mark_gets_its_own_advice(code):
+    with pytest.raises(ValueError, match=f"iconv -f {code} -t UTF-8 'my text' > 'my text-utf8"):
+        plain_text("H\u00e4llo, plain words\n".encode(code), "my text")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x1f\x8b\x08\x00", "is a gzip file, not text; unpack it"),
+        (b"PK\3\4rest", "is a zip file"),
+        (b"%PDF-1.7", "is a PDF file"),
+        (b"\x7fELF\x02\0\xff\xff\xfe", "probably not text at all"),
+        (b"na\xefve", "iconv -f WINDOWS-1252"),
+        ("\ufeffH".encode("utf-16"), "iconv -f UTF-16 -t"),
+    ],
+)
+def test_what_is_no_text_gets_the_right_advice(content, said):
+    with pytest.raises(ValueError, match=said):
+        plain_text(content, "file")
+
+
+def test_standard_input_is_a_text(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa\r\nb")))
+    assert load_text(["-"]) == "a\nb"
