@@ -1,18 +1,18 @@
 """Grassmann-flow language models in NumPy: clean, minimal, every gradient derived by hand.
-
-A Transformer mixes tokens by attention, an L x L table of weights. "Attention Is Not What You Need" (Zhang
-Chong, arXiv 2512.19428) mixes tokens by geometry. Each hidden state is reduced to r numbers. A token and
-an earlier token span a plane in R^r. The plane's Plücker coordinates (the wedge product of the two vectors)
-are projected back to the model's width and blended into the hidden state by a learned gate. This file is
-that layer and a language model around it. Read it from top to bottom. Sizes have letters:
+ A Transformer mixes tokens by attention, an L x L table of weights. "Attention Is Not What You
+Need" (Zhang Chong, arXiv 2512.19428) mixes tokens by geometry. Each hidden state is reduced to r
+numbers. A token and an earlier token span a plane in R^r. The plane's Plücker coordinates (the
+wedge product of the two vectors) are projected back to the model's width and blended into the
+hidden state by a learned gate. This file is that layer and a language model around it. Read it from
+top to bottom. Sizes have letters:
 
     B batch   L length   V vocabulary   d model width   r rank   n = r(r-1)/2 Plücker coordinates
     m offsets in a layer   N layers   T = B·L tokens
-
-Vectors are rows: y = x @ W + b with W of shape (in, out). dx is the gradient of the loss with respect to x.
-A differentiable op is two functions, side by side: name_forward(...) -> (out, cache) and name_backward(dout,
-cache) -> gradients, in the order of the forward's arguments. A layer reads its parameters from `w`, a part of
-one flat dict (`Scope`), and returns a dict of gradients. The dtype of the parameters decides the precision.
+ Vectors are rows: y = x @ W + b with W of shape (in, out). dx is the gradient of the loss with
+respect to x. A differentiable op is two functions, side by side: name_forward(...) -> (out, cache)
+and name_backward(dout, cache) -> gradients, in the order of the forward's arguments. A layer reads
+its parameters from `w`, a part of one flat dict (`Scope`), and returns a dict of gradients. The
+dtype of the parameters decides the precision.
 """
 
 from __future__ import annotations
@@ -30,13 +30,17 @@ __version__ = "4.0"
 Array = np.ndarray
 Params = dict[str, Array]
 Rng = np.random.Generator
-TOKENS_PER_PASS = 512  # tokens in one forward pass of a validation or a stream: few enough for the processor's caches
+# Tokens in one forward pass of a validation or a stream: few enough for the processor's caches.
+TOKENS_PER_PASS = 512
 
 # ---- what all parts use --------------------------------------------------------------------------
 
 
 class UserError(ValueError):
-    """An error that the user can correct. The programs print only its message; other errors keep their traceback."""
+    """An error that the user can correct.
+
+    The programs print only its message. Other errors keep their traceback.
+    """
 
 
 def require(fine: bool, rule: str) -> None:
@@ -107,7 +111,9 @@ def layernorm_forward(x: Array, w: Array, b: Array, eps: float = 1e-5) -> tuple[
 
 
 def layernorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
-    """Let σ = sqrt(var + eps) and dx̂ = w ⊙ dy. Means are over the last axis, sums over all other axes.
+    """Let σ = sqrt(var + eps) and dx̂ = w ⊙ dy.
+
+    Means are over the last axis, sums over all other axes.
 
     ∂x̂_j/∂x_i = (δ_ij - 1/d - x̂_i x̂_j / d) / σ      (x_i acts directly, through the mean, through σ)
     dx = (dx̂ - mean(dx̂) - x̂ mean(dx̂ ⊙ x̂)) / σ,   dw = Σ dy ⊙ x̂,   db = Σ dy.
@@ -138,10 +144,12 @@ def gelu_backward(dy: Array, cache: tuple) -> Array:
 
 
 def draw_rows(seed: int | Sequence[int], first: int = 0, n: int | None = None) -> Callable:
-    """Returns draw(shape): uniform float32 numbers in [0, 1) for rows `first`, first + 1, … of a batch of n.
+    """Returns draw(shape), which draws uniform float32 numbers in [0, 1).
 
-    A row gets the same numbers however the batch is split. One generator draws for the whole batch and
-    skips the numbers of other rows. Each step of the generator makes two float32 numbers.
+    It draws for the rows `first`, first + 1, … of a batch of n.
+
+    A row gets the same numbers however the batch is split. One generator draws for the whole batch
+    and skips the numbers of other rows. Each step of the generator makes two float32 numbers.
     """
     bits, begin, done = (
         np.random.PCG64(seed),
@@ -162,7 +170,10 @@ def draw_rows(seed: int | Sequence[int], first: int = 0, n: int | None = None) -
 
 
 def dropout_forward(x: Array, rate: float, draw: Callable | None) -> tuple[Array, Array | None]:
-    """Set a fraction `rate` of x to 0 and divide the rest by 1 - rate: the mean stays. draw=None: no dropout."""
+    """Set a fraction `rate` of x to 0 and divide the rest by 1 - rate: the mean stays.
+
+    draw=None: no dropout.
+    """
     if draw is None or rate == 0:
         return x, None
     mask = (draw(x.shape) >= rate).astype(x.dtype) / (1 - rate)
@@ -180,7 +191,10 @@ def embedding_forward(tokens: Array, E: Array) -> tuple[Array, tuple]:
 
 
 def embedding_backward(dx: Array, cache: tuple) -> Array:
-    """dE_k = Σ dx_t over all t where token k stands. So sort the tokens, then sum each run of equal tokens."""
+    """dE_k = Σ dx_t over all t where token k stands.
+
+    So sort the tokens, then sum each run of equal tokens.
+    """
     tokens, shape = cache
     order = np.argsort(tokens, axis=None, kind="stable")  # (T)
     ids, starts = np.unique(tokens.ravel()[order], return_index=True)
@@ -202,7 +216,10 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
 
 
 def cross_entropy_backward(dloss: float, cache: tuple) -> Array:
-    """∂(log Σ exp(x) - x_target)/∂x = softmax(x) - onehot(target); the mean divides it by T; (T, V)."""
+    """∂(log Σ exp(x) - x_target)/∂x = softmax(x) - onehot(target); the mean divides it by T.
+
+    The result is (T, V).
+    """
     probs, targets = cache
     dlogits = probs.copy()
     dlogits[np.arange(len(targets)), targets] -= 1
@@ -223,10 +240,11 @@ def plucker_forward(u: Array, v: Array) -> tuple[Array, tuple]:
 
         p_ij = u_i v_j - u_j v_i   for i < j,        u, v (..., r) -> p (..., n).
 
-    |p| is the area of the parallelogram with sides u and v. Since v ∧ u = -(u ∧ v), u ∧ u is 0. Another
-    basis of the same plane only rescales p: (au + bv) ∧ (cu + dv) = (ad - bc) u ∧ v.
+    |p| is the area of the parallelogram with sides u and v. Since v ∧ u = -(u ∧ v), u ∧ u is 0.
+    Another basis of the same plane only rescales p: (au + bv) ∧ (cu + dv) = (ad - bc) u ∧ v.
 
-    In memory the arrays are (r, T) and (n, T): each product runs over contiguous numbers. Callers see the transpose.
+    In memory the arrays are (r, T) and (n, T): each product runs over contiguous numbers. Callers
+    see the transpose.
     """
     r, shape = u.shape[-1], u.shape[:-1]
     i, j = pairs(r)
@@ -236,9 +254,10 @@ def plucker_forward(u: Array, v: Array) -> tuple[Array, tuple]:
 
 
 def plucker_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
-    """du_i = Σ_j A_ij v_j, dv_i = -Σ_j A_ij u_j, where A is antisymmetric and has dp above its diagonal:
+    """du_i = Σ_j A_ij v_j, dv_i = -Σ_j A_ij u_j; A is antisymmetric, with dp above its diagonal.
 
-    u_i has the factor v_j in p_ij, if i < j, and -v_j in p_ji, if i > j. For v_i the signs are reversed.
+    u_i has the factor v_j in p_ij, if i < j, and -v_j in p_ji, if i > j. For v_i the signs are
+    reversed.
     """
     u, v, shape = cache
     i, j = pairs(len(u))
@@ -256,11 +275,11 @@ def plucker(u: Array, v: Array) -> Array:
 def unit_area_forward(u: Array, v: Array, parallel: float = 1e-5) -> tuple[Array, tuple]:
     """q = v / |u ∧ v|, so that u ∧ q is the unit bivector of the plane; u, v, q (..., r).
 
-    The area is base times height, |u ∧ v| = |u| |v⊥| with v⊥ = v - (u·v / u·u) u. This takes O(r) work and
-    no coordinates. (|u|²|v|² - (u·v)² is as cheap, but in float32 it cancels if u and v are nearly parallel.)
-    If sin θ = |v⊥| / |v| is at most `parallel`, or a vector is zero, there is no plane, and q = 0. Equal
-    letters without positions are such pairs. The paper divides by max(|p|, ε) instead, which makes their
-    rounding noise as long as a plane.
+    The area is base times height, |u ∧ v| = |u| |v⊥| with v⊥ = v - (u·v / u·u) u. This takes O(r)
+    work and no coordinates. (|u|²|v|² - (u·v)² is as cheap, but in float32 it cancels if u and v
+    are nearly parallel.) If sin θ = |v⊥| / |v| is at most `parallel`, or a vector is zero, there is
+    no plane, and q = 0. Equal letters without positions are such pairs. The paper divides by
+    max(|p|, ε) instead, which makes their rounding noise as long as a plane.
     """
     tiny = np.finfo(u.dtype).tiny
     uu, vv, uv = dot(u, u), dot(v, v), dot(u, v)  # (..., 1)
@@ -301,12 +320,13 @@ def partner_forward(
 
         1/|valid| Σ_Δ c_Δ (z_t ∧ z_{t-Δ}) = z_t ∧ s_t,   s_t = 1/|valid| Σ_Δ c_Δ z_{t-Δ},
 
-    c_Δ = 1/|z_t ∧ z_{t-Δ}| if normalised, else 1. An offset is valid where t - Δ >= 0. (The paper pairs
-    t with t+Δ. In a language model t+Δ contains the answer, so our partners lie in the past.) All these
-    planes contain the line z_t, so their sum is again a plane, times a length.
+    c_Δ = 1/|z_t ∧ z_{t-Δ}| if normalised, else 1. An offset is valid where t - Δ >= 0. (The paper
+    pairs t with t+Δ. In a language model t+Δ contains the answer, so our partners lie in the past.)
+    All these planes contain the line z_t, so their sum is again a plane, times a length.
 
-    Taps are learned weights, one vector for each offset: s_t = Σ_Δ w_Δ ⊙ z_{t-Δ}, a depthwise causal
-    convolution. Missing tokens count as 0. If normalised, s_t is then divided by |z_t ∧ s_t|.
+    Taps are learned weights, one vector for each offset: s_t = Σ_Δ w_Δ ⊙ z_{t-Δ}, a depthwise
+    causal convolution. Missing tokens count as 0. If normalised, s_t is then divided by |z_t ∧
+    s_t|.
     """
     s, caches = np.zeros(z.shape, z.dtype), []
     for k, delta in enumerate(offsets):
@@ -332,7 +352,9 @@ def partner_backward(ds: Array, cache: tuple) -> tuple[Array, Array | None]:
     """Each term of s_t is z_{t-Δ} times a weight, so dz_{t-Δ} gets ds_t times this weight:
 
     taps:     dz_{t-Δ} += w_Δ ⊙ ds_t,   dw_Δ = Σ_t ds_t ⊙ z_{t-Δ}
-    average:  dz_{t-Δ} += c_Δ ds_t / |valid|; and c_Δ depends on z_t and z_{t-Δ}: `unit_area_backward`.
+    average:  dz_{t-Δ} += c_Δ ds_t / |valid|
+
+    If normalised, c_Δ depends on z_t and z_{t-Δ}, too: `unit_area_backward`.
     """
     z, taps, offsets, caches, share = cache
     dz, dtaps = np.zeros_like(z), None if taps is None else np.empty_like(taps)
@@ -361,7 +383,10 @@ def gate_forward(h: Array, g: Array, W: Array, b: Array) -> tuple[Array, tuple]:
 
 
 def gate_backward(dout: Array, cache: tuple) -> tuple[Array, Array, Array, Array]:
-    """dα = dout ⊙ (h - g), sigmoid' = α(1-α). h and g act on the output directly and through the gate."""
+    """dα = dout ⊙ (h - g), sigmoid' = α(1-α).
+
+    h and g act on the output directly and through the gate.
+    """
     difference, alpha, c_linear = cache
     direct = alpha * dout
     dhg, dW, db = linear_backward(difference * direct * (1 - alpha), c_linear)  # dhg (..., 2d)
@@ -374,8 +399,9 @@ def associate(
 ) -> tuple[Array, Array]:
     """q_t (M + Σ_{i<=t} k_iᵀ v_i) at every t, and the last sum; q k v (B, L, r), M (B, r, r).
 
-    k_iᵀ v_i gives v_i to whoever asks with k_i. As matrices, out = (Q Kᵀ ⊙ causal) V + Q M: attention's
-    products without a softmax, chunk by chunk. Of all chunks before, M = KᵀV is enough: time is linear in L.
+    k_iᵀ v_i gives v_i to whoever asks with k_i. As matrices, out = (Q Kᵀ ⊙ causal) V + Q M:
+    attention's products without a softmax, chunk by chunk. Of all chunks before, M = KᵀV is enough:
+    time is linear in L.
     """
     (batch, L, r), out = q.shape, np.empty_like(q)
     M = np.zeros((batch, r, r), q.dtype) if M is None else M
@@ -390,15 +416,18 @@ def associate(
 def memory_forward(
     h: Array, z: Array, s: Array, w: Scope, past: dict | None = None, read=None
 ) -> tuple[Array, tuple]:
-    """A matrix that every token writes and reads: h (B, L, d), z and its partner s (B, L, r) -> m (B, L, d).
+    """A matrix that every token writes and reads.
+
+    h (B, L, d), z and its partner s (B, L, r) -> m (B, L, d):
 
         [k v] = h W_kv + b_kv,  k += s   a key and a value          (B, L, r) each
         M_t = Σ_{i<=t} k_iᵀ v_i          the memory                 (B, r, r)
         c_t = z_t M_t / sqrt(r t)        what z_t reads             (B, L, r), t counted from 1
         m = c W_mem                      project back               (B, L, d)
 
-    Values whose keys are like z_t come back, from any distance. Keys contain s_i, so z_t also reads what followed
-    tokens like t. `past` (streaming) holds M and the number of tokens; only the comparison passes another `read`.
+    Values whose keys are like z_t come back, from any distance. Keys contain s_i, so z_t also reads
+    what followed tokens like t. `past` (streaming) holds M and the number of tokens; only the
+    comparison passes another `read`.
     """
     (_, L, r), past, read = z.shape, {} if past is None else past, read or associate
     kv, c_kv = linear_forward(h, w["W_kv"], w["b_kv"])  # (B, L, 2r)
@@ -410,9 +439,13 @@ def memory_forward(
 
 
 def memory_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Array, Params]:
-    """Let dc_t include the factor 1 / sqrt(r t), and hold it fixed. Differentiate Σ_t Σ_{i<=t} (z_t·k_i)(v_i·dc_t):
+    """Let dc_t include the factor 1 / sqrt(r t), and hold it fixed.
 
-        dz_t = Σ_{i<=t} (dc_t·v_i) k_i,   dk_i = Σ_{t>=i} (v_i·dc_t) z_t = ds_i,   dv_i = Σ_{t>=i} (k_i·z_t) dc_t,
+    Differentiate Σ_t Σ_{i<=t} (z_t·k_i)(v_i·dc_t):
+
+        dz_t = Σ_{i<=t} (dc_t·v_i) k_i
+        dk_i = Σ_{t>=i} (v_i·dc_t) z_t = ds_i
+        dv_i = Σ_{t>=i} (k_i·z_t) dc_t
 
     Each sum is `associate` with other arguments; the last two run backwards in time.
     """
@@ -440,8 +473,9 @@ def mix_forward(
         g = p W_plu + b_plu        project back    (B, L, d)      + memory(h, z, s), if any
         mix = gate(h, g)           blend           (B, L, d)
 
-    `w` holds the layer's parameters. While streaming, `past` holds the last max(Δ) reduced states and the
-    memory's state, and is updated. The cache holds z, s and p under these names, and the gate's α as alpha.
+    `w` holds the layer's parameters. While streaming, `past` holds the last max(Δ) reduced states
+    and the memory's state, and is updated. The cache holds z, s and p under these names, and the
+    gate's α as alpha.
     """
     offsets, taps = config.offsets[layer], w["taps"] if config.taps else None
     z, c_red = linear_forward(h, w["W_red"], w["b_red"])
@@ -462,7 +496,10 @@ def mix_forward(
 
 
 def mix_backward(dmix: Array, cache: dict) -> tuple[Array, Params]:
-    """The steps of `mix_forward` in reverse. z and h are used several times, so their gradients add up."""
+    """The steps of `mix_forward` in reverse.
+
+    z and h are used several times, so their gradients add up.
+    """
     grads = {}
     dh, dg, grads["W_gate"], grads["b_gate"] = gate_backward(dmix, cache["gate"])
     dp, grads["W_plu"], grads["b_plu"] = linear_backward(dg, cache["plu"])
@@ -493,7 +530,9 @@ def mix_shapes(config: Config, layer: int) -> dict[str, tuple[int, ...]]:
 def attention_core_forward(
     q: Array, k: Array, v: Array, past: dict | None = None
 ) -> tuple[Array, tuple]:
-    """softmax(q kᵀ / sqrt(d_k)) v over the past, an L x L table per head; q k v (B, n_head, L, d_k).
+    """softmax(q kᵀ / sqrt(d_k)) v over the past, an L x L table per head.
+
+    q k v are (B, n_head, L, d_k).
 
     While streaming, `past` holds all earlier keys and values, so it grows.
     """
@@ -510,8 +549,11 @@ def attention_core_forward(
 
 
 def attention_core_backward(do: Array, cache: tuple) -> tuple[Array, Array, Array]:
-    """From o = a v:  da = do vᵀ, dv = aᵀ do. The softmax of one row has the derivative diag(a) - aᵀ a, so
-    dscores = a ⊙ (da - Σ a ⊙ da). With dqk = dscores / sqrt(d_k):  dq = dqk k, dk = dqkᵀ q."""
+    """From o = a v:  da = do vᵀ, dv = aᵀ do.
+
+    The softmax of a row has the derivative diag(a) - aᵀ a.
+    So dscores = a ⊙ (da - Σ a ⊙ da). With dqk = dscores / sqrt(d_k):  dq = dqk k, dk = dqkᵀ q.
+    """
     q, k, v, a = cache
     da, dv = do @ v.swapaxes(-1, -2), a.swapaxes(-1, -2) @ do
     dqk = a * (da - dot(a, da)) / math.sqrt(q.shape[-1])  # (B, n_head, L, L)
@@ -523,7 +565,8 @@ def attention_forward(
 ) -> tuple[Array, dict]:
     """Causal multi-head softmax attention: h (B, L, d) -> (B, L, d).
 
-    [q k v] = h W_qkv + b_qkv,   heads of width d_k = d / n_head,   out = attention(q, k, v) W_out + b_out
+    [q k v] = h W_qkv + b_qkv             heads of width d_k = d / n_head
+    out = attention(q, k, v) W_out + b_out
     """
     (B, L, d), n_head = h.shape, config.n_head
     qkv, c_qkv = linear_forward(h, w["W_qkv"], w["b_qkv"])  # (B, L, 3d)
@@ -580,7 +623,10 @@ def ffn_backward(dout: Array, cache: tuple) -> tuple[Array, Params]:
 def prenorm_block_forward(
     h: Array, w: Scope, config: Config, layer: int, past=None, draw=None
 ) -> tuple[Array, dict]:
-    """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))), D dropout; h (B, L, d). The gate can keep only LN1(h)."""
+    """h ← h + D(mix(LN1(h))), h ← h + D(FFN(LN2(h))), D dropout; h (B, L, d).
+
+    The gate can keep only LN1(h).
+    """
     mixer_forward, *_ = MIXERS[config.mixer]
     normed, c_ln1 = layernorm_forward(h, w["ln1.w"], w["ln1.b"])
     mix, c_mix = mixer_forward(normed, w.scope("mix."), config, layer, past)
@@ -610,7 +656,8 @@ def paper_block_forward(
 ) -> tuple[Array, dict]:
     """h ← D(LN1(mix(h))),  h ← LN2(h + D(FFN(h))),  D dropout (paper, section 3); h (B, L, d).
 
-    The gate inside mix can keep h. Attention has no gate and gets a residual path: mix(h) = h + attention(h).
+    The gate inside mix can keep h. Attention has no gate and gets a residual path: mix(h) = h +
+    attention(h).
     """
     mixer_forward, *_ = MIXERS[config.mixer]
     mix, c_mix = mixer_forward(h, w.scope("mix."), config, layer, past)
@@ -655,7 +702,10 @@ WIDENING = (
 
 
 def default_offsets(n_layer: int, context: int, taps: bool) -> tuple[tuple[int, ...], ...]:
-    """With taps, later layers have more and larger offsets. Without taps, each layer has one: 1, 2, 4, 8, 1, …"""
+    """With taps, later layers have more and larger offsets.
+
+    Without taps, each layer has one: 1, 2, 4, 8, 1, …
+    """
     quarters = [
         3 - 4 * (n_layer - 1 - i) // n_layer for i in range(n_layer)
     ]  # 0 to 3; the last layer is in 3
@@ -667,10 +717,12 @@ def default_offsets(n_layer: int, context: int, taps: bool) -> tuple[tuple[int, 
     unsafe_hash=True
 )  # dataclasses.replace makes a changed copy, with the same d_ff and offsets
 class Config:
-    """The sizes and options of one model. The defaults are train_char.py's. Raises UserError and TypeError.
+    """The sizes and options of one model. The defaults are train_char.py's.
 
-    The paper's model: block="paper", taps=False, normalize=True, positions=True, d_ff=4*d_model, and
-    for six layers offsets=((1,), (2,), (4,), (8,), (12,), (16,)).
+    Raises UserError and TypeError.
+
+    The paper's model: block="paper", taps=False, normalize=True, positions=True, d_ff=4*d_model,
+    and for six layers offsets=((1,), (2,), (4,), (8,), (12,), (16,)).
     """
 
     vocab_size: int
@@ -767,9 +819,10 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def init_params(config: Config, seed: int = 0, dtype: type = np.float32) -> Params:
     """Draw the initial parameters, a flat dict from name to array.
 
-    Matrices and embeddings: N(0, 0.02²). W_2 and W_out are divided by sqrt(2N), since they write into the
-    residual path. W_red, W_kv: N(0, 1/d), so that reduced states have unit size and planes have some area. Taps:
-    N(0, 0.5²), so that offsets differ from the start. LayerNorm: w = 1, b = 0. Biases: 0.
+    Matrices and embeddings: N(0, 0.02²). W_2 and W_out are divided by sqrt(2N), since they write
+    into the residual path. W_red, W_kv: N(0, 1/d), so that reduced states have unit size and planes
+    have some area. Taps: N(0, 0.5²), so that offsets differ from the start. LayerNorm: w = 1, b =
+    0. Biases: 0.
     """
     rng, params, residual = np.random.default_rng(seed), {}, 0.02 / math.sqrt(2 * config.n_layer)
     scales = dict.fromkeys(("W_red", "W_kv"), config.d_model**-0.5) | {
@@ -811,7 +864,10 @@ def check_tokens(tokens: Array, config: Config) -> None:
 
 
 def head_forward(h: Array, E: Array) -> tuple[Array, tuple]:
-    """logits = h Eᵀ, dot products of each state with all embeddings; h (B, L, d), E (V, d) -> (B, L, V)."""
+    """logits = h Eᵀ, dot products of each state with all embeddings.
+
+    h (B, L, d), E (V, d) -> (B, L, V).
+    """
     return (h.reshape(-1, E.shape[1]) @ E.T).reshape(*h.shape[:-1], -1), (h, E)
 
 
@@ -828,7 +884,8 @@ def model_forward(
     """Embed, N blocks, project onto the embedding: tokens (B, L) -> logits (B, L, V), cache.
 
     Streaming needs `past`, one dict per layer, and `start`, the position of the first token. `draw`
-    draws the dropout masks. To look inside: cache["blocks"][i]["mix"]["alpha"], also "z", "s" and "p".
+    draws the dropout masks. To look inside: cache["blocks"][i]["mix"]["alpha"], also "z", "s" and
+    "p".
     """
     block_forward, _ = BLOCKS[config.block]
     h, c_embed = embedding_forward(tokens, params["E"])  # (B, L) -> (B, L, d)
@@ -851,7 +908,10 @@ def model_forward(
 
 
 def model_backward(dlogits: Array, cache: dict) -> Params:
-    """Gradients of all parameters. E is used twice, as embedding and as head, so its two gradients add up."""
+    """Gradients of all parameters.
+
+    E is used twice, as embedding and as head, so its two gradients add up.
+    """
     config, grads = cache["config"], {}
     _, block_backward = BLOCKS[config.block]
     dh, dE = head_backward(dlogits, cache["head"])
@@ -869,8 +929,11 @@ def model_backward(dlogits: Array, cache: dict) -> Params:
 
 
 def forward(params: Params, config: Config, tokens: Array) -> Array:
-    """Logits of the next token at every position: (B, L) integers -> (B, L, V). Raises UserError if parameters do not
-    fit the config, if tokens are not in the vocabulary, or if a model with positions gets more than its context."""
+    """Logits of the next token at every position: (B, L) integers -> (B, L, V).
+
+    Raises UserError if parameters do not fit the config, if tokens are not in the vocabulary, or if
+    a model with positions gets more than its context.
+    """
     tokens = np.asarray(tokens)
     check_model(params, config)
     check_tokens(tokens, config)
@@ -880,11 +943,14 @@ def forward(params: Params, config: Config, tokens: Array) -> Array:
 def loss_and_grads(
     params: Params, config: Config, x: Array, y: Array, seed=None, rows=None
 ) -> tuple[float, Params]:
-    """Mean cross-entropy in nats of predicting y from x, both (B, L), and its gradients, a new dict.
+    """Mean cross-entropy in nats of predicting y from x, both (B, L), and its gradients.
 
-    `seed`, one whole number or several, decides the dropout masks; None: no dropout. With `rows` = (first, n),
-    x and y are the rows first, first + 1, … of a batch of n rows. Then loss and gradients are multiplied by B/n,
-    so that all parts add up to the batch's. Raises UserError like `forward`, and if x and y differ in shape.
+    The gradients are a new dict.
+
+    `seed`, one whole number or several, decides the dropout masks; None: no dropout. With `rows` =
+    (first, n), x and y are the rows first, first + 1, … of a batch of n rows. Then loss and
+    gradients are multiplied by B/n, so that all parts add up to the batch's. Raises UserError like
+    `forward`, and if x and y differ in shape.
     """
     x, y = np.asarray(x), np.asarray(y)
     require(x.shape == y.shape, f"x and y must have the same shape, not {x.shape} and {y.shape}")
@@ -937,7 +1003,10 @@ def adamw_step(
 
 
 def clip_grads(grads: Params, max_norm: float) -> float:
-    """Scale all gradients by one factor, in place, to a joint norm of at most max_norm. Returns the norm before."""
+    """Scale all gradients by one factor, in place, to a joint norm of at most max_norm.
+
+    Returns the norm before.
+    """
     norm = math.hypot(*(np.linalg.norm(g.astype(np.float64)) for g in grads.values()))
     if norm > max_norm:
         for g in grads.values():
@@ -949,7 +1018,10 @@ def clip_grads(grads: Params, max_norm: float) -> float:
 
 
 def get_batch(tokens: Array, batch_size: int, context: int, seed: int, step: int) -> tuple:
-    """x (B, L) and y, the same windows one token later. (seed, step) decides where they start. Raises UserError."""
+    """x (B, L) and y, the same windows one token later. (seed, step) decides where they start.
+
+    Raises UserError.
+    """
     require(
         len(tokens) > context,
         f"{len(tokens)} tokens are too few: a context of {context} needs {context + 1}",
@@ -963,9 +1035,12 @@ def get_batch(tokens: Array, batch_size: int, context: int, seed: int, step: int
 
 
 def validation_loss(params: Params, config: Config, tokens: Array, each: Callable = map) -> float:
-    """Mean nats per token over `tokens`, in consecutive windows. Every token except the first is a target, once.
+    """Mean nats per token over `tokens`, in consecutive windows.
 
-    `each` is map, or a map that uses threads or shows progress. Raises UserError if there are fewer than 2 tokens.
+    Every token except the first is a target, once.
+
+    `each` is map, or a map that uses threads or shows progress. Raises UserError if there are fewer
+    than 2 tokens.
     """
     require(len(tokens) > 1, f"a validation needs at least 2 tokens, not {len(tokens)}")
     targets, context = len(tokens) - 1, config.context
@@ -989,18 +1064,20 @@ def validation_loss(params: Params, config: Config, tokens: Array, each: Callabl
 def stream_init(params: Params, config: Config) -> dict:
     """The state of a decoder that has read nothing yet.
 
-    For each layer it keeps the last max(Δ) reduced states and the memory, if any. So token 100,000 costs
-    as much as token 10. (Attention keeps all keys and values, so its state grows.)
+    For each layer it keeps the last max(Δ) reduced states and the memory, if any. So token 100,000
+    costs as much as token 10. (Attention keeps all keys and values, so its state grows.)
     """
     check_model(params, config)
     return {"past": [{} for _ in range(config.n_layer)], "position": 0, "recent": []}
 
 
 def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tuple[Array, dict]:
-    """Read one token or more. Returns the next token's logits (V) and the state, which is updated in place.
+    """Read one token or more.
 
-    The logits equal `forward` on the whole text. Positions, if any, end with the context. There the decoder
-    forgets all but the last half of the context, and reads this half again from position 0.
+    Returns the next token's logits (V) and the state, which is updated in place.
+
+    The logits equal `forward` on the whole text. Positions, if any, end with the context. There the
+    decoder forgets all but the last half of the context, and reads this half again from position 0.
     """
     tokens, most = list(tokens), TOKENS_PER_PASS
     require(len(tokens) > 0, "there is nothing to read: give one token or more")
@@ -1027,8 +1104,11 @@ def stream_step(params: Params, config: Config, state: dict, token: int) -> tupl
 
 
 def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> int:
-    """Draw a token from softmax(logits / temperature), only among the top_k largest logits and what equals one of them.
-    Temperature 0 takes the largest logit. Raises UserError if the logits are not finite."""
+    """Draw a token from softmax(logits / temperature).
+
+    Only the top_k largest logits, and what equals one of them, can be drawn. Temperature 0 takes
+    the largest logit. Raises UserError if the logits are not finite.
+    """
     require(
         np.isfinite(logits).all(),
         "the model's logits are not finite: train it again with a lower learning rate",
@@ -1052,8 +1132,10 @@ def generate(
     top_k=None,
     seed=0,
 ) -> Iterator[int]:
-    """Read the prompt (token 0 if it is empty), then yield n tokens. Each is drawn, yielded, and read. Raises
-    UserError and TypeError at once, not at the first token, if an argument makes no sense."""
+    """Read the prompt (token 0 if it is empty), then yield n tokens. Each is drawn, yielded, and
+    read. Raises UserError and TypeError at once, not at the first token, if an argument makes no
+    sense.
+    """
     prompt, rng = [operator.index(token) for token in prompt] or [0], np.random.default_rng(seed)
     state = stream_init(params, config)
     check_tokens(np.array([prompt]), config)
