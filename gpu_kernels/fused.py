@@ -212,15 +212,6 @@ def dropout_backward(dy: Array | _SumGrad, mask: tuple | None) -> Array | _SumGr
     return dx
 
 
-def embedding_backward(dx: Array, cache: tuple) -> Array:
-    """dE_k = Σ dx_t over all t where token k stands. So dE = Oᵀ dx, where O (T, V) has one-hot
-    rows."""
-    tokens, (V, _) = cache
-    one_hot = cp.empty((tokens.size, V), dx.dtype)
-    per_element("one_hot", one_hot.size, V, tokens.astype(numpy.int32, copy=False), one_hot)
-    return over_tokens(one_hot, dx)
-
-
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     """Mean over tokens of -log softmax(logits)[target] in nats; logits (..., V), targets (...).
     Caches the gradient."""
@@ -562,7 +553,6 @@ REPLACED = (
     ("buffer", "", (Flat, init_params, adamw_init, adamw_step, clip_grads, loss_and_grads)),
     ("host", "buffer", (generate,)),
     ("dropout", "", (draw_rows, dropout_forward, dropout_backward)),
-    ("embedding", "", (embedding_backward,)),
     ("cross_entropy", "", (cross_entropy_forward, cross_entropy_backward)),
     ("gelu", "buffer", (gelu_forward, gelu_backward)),
     ("layernorm", "buffer", (layernorm_forward, layernorm_backward)),

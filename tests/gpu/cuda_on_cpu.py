@@ -221,7 +221,7 @@ class RawModule:
         real = {"float": "f4", "double": "f8"}[options[0].removeprefix("-Dreal=")]
         self.dtypes = {  # of C types, and of kernels.cu's names of pointers
             "int": "i4",
-            "long long": "i8",
+            "wide": "i8",
             "double*": "f8",
             "int*": "i4",
             "bytes": "u1",
