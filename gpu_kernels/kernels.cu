@@ -300,8 +300,7 @@ extern "C" __global__ void gather(wide n, int rows, words table, real* grads) {
     grads[row[1] + e] = sum;
 }
 
-// Σ x over the 256 threads of a block; every thread gets it
-__device__ double block_sum(double x) {
+__device__ double block_sum(double x) {  // over the 256 threads of a block; every one gets it
     __shared__ double sums[256];
     sums[thread()] = x;
     for (int half = 128; half > 0; half /= 2) {

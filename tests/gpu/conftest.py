@@ -88,10 +88,10 @@ def trained(rng):
     def train(model, config, params, steps, lr=1e-2, **more):
         training = Training(steps, 4, lr, **{"warmup_iters": 3, "grad_clip": 0.5, "seed": 1} | more)
         state, tokens = model.adamw_init(params), model.np.asarray(text)
-        losses = [
-            train_step(model, params, config, training, state, step, tokens)
-            for step in range(steps)
-        ]
+        losses = []
+        for step in range(steps):
+            loss, _ = train_step(model, params, config, training, state, step, tokens)
+            losses.append(loss)
         return [float(loss) for loss in losses], state
 
     return train
