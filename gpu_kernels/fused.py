@@ -575,4 +575,4 @@ def replace(names: dict, without: Sequence[str] = ()) -> None:
         for function in functions:
             names[function.__name__] = function
     names["set_precision"] = set_precision
-    names["np"].matmul = product
+    names["np"].matmul = lambda a, b, out: product(a, b)  # there `out` only suggests a layout
