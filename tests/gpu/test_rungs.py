@@ -162,3 +162,25 @@ def test_replaced_optimisers_give_the_first_rungs_numbers(stand_in, first_rung, 
         gpu.adamw_step(params, grads, state, 0, 0.1)
         results.append((np.array(norm), grads, params, state))
     same(*results, 1e-12)
+
+
+# ---- what a rung starts, and where it ends -------------------------------------------------------
+
+
+@pytest.mark.slow
+@parametrize("rung, starts, moved", [("first_rung", 13, 5_585_920), ("stand_in", 1, 793_600)])
+def test_layernorm_on_each_rung(request, rung, starts, moved):
+    """Kernels and bytes of a LayerNorm of 768 tokens of width 128, as in docs/gpu.md."""
+    gpu = request.getfixturevalue(rung)
+    shapes = (12, 64, 128), (128,), (128,)
+    inputs = [gpu.np.asarray(np.ones(shape, np.float32)) for shape in shapes]
+    cuda_on_cpu.started.clear()
+    gpu.layernorm_forward(*inputs)
+    assert len(cuda_on_cpu.started) == starts
+    assert sum(node[1] for node in cuda_on_cpu.started) == moved
+
+
+@pytest.mark.slow
+def test_more_tokens_than_32_bits_are_refused(stand_in):
+    with pytest.raises(OverflowError):
+        stand_in.fused.per_token("gelu_forward", 2**31, 4, None, None, None)
