@@ -30,6 +30,7 @@ __version__ = "4.0"
 Array = np.ndarray
 Params = dict[str, Array]
 Rng = np.random.Generator
+Offsets = tuple[tuple[int, ...], ...]
 # Tokens in one forward pass of a validation or a stream: few enough for the processor's caches.
 TOKENS_PER_PASS = 512
 
@@ -232,7 +233,10 @@ def cross_entropy_backward(dloss: float, cache: tuple) -> Array:
 @lru_cache
 def pairs(r: int) -> tuple[Array, Array]:
     """All i < j below r in lexicographic order: (0,1), (0,2), …, (r-2,r-1), as two arrays (n)."""
-    return np.triu_indices(r, 1)
+    i, j = np.triu_indices(r, 1)
+    i.flags.writeable = False  # they are cached, so nobody may change them
+    j.flags.writeable = False
+    return i, j
 
 
 def plucker_forward(u: Array, v: Array) -> tuple[Array, tuple]:
@@ -693,33 +697,53 @@ BLOCKS = {
 
 # ---- configuration and parameters ----------------------------------------------------------------
 
-WIDENING = (
+WIDENING = (  # the offsets in each quarter of the layers
     (1, 2),
     (1, 2, 3, 4),
     (1, 2, 3, 4, 5, 6),
     (1, 2, 4, 8, 12, 16),
-)  # for each quarter of the layers
+)
 
 
-def default_offsets(n_layer: int, context: int, taps: bool) -> tuple[tuple[int, ...], ...]:
+def default_offsets(n_layer: int, context: int, taps: bool) -> Offsets:
     """With taps, later layers have more and larger offsets.
 
     Without taps, each layer has one: 1, 2, 4, 8, 1, …
     """
-    quarters = [
-        3 - 4 * (n_layer - 1 - i) // n_layer for i in range(n_layer)
-    ]  # 0 to 3; the last layer is in 3
-    layers = [WIDENING[k] for k in quarters] if taps else [(2 ** (i % 4),) for i in range(n_layer)]
-    return tuple(tuple(delta for delta in layer if delta < context) or (1,) for layer in layers)
+    layers = []
+    for i in range(n_layer):
+        quarter = 3 - 4 * (n_layer - 1 - i) // n_layer  # 0 to 3; the last layer is in 3
+        offsets = WIDENING[quarter] if taps else (2 ** (i % 4),)
+        layers.append(tuple(delta for delta in offsets if delta < context) or (1,))
+    return tuple(layers)
 
 
-@dataclass(
-    unsafe_hash=True
-)  # dataclasses.replace makes a changed copy, with the same d_ff and offsets
+class DefaultOffsets(tuple):
+    """Offsets that nobody gave: a changed copy of the config chooses its own."""
+
+
+class DefaultWidth(int):
+    """A width of the FFN that nobody gave: a changed copy of the config chooses its own."""
+
+
+SMALLEST = {
+    "vocab_size": 1,
+    "context": 1,
+    "n_layer": 1,
+    "d_model": 1,
+    "rank": 2,
+    "n_head": 1,
+    "d_ff": 1,
+}
+MOST_LAYERS = 1000
+
+
+@dataclass(frozen=True)
 class Config:
     """The sizes and options of one model. The defaults are train_char.py's.
 
-    Raises UserError and TypeError.
+    It cannot be changed. `dataclasses.replace` makes a changed copy, which chooses `offsets` and
+    `d_ff` anew unless somebody gave them. Raises UserError and TypeError.
 
     The paper's model: block="paper", taps=False, normalize=True, positions=True, d_ff=4*d_model,
     and for six layers offsets=((1,), (2,), (4,), (8,), (12,), (16,)).
@@ -730,39 +754,38 @@ class Config:
     n_layer: int = 4
     d_model: int = 128
     rank: int = 32  # width of the reduced states
-    offsets: tuple[tuple[int, ...], ...] | None = (
-        None  # how far back each layer looks; None: `default_offsets`
-    )
+    offsets: Offsets | None = None  # how far back each layer looks; None: `default_offsets`
     d_ff: int | None = None  # inner width of the FFN; None: 2 d_model, with attention 4 d_model
     dropout: float = 0.1
-    block: str = (
-        "prenorm"  # residual path around a normalised input; "paper": LayerNorm after each half
-    )
-    taps: bool = (
-        True  # learned weights for each offset; False: the average over the offsets (paper)
-    )
+    block: str = "prenorm"  # a residual path; "paper": LayerNorm after each half
+    taps: bool = True  # learned weights for each offset; False: the offsets' average (paper)
     normalize: bool = False  # divide each bivector by its length (paper: optional)
-    positions: bool = (
-        False  # a learned vector per position; False: the model takes texts of any length
-    )
+    positions: bool = False  # a learned vector per position; False: takes texts of any length
     mixer: str = "grassmann"  # or "attention", for comparison
     n_head: int = 4  # attention heads
     memory: bool = False  # besides its short past a layer reads a matrix that all tokens write
 
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # a frozen dataclass has no other way
+
     def __post_init__(self) -> None:
         attention = self.mixer == "attention"
-        if self.d_ff is None:
-            self.d_ff = (4 if attention else 2) * self.d_model
-        if self.offsets is None:
-            self.offsets = (
-                () if attention else default_offsets(self.n_layer, self.context, self.taps)
-            )
-        self.offsets = tuple(tuple(map(operator.index, layer)) for layer in self.offsets)
-        for name in ("vocab_size", "context", "n_layer", "d_model", "rank", "d_ff", "n_head"):
-            size, least = operator.index(getattr(self, name)), 2 if name == "rank" else 1
-            require(size >= least, f"{name} must be at least {least}, not {size}")
-            setattr(self, name, size)
-        self.dropout = float(self.dropout)
+        if self.d_ff is None or isinstance(self.d_ff, DefaultWidth):
+            factor = 4 if attention else 2
+            self._keep("d_ff", DefaultWidth(factor * operator.index(self.d_model)))
+        for name, smallest in SMALLEST.items():
+            size = operator.index(getattr(self, name))
+            require(size >= smallest, f"{name} must be at least {smallest}, not {size}")
+            if not isinstance(self.d_ff, DefaultWidth) or name != "d_ff":
+                self._keep(name, size)
+        require(
+            self.n_layer <= MOST_LAYERS,
+            f"n_layer must be at most {MOST_LAYERS}, not {self.n_layer}",
+        )
+        for name in ("taps", "normalize", "positions", "memory"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"{name} must be True or False, not {value!r}")
+        self._keep("dropout", float(self.dropout))
         require(
             0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}"
         )
@@ -772,6 +795,7 @@ class Config:
             f"mixer must be one of {[*MIXERS]}, not {self.mixer!r}; for a "
             "layer of your own give --mixer and its file, unchanged (behind the # is its hash)",
         )
+        self._choose_offsets(attention)
         if attention:
             require(
                 not self.memory and not self.offsets, "attention has neither memory nor offsets"
@@ -780,15 +804,24 @@ class Config:
                 self.d_model % self.n_head == 0,
                 f"n_head, {self.n_head}, must divide d_model, {self.d_model}",
             )
+            return
+        require(
+            not (self.memory and self.normalize),
+            "memory needs partners that are not normalised",
+        )
+        require(
+            len(self.offsets) == self.n_layer,
+            f"{self.n_layer} layers need as many groups of offsets, not {len(self.offsets)}",
+        )
+
+    def _choose_offsets(self, attention: bool) -> None:
+        """Sets offsets that nobody gave, and checks those that somebody gave."""
+        if self.offsets is None or isinstance(self.offsets, DefaultOffsets):
+            chosen = () if attention else default_offsets(self.n_layer, self.context, self.taps)
+            self._keep("offsets", DefaultOffsets(chosen))
         else:
-            require(
-                not (self.memory and self.normalize),
-                "memory needs partners that are not normalised",
-            )
-            require(
-                len(self.offsets) == self.n_layer,
-                f"{self.n_layer} layers need as many groups of offsets, not {len(self.offsets)}",
-            )
+            given = tuple(tuple(map(operator.index, layer)) for layer in self.offsets)
+            self._keep("offsets", given)
         for layer in self.offsets:
             require(
                 len(set(layer)) == len(layer) > 0,
@@ -958,6 +991,7 @@ def loss_and_grads(
     for tokens in (x, y):
         check_tokens(tokens, config)
     first, n = rows or (0, len(x))
+    require(0 <= first <= n - len(x), f"rows {rows} do not hold {len(x)} rows of x")
     draw = None if seed is None else draw_rows(seed, first, n)
     logits, cache = model_forward(params, config, x, draw=draw)
     loss, c_loss = cross_entropy_forward(logits, y)
@@ -990,7 +1024,12 @@ def adamw_step(
 
     m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²,   m̂ = m / (1 - β₁^(step+1)),   v̂ likewise
     θ ← θ - lr (m̂ / (sqrt(v̂) + eps) + λ θ),   with λ = weight_decay for matrices, 0 for vectors
+
+    Raises UserError, before anything changes, if a gradient has not its parameter's shape.
     """
+    for name, theta in params.items():
+        shape = grads[name].shape
+        require(shape == theta.shape, f"the gradient of {name} is {shape}, not {theta.shape}")
     (beta_1, beta_2), t = betas, step + 1
     fix_1, fix_2 = 1 - beta_1**t, 1 - beta_2**t
     for name, theta in params.items():
@@ -1005,8 +1044,9 @@ def adamw_step(
 def clip_grads(grads: Params, max_norm: float) -> float:
     """Scale all gradients by one factor, in place, to a joint norm of at most max_norm.
 
-    Returns the norm before.
+    Returns the norm before. Raises UserError unless max_norm is positive.
     """
+    require(max_norm > 0, f"max_norm must be positive, not {max_norm}")
     norm = math.hypot(*(np.linalg.norm(g.astype(np.float64)) for g in grads.values()))
     if norm > max_norm:
         for g in grads.values():
@@ -1074,7 +1114,8 @@ def stream_init(params: Params, config: Config) -> dict:
 def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tuple[Array, dict]:
     """Read one token or more.
 
-    Returns the next token's logits (V) and the state, which is updated in place.
+    Returns the next token's logits (V) and the state, which is updated when all is read. A copy,
+    dict(state), can be read on from without changing the state: so a stream branches.
 
     The logits equal `forward` on the whole text. Positions, if any, end with the context. There the
     decoder forgets all but the last half of the context, and reads this half again from position 0.
@@ -1085,16 +1126,20 @@ def stream_read(params: Params, config: Config, state: dict, tokens: list) -> tu
         0 <= min(tokens) <= max(tokens) < config.vocab_size,
         f"tokens must be from 0 to {config.vocab_size - 1}",
     )
+    after = dict(state)
+    after["past"] = [dict(past) for past in state["past"]]
     while tokens:
         if config.positions:
-            if state["position"] == config.context:
-                tokens = state["recent"][len(state["recent"]) - config.context // 2 :] + tokens
-                state |= stream_init(params, config)
-            most = min(TOKENS_PER_PASS, config.context - state["position"])
-            state["recent"] += tokens[:most]
+            if after["position"] == config.context:
+                forgotten = len(after["recent"]) - config.context // 2
+                tokens = after["recent"][forgotten:] + tokens
+                after |= stream_init(params, config)
+            most = min(TOKENS_PER_PASS, config.context - after["position"])
+            after["recent"] = after["recent"] + tokens[:most]
         now, tokens = tokens[:most], tokens[most:]
-        logits, _ = model_forward(params, config, np.array([now]), state["past"], state["position"])
-        state["position"] += len(now)
+        logits, _ = model_forward(params, config, np.array([now]), after["past"], after["position"])
+        after["position"] += len(now)
+    state |= after
     return logits[0, -1], state
 
 
@@ -1109,6 +1154,7 @@ def sample(logits: Array, temperature: float, top_k: int | None, rng: Rng) -> in
     Only the top_k largest logits, and what equals one of them, can be drawn. Temperature 0 takes
     the largest logit. Raises UserError if the logits are not finite.
     """
+    require(temperature >= 0, f"temperature must be 0 or more, not {temperature}")
     require(
         np.isfinite(logits).all(),
         "the model's logits are not finite: train it again with a lower learning rate",
