@@ -327,6 +327,32 @@ def test_a_changed_copy_keeps_what_was_given(tiny_config):
     assert config.d_ff == 10
 
 
+def test_a_config_cannot_be_changed(tiny_config):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny_config().rank = 6
+
+
+CHANGED = [{"taps": False}, {"n_layer": 5}, {"mixer": "attention"}, {"d_model": 64}, {"context": 5}]
+
+
+@pytest.mark.parametrize("changes", CHANGED, ids=str)
+def test_a_changed_copy_derives_anew_what_was_not_given(changes):
+    assert dataclasses.replace(G.Config(65), **changes) == G.Config(65, **changes)
+
+
+def test_a_copied_state_branches_a_stream(model):
+    _, state = G.stream_read(*model, G.stream_init(*model), [3, 1])
+    G.stream_step(*model, dict(state), 4)
+    logits, _ = G.stream_step(*model, state, 5)
+    np.testing.assert_allclose(logits, G.forward(*model, np.array([[3, 1, 5]]))[0, -1], atol=1e-5)
+
+
+def test_the_pairs_cannot_be_changed():
+    i, _ = G.pairs(4)
+    with pytest.raises(ValueError, match="read-only"):
+        i[0] = 3
+
+
 def test_sizes_from_numpy_make_the_same_config(tiny_config):
     config = tiny_config(vocab_size=np.int64(11), offsets=[[np.int32(1)], [1, 3]])
     assert config == tiny_config()
@@ -338,6 +364,8 @@ def test_sizes_from_numpy_make_the_same_config(tiny_config):
 WRONG = [  # what is said, and the changes of tiny_config
     ("rank must be at least 2, not 1", {"rank": 1}),
     ("n_layer must be at least 1, not 0", {"n_layer": 0}),
+    ("n_layer must be at most 1000", {"n_layer": 10**10}),
+    ("memory must be True or False", {"memory": "False"}),
     ("d_ff must be at least 1, not 0", {"d_ff": 0}),
     ("dropout must be at least 0 and below 1", {"dropout": 1}),
     ("dropout must be at least 0 and below 1", {"dropout": -0.1}),
@@ -394,6 +422,12 @@ WRONG_TOKENS = [
 def test_tokens_that_make_no_sense(model, rule, tokens):
     with refused(match=rule):
         G.forward(*model, tokens)
+
+
+@pytest.mark.parametrize("rows", [(5, 3), (-1, 4)], ids=str)
+def test_rows_outside_the_batch(model, rows):
+    with refused(match="rows"):
+        G.loss_and_grads(*model, TEXT, TEXT, None, rows)
 
 
 def test_both_sides_of_the_loss_are_checked(model):
