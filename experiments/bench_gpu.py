@@ -1,5 +1,6 @@
 """How fast gpu.py is on a CUDA GPU, compared with PyTorch and with the limits of the GPU.
 
+  python -m experiments.bench_gpu --first-hour    everything within ten minutes, and one table of it
   python -m experiments.bench --gpu --report      everything, into results/gpu-NAME.md
   python -m experiments.bench --gpu --only floor  what a step starts and moves; needs no GPU
   python -m experiments.bench --gpu --rehearse    tiny models on the tests' stand-in
@@ -14,6 +15,7 @@ from charlm import command_line
 
 command_line.prepare()  # before NumPy
 
+import importlib.util
 import json
 import os
 import signal
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -91,9 +94,7 @@ def floor(setup: Setup) -> Iterator[dict]:
     arguments, operations of products. The floor adds up the times of all nodes. A node's time is
     the longest of three: bytes, operations, start.
     """
-    sys.path.insert(0, str(ROOT / "tests" / "gpu"))
-    import cuda_on_cpu
-
+    cuda_on_cpu = stand_in()
     gpu, cuda_on_cpu.dry = cuda_on_cpu.gpu_on_cpu(), True
     np.seterr(all="ignore")  # nothing is computed
     for size, (sizes, batch_size) in SIZES.items():
@@ -148,9 +149,10 @@ def ours(setup: Setup, size: str) -> Iterator[dict]:
     """Milliseconds per training step of gpu.py, and how many microseconds of a step the host is
     busy"""
     (gpu, precisions, wait), setup = ours_on_gpu(), of_size(setup, size)
+    every = models(setup) | {"memory": setup.config(memory=True)}
     for precision in precisions:
         gpu.set_precision(precision)
-        for name, config in models(setup).items():
+        for name, config in every.items():
             run = Ours(setup, config, gpu)
             seconds, started, calls = (
                 timed(run.step, wait),
@@ -226,8 +228,18 @@ SECTIONS = {
 }  # and its time limit in seconds
 SECTIONS |= {f"{size}-ours": (partial(ours, size=size), 30) for size in SIZES}
 SECTIONS |= {f"{size}-eager": (partial(theirs, size=size, by="eager"), 30) for size in SIZES}
-SECTIONS |= {f"{size}-compiled": (partial(theirs, size=size, by="compiled"), 120) for size in SIZES}
+SECTIONS |= {f"{size}-compiled": (partial(theirs, size=size, by="compiled"), 100) for size in SIZES}
 SECTIONS |= {"kernels": (partial(kernels, size="nanogpt"), 30), "training": (training, 60)}
+
+
+def stand_in() -> ModuleType:
+    """The tests' CPU stand-in for CuPy."""
+    name = "cuda_on_cpu"
+    place = ROOT / "tests" / "gpu" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, place)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def ours_on_gpu() -> tuple:
@@ -341,15 +353,25 @@ def run(
     ]
 
 
-def main(only: list[str] | None, data: str | None, folder: Path | None, rehearse: bool) -> None:
-    """Run the sections. Print each when it is done, and with a folder write it. Raises UserError
-    without a GPU."""
+def main(
+    only: list[str] | None, data: str | None, folder: Path | None, rehearse: bool
+) -> list[dict]:
+    """Run the sections. Print each when it is done, and with a folder write it.
+
+    Returns a row for each result, or for each section without any. Raises UserError without a GPU.
+    """
+    results = []
     page, gpu, measured, names = ["# On a GPU"], {}, {}, only or [*SECTIONS]
     for name in names if names == ["floor"] or "rates" in names else ["rates", *names]:
         rows, notes = run(name, data, rehearse, measured)
         if name == "rates":
             require(len(rows) > 0, notes[-1] if notes else "the GPU does not answer")
             gpu, measured = rows[0], {key: rate for key, rate in rows[0].items() if key in RATES}
+        results += [summary(name, row) for row in rows]
+        if not rows:
+            results.append(
+                {"section": name, "what": "", "result": notes[-1] if notes else "nothing"}
+            )
         function = SECTIONS[name][0]
         text = ["", f"## {name}", "", getattr(function, "func", function).__doc__.strip(), ""]
         text += [markdown(rows)] * (len(rows) > 0) + ["", *notes]
@@ -360,14 +382,27 @@ def main(only: list[str] | None, data: str | None, folder: Path | None, rehearse
             (folder / f"gpu-{gpu['GPU'].replace(' ', '-')}.md").write_text(
                 "\n".join(page) + "\n", encoding="utf-8"
             )
+    return results
+
+
+def summary(name: str, row: dict) -> dict:
+    """A row of any section's table as a row of one table for all: its words, then its numbers."""
+    words = [value for value in row.values() if isinstance(value, str)]
+    numbers = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, int | float)]
+    return {"section": name, "what": " ".join(words), "result": ", ".join(numbers)}
+
+
+def first_hour() -> None:
+    """Everything in a row, into results/gpu-NAME.md, and one table at the end."""
+    rows = main(None, None, ROOT / "experiments" / "results", False)
+    print("", "## In one table", "", markdown(rows), sep="\n")
 
 
 def section(name: str, data: str | None, measured: dict, rehearse: bool) -> None:
     """Run one section and print its rows as JSON. This runs in the section's own process."""
     global DEVICE, LARGE
     if rehearse:
-        sys.path.insert(0, str(ROOT / "tests" / "gpu"))
-        sys.modules["cupy"] = __import__("cuda_on_cpu")
+        sys.modules["cupy"] = stand_in()
         DEVICE, LARGE = "cpu", 64
         SIZES.update(
             dict.fromkeys(
@@ -386,6 +421,9 @@ def section(name: str, data: str | None, measured: dict, rehearse: bool) -> None
 
 if __name__ == "__main__":
     try:
-        section(sys.argv[1], *json.loads(sys.argv[2]))
+        if sys.argv[1:] == ["--first-hour"]:
+            first_hour()
+        else:
+            section(sys.argv[1], *json.loads(sys.argv[2]))
     except UserError as error:  # no GPU
         sys.exit(str(error))

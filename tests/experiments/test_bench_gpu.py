@@ -76,3 +76,9 @@ def test_a_report(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "gpu-a-stand-in.md").read_text(encoding="utf-8")
     assert page == "# On a GPU\n" + capsys.readouterr().out
     assert page.count("| a stand-in |") == 1 and "it took too long" in page and "\n| 4 | " in page
+
+
+def test_a_row_of_any_table_has_a_place_in_the_one_table():
+    row = {"size": "laptop", "by": "gpu.py", "ms": 1.23456, "host, us": 50.0}
+    expected = {"section": "ours", "what": "laptop gpu.py", "result": "ms 1.235, host, us 50"}
+    assert bench_gpu.summary("ours", row) == expected
