@@ -17,13 +17,7 @@ from charlm import command_line
 
 command_line.prepare()  # before NumPy
 
-import math
-from pathlib import Path
-from statistics import fmean, stdev
 
-import matplotlib.pyplot as plt
-
-from experiments.common import markdown
 from experiments.compare import (
     ATTENTION,
     BASE,
@@ -36,7 +30,7 @@ from experiments.compare import (
     matched,
     train,
 )
-from experiments.figures import FOLDER, RESULTS, STYLE
+from experiments.figures import RESULTS
 from experiments.texts import read_text
 
 SMALL = {"n_layer": 2, "d_model": 64, "rank": 16, "batch_size": 8, "context": 64}
@@ -118,13 +112,10 @@ def main():
     command_line.plain_output()
     parser = command_line.Parser(__doc__)
     parser.add_argument("--data", default="shakespeare", help="Tiny Shakespeare, or a file of it")
-    parser.add_argument("--draw", action="store_true", help="train nothing")
     args = parser.parse_args()
     path = RESULTS / "cite.jsonl"
     with command_line.short_errors(parser, path):
-        study = Study(path, args.data)
-        if not args.draw:
-            study.train()
+        Study(path, args.data).train()
 
 
 if __name__ == "__main__":
