@@ -21,8 +21,12 @@ from matplotlib.colors import to_rgba
 
 import grassmann as G
 from charlm.checkpoint import load_checkpoint
-from charlm.text import encode
+from charlm.text import SHAKESPEARE_SHA256, encode, read_corpus
 from charlm.trained import SHIPPED
+from charlm.training import Training
+from experiments.common import Learner
+from experiments.compare import CONTROLS, Laboratory, final
+from experiments.texts import Text
 
 plt.switch_backend("Agg")  # draw without a window
 ROOT = Path(__file__).resolve().parent.parent
@@ -348,7 +352,7 @@ def finite_differences():
             lw=1,
         )
     axes.axhline(1e-6, color=INK, ls=":", lw=1)
-    axes.text(1e-9, 1.5e-6, "the tests' limit")
+    axes.text(1e-7, 1.5e-6, "the tests' limit")
     axes.set_xlabel("step of the difference")
     axes.set_ylabel("error / (|gradient| |direction|)")
     axes.legend(frameon=False)
@@ -406,6 +410,74 @@ def dispute():
     return figure
 
 
+def memory():
+    """A trained memory reads a verse; below it all keys and values, which attention would keep."""
+    r = 8
+    corpus = read_corpus(str(ROOT / "docs" / "genesis.txt"), 64)
+    config = G.Config(len(corpus.vocab), 64, 1, 32, r, ((1, 2, 3, 4),), memory=True)
+    learner = Learner(config, Training(iters=300), corpus.train)
+    for _ in range(300):
+        learner.step()
+    w = G.Scope(learner.params, "blocks.0.")
+    states, _ = G.layernorm_forward(
+        learner.params["E"][corpus.train[None, :32]], w["ln1.w"], w["ln1.b"]
+    )
+    _, cache = G.mix_forward(states, w.scope("mix."), config, 0)
+    z, k, v = (x[0] for x in cache["memory"][:3])
+    figure, axes = canvas(9, 4.6, 0.3)
+    for left, t in ((0.5, 2), (2.9, 8), (5.6, 32)):
+        M = k[:t].T @ v[:t]
+        numbers(axes, left, 2.3, M / np.abs(M).max())
+        table = np.concatenate([k[:t], v[:t]], 1)
+        table = np.minimum(np.abs(table) / 3, 1) * np.sign(table)
+        numbers(axes, left, 0.5, table.T, width=0.07)
+        axes.text(left, 3.7, f"after {t} tokens", size=10)
+    axes.text(0.5, 4.2, "memory: $r \\times r$ numbers, whatever the length", size=11)
+    axes.text(0.5, 1.75, "attention: $2r$ numbers more with every token", size=11)
+    read = z[-1:] @ M / math.sqrt(32 * r)
+    numbers(axes, 5.35, 2.3, z[-1:].T / np.abs(z[-1]).max())
+    numbers(axes, 5.6, 2.05, read / np.abs(read).max())
+    axes.text(7.1, 3.0, "$z_t$ beside the rows,\n$z_t M_t$ below: in every\ncolumn a sum", size=10)
+    return figure
+
+
+def numbers(axes, x, y, values, width=0.16):
+    """A cell for each number of a matrix: blue above 0, orange below, opaque where it is large."""
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            place = x + width * column, y + width * (len(values) - 1 - row)
+            color = BLUE if value > 0 else ORANGE
+            alpha = abs(float(value))
+            axes.add_patch(plt.Rectangle(place, width, width, color=color, alpha=alpha, lw=0))
+    height = width * len(values)
+    frame = {"fill": False, "ec": INK, "lw": 0.8}
+    axes.add_patch(plt.Rectangle((x, y), width * len(values[0]), height, **frame))
+
+
+def five_rows():
+    """From attention to our model: test losses of question 1 of compare.py, a dot per seed."""
+    lab = Laboratory(RESULTS / "runs.jsonl", "shakespeare")
+    known = Text("", SHAKESPEARE_SHA256, 65, [], (), (), (), 1)  # its runs, without the text
+    lab.texts["shakespeare", 0] = known
+    names = {
+        "attention": "attention",
+        "rotary attention": "rotary positions",
+        "rotary attention with taps": "and taps",
+        "attention with taps and our gate": "and our gate",
+        "Grassmann": "our model",
+    }
+    rows = [row for row in lab.answer(CONTROLS) if row.label in names]
+    figure, axes = plt.subplots(figsize=(6, 2.4))
+    for k, row in enumerate(rows):
+        color = ORANGE if row.label == "Grassmann" else BLUE
+        losses = [final(run) for run in row.results]
+        axes.plot(losses, [k] * len(losses), "o", color=color, alpha=0.7)
+    axes.set_yticks(range(len(rows)), [names[row.label] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("test loss, nats per character; a dot per seed")
+    return figure
+
+
 FIGURES = (
     layer,
     wedge,
@@ -415,6 +487,8 @@ FIGURES = (
     pairs,
     thread,
     dispute,
+    memory,
+    five_rows,
 )
 
 if __name__ == "__main__":
