@@ -429,7 +429,7 @@ def memory():
         M = k[:t].T @ v[:t]
         numbers(axes, left, 2.3, M / np.abs(M).max())
         table = np.concatenate([k[:t], v[:t]], 1)
-        table = np.minimum(np.abs(table) / 3, 1) * np.sign(table)
+        table = np.clip(table / 3, -1, 1)
         numbers(axes, left, 0.5, table.T, width=0.07)
         axes.text(left, 3.7, f"after {t} tokens", size=10)
     axes.text(0.5, 4.2, "memory: $r \\times r$ numbers, whatever the length", size=11)
