@@ -412,40 +412,56 @@ def dispute():
 
 def memory():
     """A trained memory reads a verse; below it all keys and values, which attention would keep."""
-    r = 8
-    corpus = read_corpus(str(ROOT / "docs" / "genesis.txt"), 64)
-    config = G.Config(len(corpus.vocab), 64, 1, 32, r, ((1, 2, 3, 4),), memory=True)
-    learner = Learner(config, Training(iters=300), corpus.train)
-    for _ in range(300):
-        learner.step()
-    w = G.Scope(learner.params, "blocks.0.")
-    states, _ = G.layernorm_forward(
-        learner.params["E"][corpus.train[None, :32]], w["ln1.w"], w["ln1.b"]
-    )
-    _, cache = G.mix_forward(states, w.scope("mix."), config, 0)
-    z, k, v = (x[0] for x in cache["memory"][:3])
+    z, k, v = read_verse(rank=8, length=32)
     figure, axes = canvas(9, 4.6, 0.3)
     for left, t in ((0.5, 2), (2.9, 8), (5.6, 32)):
         M = k[:t].T @ v[:t]
-        numbers(axes, left, 2.3, M / np.abs(M).max())
-        table = np.concatenate([k[:t], v[:t]], 1)
-        table = np.clip(table / 3, -1, 1)
-        numbers(axes, left, 0.5, table.T, width=0.07)
+        numbers(axes, left, 2.3, shares(M))
+        kept = np.concatenate([k[:t], v[:t]], 1)
+        numbers(axes, left, 0.5, np.clip(kept.T / 3, -1, 1), width=0.07)
         axes.text(left, 3.7, f"after {t} tokens", size=10)
     axes.text(0.5, 4.2, "memory: $r \\times r$ numbers, whatever the length", size=11)
     axes.text(0.5, 1.75, "attention: $2r$ numbers more with every token", size=11)
-    read = z[-1:] @ M / math.sqrt(32 * r)
-    numbers(axes, 5.35, 2.3, z[-1:].T / np.abs(z[-1]).max())
-    numbers(axes, 5.6, 2.05, read / np.abs(read).max())
-    axes.text(7.1, 3.0, "$z_t$ beside the rows,\n$z_t M_t$ below: in every\ncolumn a sum", size=10)
+    last = z[-1:]
+    numbers(axes, 5.35, 2.3, shares(last.T))
+    numbers(axes, 5.6, 2.05, shares(last @ M))
+    said = "$z_t$ beside the rows,\n$z_t M_t$ below: in every\ncolumn a sum"
+    axes.text(7.1, 3.0, said, size=10)
     return figure
+
+
+def read_verse(rank, length):
+    """z, keys and values (length, rank) of a small model after 300 steps on Genesis."""
+    corpus = read_corpus(str(ROOT / "docs" / "genesis.txt"), 64)
+    config = G.Config(
+        len(corpus.vocab),
+        context=64,
+        n_layer=1,
+        d_model=32,
+        rank=rank,
+        offsets=((1, 2, 3, 4),),
+        memory=True,
+    )
+    learner = Learner(config, Training(iters=300), corpus.train)
+    for _ in range(300):
+        learner.step()
+    verse = corpus.train[None, :length]
+    _, cache = G.model_forward(learner.params, config, verse)
+    z, k, v, *_ = cache["blocks"][0]["mix"]["memory"]
+    return z[0], k[0], v[0]
+
+
+def shares(values):
+    """The values, as shares of the largest."""
+    return values / np.abs(values).max()
 
 
 def numbers(axes, x, y, values, width=0.16):
     """A cell for each number of a matrix: blue above 0, orange below, opaque where it is large."""
     for row, line in enumerate(values):
         for column, value in enumerate(line):
-            place = x + width * column, y + width * (len(values) - 1 - row)
+            above = len(values) - 1 - row
+            place = x + width * column, y + width * above
             color = BLUE if value > 0 else ORANGE
             alpha = abs(float(value))
             axes.add_patch(plt.Rectangle(place, width, width, color=color, alpha=alpha, lw=0))
