@@ -505,7 +505,7 @@ def test_the_percentages_of_a_page_are_those_of_the_results(name, sentence, mode
 
 
 def test_the_page_on_the_dispute_has_our_losses_and_gaps():
-    shown = {model: cells for model, *cells in table(page("docs/dispute.md"))[1:]}
+    shown = {model: cells for model, *cells in table(page("docs/dispute.md"), "model")[1:]}
     for k, question in enumerate(q for q in QUESTIONS if q.number == 10):
         for section in SECTIONS:
             if section.startswith(f"10. {question.title}\n") and "gap to attention" in section:
@@ -515,10 +515,15 @@ def test_the_page_on_the_dispute_has_our_losses_and_gaps():
 
 def test_how_far_ahead_and_behind_the_readme_says():
     sentence = r"(\d+) to (\d+)% ahead\b.*? (\d+) to (\d+)% behind"
-    rows = table(page("docs/dispute.md"))[2:]
+    rows = table(page("docs/dispute.md"), "model")[2:]
     for k, told in enumerate(re.findall(sentence, page("README.md"))):
         gaps = sorted(float(row[2 * k + 2][:-1]) for row in rows if " x " not in row[0])
         assert [f"{abs(gaps[n]):.0f}" for n in (1, 0, 2, 3)] == [*told]
+
+
+def test_the_page_on_the_dispute_has_the_differences_to_cite():
+    told = table(page("docs/dispute.md"), "test loss of")[1:]
+    assert told == table(page("experiments/results/cite.md"), "test loss of")[1:]
 
 
 def test_the_gaps_of_others_follow_from_their_losses():
