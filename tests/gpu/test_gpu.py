@@ -310,7 +310,8 @@ def test_model(gpu, same, model):
 
 def test_an_older_gpu_is_refused(stand_in, monkeypatch):
     monkeypatch.setattr(
-        "cuda_on_cpu.cuda.Device", lambda *_: SimpleNamespace(compute_capability="75")
+        "cuda_on_cpu.cuda.Device",
+        lambda *_: SimpleNamespace(compute_capability="75", use=lambda: None),
     )
     for precision, error in [
         ("tf32", "tf32 needs compute capability 8.0"),
