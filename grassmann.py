@@ -418,7 +418,7 @@ def associate(
 
 
 def memory_forward(
-    h: Array, z: Array, s: Array, w: Scope, past: dict | None = None, read=None
+    h: Array, z: Array, s: Array, w: Scope, past: dict | None = None
 ) -> tuple[Array, tuple]:
     """A matrix that every token writes and reads.
 
@@ -430,16 +430,19 @@ def memory_forward(
         m = c W_mem                      project back               (B, L, d)
 
     Values whose keys are like z_t come back, from any distance. Keys contain s_i, so z_t also reads
-    what followed tokens like t. `past` (streaming) holds M and the number of tokens; only the
-    comparison passes another `read`.
+    what followed tokens like t. `past` (streaming) holds M and the number of tokens.
     """
-    (_, L, r), past, read = z.shape, {} if past is None else past, read or associate
+    _, L, r = z.shape
+    past = {} if past is None else past
     kv, c_kv = linear_forward(h, w["W_kv"], w["b_kv"])  # (B, L, 2r)
-    k, v, seen = kv[..., :r] + s, kv[..., r:], past.get("seen", 0)
+    k = kv[..., :r] + s
+    v = kv[..., r:]
+    seen = past.get("seen", 0)
     scale = (1 / np.sqrt(r * np.arange(seen + 1, seen + L + 1))).astype(z.dtype)[:, None]  # (L, 1)
-    c, past["M"] = read(z, k, v, past.get("M"))
-    c, past["seen"] = c * scale, seen + L
-    return c @ w["W_mem"], (z, k, v, c, scale, w["W_mem"], c_kv, read)
+    c, past["M"] = associate(z, k, v, past.get("M"))
+    c = c * scale
+    past["seen"] = seen + L
+    return c @ w["W_mem"], (z, k, v, c, scale, w["W_mem"], c_kv)
 
 
 def memory_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Array, Params]:
@@ -453,22 +456,20 @@ def memory_backward(dm: Array, cache: tuple) -> tuple[Array, Array, Array, Param
 
     Each sum is `associate` with other arguments; the last two run backwards in time.
     """
-    z, k, v, c, scale, W_mem, c_kv, read = cache
+    z, k, v, c, scale, W_mem, c_kv = cache
     dc = dm @ W_mem.T * scale
     z_r, k_r, v_r, dc_r = (x[:, ::-1] for x in (z, k, v, dc))  # from the end
-    dz, dk, dv = (
-        read(dc, v, k)[0],
-        read(v_r, dc_r, z_r)[0][:, ::-1],
-        read(k_r, z_r, dc_r)[0][:, ::-1],
-    )
+    dz, _ = associate(dc, v, k)
+    dk_r, _ = associate(v_r, dc_r, z_r)
+    dv_r, _ = associate(k_r, z_r, dc_r)
+    dk = dk_r[:, ::-1]
+    dv = dv_r[:, ::-1]
     dh, dW_kv, db_kv = linear_backward(np.concatenate([dk, dv], -1), c_kv)
     dW_mem = c.reshape(-1, len(W_mem)).T @ dm.reshape(-1, dm.shape[-1])  # (r, T) @ (T, d)
     return dh, dz, dk, {"W_kv": dW_kv, "b_kv": db_kv, "W_mem": dW_mem}
 
 
-def mix_forward(
-    h: Array, w: Scope, config: Config, layer: int, past=None, read=None
-) -> tuple[Array, dict]:
+def mix_forward(h: Array, w: Scope, config: Config, layer: int, past=None) -> tuple[Array, dict]:
     """The Grassmann mixing layer (paper, section 3): h (B, L, d) -> mix (B, L, d).
 
         z = h W_red + b_red        reduce          (B, L, r)
@@ -493,7 +494,7 @@ def mix_forward(
     g, c_plu = linear_forward(p, w["W_plu"], w["b_plu"])
     cache = {"red": c_red, "partner": c_partner, "wedge": c_wedge, "plu": c_plu}
     if config.memory:
-        m, cache["memory"] = memory_forward(h, z, s, w, past, read)
+        m, cache["memory"] = memory_forward(h, z, s, w, past)
         g += m
     mix, cache["gate"] = gate_forward(h, g, w["W_gate"], w["b_gate"])
     return mix, cache | {"z": z, "s": s, "p": p, "alpha": cache["gate"][1]}
@@ -733,7 +734,6 @@ SMALLEST = {
     "d_model": 1,
     "rank": 2,
     "n_head": 1,
-    "d_ff": 1,
 }
 MOST_LAYERS = 1000
 
@@ -770,14 +770,15 @@ class Config:
 
     def __post_init__(self) -> None:
         attention = self.mixer == "attention"
-        if self.d_ff is None or isinstance(self.d_ff, DefaultWidth):
-            factor = 4 if attention else 2
-            self._keep("d_ff", DefaultWidth(factor * operator.index(self.d_model)))
         for name, smallest in SMALLEST.items():
-            size = operator.index(getattr(self, name))
+            self._keep(name, operator.index(getattr(self, name)))
+            size = getattr(self, name)
             require(size >= smallest, f"{name} must be at least {smallest}, not {size}")
-            if not isinstance(self.d_ff, DefaultWidth) or name != "d_ff":
-                self._keep(name, size)
+        if self.d_ff is None or isinstance(self.d_ff, DefaultWidth):
+            self._keep("d_ff", DefaultWidth((4 if attention else 2) * self.d_model))
+        else:
+            self._keep("d_ff", operator.index(self.d_ff))
+        require(self.d_ff >= 1, f"d_ff must be at least 1, not {self.d_ff}")
         require(
             self.n_layer <= MOST_LAYERS,
             f"n_layer must be at most {MOST_LAYERS}, not {self.n_layer}",

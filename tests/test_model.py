@@ -424,6 +424,11 @@ def test_tokens_that_make_no_sense(model, rule, tokens):
         G.forward(*model, tokens)
 
 
+def test_drawing_refuses_a_negative_temperature(rng):
+    with refused(match="temperature must"):
+        G.sample(np.zeros(3), -1, None, rng)
+
+
 @pytest.mark.parametrize("rows", [(5, 3), (-1, 4)], ids=str)
 def test_rows_outside_the_batch(model, rows):
     with refused(match="rows"):

@@ -265,3 +265,17 @@ def test_threads_start_wherever_they_are_asked_for(code):
     begin = "import os, signal, sys\nfrom charlm.training import in_threads\nsignal.alarm(20)"
     run = subprocess.run([sys.executable, "-c", begin + code], cwd=ROOT)
     assert run.returncode == 0
+
+
+def test_gradients_of_another_shape_are_refused(tiny_model):
+    """They are broadcast otherwise, as from a layer that returns db.sum()."""
+    params, _ = tiny_model()
+    grads = {name: np.ones_like(a) for name, a in params.items()} | {"ln_f.b": np.ones(1)}
+    with pytest.raises(G.UserError, match=r"ln_f\.b"):
+        G.adamw_step(params, grads, G.adamw_init(params), 0, 0.1)
+
+
+@pytest.mark.parametrize("most", [0, -1])
+def test_a_norm_that_is_not_positive_is_refused(most):
+    with pytest.raises(G.UserError, match="max_norm"):
+        G.clip_grads({"W": np.ones(3)}, most)
