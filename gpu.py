@@ -175,15 +175,14 @@ def start() -> None:
     """
     try:
         gpus = cp.cuda.runtime.getDeviceCount()
-        if processes.local_size > gpus:
-            raise UserError(
-                f"{processes.local_size} processes here, but the number of GPUs is {gpus}"
-            )
-        cp.cuda.Device(processes.local_rank).use()
+        here = processes.world()
+        if here.local_size > gpus:
+            raise UserError(f"{here.local_size} processes here, but the number of GPUs is {gpus}")
+        cp.cuda.Device(here.local_rank).use()
         cp.ones((2, 2)) @ cp.ones((2, 2))  # works only if driver, compiler and cuBLAS work
     except Exception as error:  # each of them raises its own type
         raise failed(error) from None
-    if processes.size > 1 and not hasattr(this, "train_step"):
+    if here.size > 1 and not hasattr(this, "train_step"):
         raise ImportError("several processes need the second rung's recorded step")
 
 

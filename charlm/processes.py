@@ -131,10 +131,3 @@ def together() -> Iterator[None]:
                 world().comm.Barrier()
             set_abort_status(end)
         raise
-
-
-def __getattr__(name: str) -> Any:
-    """processes.size and the other fields of `world`, known at first use."""
-    if name not in World.__annotations__:
-        raise AttributeError(name)
-    return getattr(world(), name)

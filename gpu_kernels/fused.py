@@ -510,12 +510,13 @@ def train_step(
             clip_grads(owner.gradients, training.grad_clip)
         _adamw(params, owner.gradients, optimizer, rates)
 
-    if processes.size == 1:
+    here = processes.world()
+    if here.size == 1:
         return owner.run("step", lambda: (differentiate(), update())[0]).copy()
     loss = owner.run("gradients", differentiate)
     for array in (loss, owner.gradients.buffer):
         _nccl().all_reduce(array, array)
-    processes.stop_if(processes.comm.allreduce(len(processes.caught)))
+    processes.stop_if(here.comm.allreduce(len(processes.caught)))
     owner.run("update", update)
     return loss.copy()
 
@@ -525,7 +526,8 @@ def _nccl() -> object:
     """A `cupyx.distributed.NCCLBackend` of all processes."""
     from cupyx.distributed import init_process_group
 
-    return init_process_group(processes.size, processes.rank, use_mpi=True)
+    here = processes.world()
+    return init_process_group(here.size, here.rank, use_mpi=True)
 
 
 # ---- sampling, and the precision of products -----------------------------------------------------

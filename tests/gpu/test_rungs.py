@@ -57,7 +57,8 @@ def test_the_first_rung_knows_no_tf32(first_rung):
 
 
 def test_more_processes_than_gpus_are_refused(first_rung, monkeypatch):
-    monkeypatch.setattr(first_rung, "processes", cuda_on_cpu.SimpleNamespace(local_size=3))
+    here = first_rung.processes.World(1, size=3, local_size=3)
+    monkeypatch.setattr(first_rung.processes, "world", lambda: here)
     first_rung.start.cache_clear()
     with pytest.raises(ImportError, match="3 processes here, but the number of GPUs is 1"):
         first_rung.start()
