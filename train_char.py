@@ -118,6 +118,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name: (type, choices or bool, help)
     "memory": (bool, "a memory in every layer that all tokens so far have written"),
 }
 NO_USE = {"attention": ("rank", "offsets", "taps", "normalize", "memory"), "grassmann": ("n_head",)}
+NO_USE_IN_OWN_LAYER = ("taps", "normalize", "memory", "n_head")
 PRESETS: dict[str, dict] = {
     "laptop": {},  # the defaults
     "tiny": {"iters": 1000, "d_model": 64, "eval_every": 100},
@@ -215,11 +216,10 @@ def typed_options(args: argparse.Namespace) -> dict:
         paths = {name: os.path.abspath(os.path.expanduser(name)) for name in typed["data"]}
         typed["data"] = [name if name in plain else paths[name] for name in typed["data"]]
     if typed.get("mixer", "").endswith(".py"):  # docs/my_layer.py is one
-        from charlm.own_layer import check_layer, load_layer
+        from charlm.own_layer import load_layer
 
         require(not args.gpu, f"{typed['mixer']} is a layer for NumPy: leave out --gpu")
         typed["mixer"] = load_layer(typed["mixer"])
-        check_layer(typed["mixer"])
     return typed
 
 
@@ -236,7 +236,7 @@ def choose_settings(args: argparse.Namespace, typed: dict, old: dict) -> dict:
     if args.paper:
         asked |= paper(settings["n_layer"], settings["d_model"], settings["context"]) | typed
     mixer = settings["mixer"]
-    unused = [name for name in NO_USE.get(mixer, ()) if name in asked]
+    unused = [name for name in NO_USE.get(mixer, NO_USE_IN_OWN_LAYER) if name in asked]
     for name in unused:
         require(name not in typed, f"{flag(name)} is of no use with --mixer {mixer}")
         asked[name] = old.get(name, DEFAULTS[name])  # not the preset's value
@@ -309,6 +309,10 @@ def make_run(args: argparse.Namespace) -> Run:
     threads = 0 if args.gpu else args.threads or processes.world().cores
     if not args.gpu:  # with a GPU, CuPy reports that its memory is full
         check_memory(config, training.batch_size, threads)
+    if "#" in config.mixer:  # a layer of one's own
+        from charlm.own_layer import check_layer
+
+        check_layer(config.mixer, config)
     if old and args.resume:
         require(
             (corpus.sha256, config) == (old.text_sha256, old.config),

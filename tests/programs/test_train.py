@@ -181,6 +181,18 @@ def test_options_that_would_be_ignored(call, refused, text, tmp_path, capsys):
             "train_char.py", "--mixer", "attention", *words.split(), "--out", tmp_path / "out"
         )
         assert "is of no use with --mixer attention" in refused(process)
+    for word in ("--memory", "--normalize", "--n-head=2"):
+        process = call(
+            "train_char.py",
+            "--mixer",
+            ROOT / "docs" / "my_layer.py",
+            word,
+            "--out",
+            tmp_path / "out",
+        )
+        assert f"{word.partition('=')[0]} is of no use with --mixer my_layer.py#" in refused(
+            process
+        )
     assert "--n-head is of no use" in refused(
         call("train_char.py", "--n-head", 2, "--out", tmp_path / "out")
     )
