@@ -86,9 +86,8 @@ def linear_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     """From y_tk = Σ_i x_ti W_ik + b_k:  dx = dy Wᵀ,  dW = xᵀ dy,  db = Σ_t dy_t."""
     x, W = cache
     dy, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, len(W))  # (T, out), (T, in)
-    dx = np.matmul(
-        dy, W.T, out=np.empty_like(rows)
-    )  # in x's memory layout: faster for p, which is transposed
+    dx = np.empty_like(rows)  # in x's memory layout: faster for p, which is transposed
+    np.matmul(dy, W.T, out=dx)
     return dx.reshape(x.shape), rows.T @ dy, dy.sum(0)
 
 
@@ -152,20 +151,20 @@ def draw_rows(seed: int | Sequence[int], first: int = 0, n: int | None = None) -
     A row gets the same numbers however the batch is split. One generator draws for the whole batch
     and skips the numbers of other rows. Each step of the generator makes two float32 numbers.
     """
-    bits, begin, done = (
-        np.random.PCG64(seed),
-        0,
-        0,
-    )  # begin: where the next array starts; done: steps so far
+    bits = np.random.PCG64(seed)
+    begin = 0  # where the next array starts
+    done = 0  # the generator's steps so far
 
     def draw(shape: tuple[int, ...]) -> Array:
         nonlocal begin, done
-        row, size = math.prod(shape[1:]), math.prod(shape)
+        row = math.prod(shape[1:])
+        size = math.prod(shape)
         start, odd = divmod(begin + first * row, 2)
         begin += (shape[0] if n is None else n) * row
         bits.advance(start - done)
         done = start + (odd + size + 1) // 2
-        return np.random.Generator(bits).random(odd + size, np.float32)[odd:].reshape(shape)
+        numbers = np.random.Generator(bits).random(odd + size, np.float32)[odd:]
+        return numbers.reshape(shape)
 
     return draw
 
@@ -207,9 +206,8 @@ def embedding_backward(dx: Array, cache: tuple) -> Array:
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, tuple]:
     """Mean over tokens of -log softmax(logits)[target] in nats; logits (..., V), targets (...)."""
     logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)  # (T, V), (T)
-    shifted = logits - logits.max(
-        -1, keepdims=True
-    )  # the softmax is the same, and exp cannot overflow
+    # The softmax of shifted logits is the same, and exp cannot overflow.
+    shifted = logits - logits.max(-1, keepdims=True)
     exp = np.exp(shifted)
     total = exp.sum(-1, keepdims=True)  # (T, 1)
     losses = np.log(total[:, 0]) - shifted[np.arange(len(targets)), targets]  # (T)
@@ -265,9 +263,12 @@ def plucker_backward(dp: Array, cache: tuple) -> tuple[Array, Array]:
     """
     u, v, shape = cache
     i, j = pairs(len(u))
-    A, dp = np.zeros((len(u), *u.shape), u.dtype), dp.reshape(-1, len(i)).T  # (r, r, T), (n, T)
-    A[i, j], A[j, i] = dp, -dp
-    du, dv = np.einsum("ijt,jt->it", A, v), -np.einsum("ijt,jt->it", A, u)  # (r, T)
+    dp = dp.reshape(-1, len(i)).T  # (n, T)
+    A = np.zeros((len(u), *u.shape), u.dtype)  # (r, r, T)
+    A[i, j] = dp
+    A[j, i] = -dp
+    du = np.einsum("ijt,jt->it", A, v)  # (r, T)
+    dv = -np.einsum("ijt,jt->it", A, u)
     return tuple(np.ascontiguousarray(a.T).reshape(*shape, len(u)) for a in (du, dv))
 
 
@@ -587,9 +588,8 @@ def attention_backward(dout: Array, cache: dict) -> tuple[Array, Params]:
     B, n_head, L, d_k = cache["core"][0].shape
     dheads, dW_out, db_out = linear_backward(dout, cache["out"])
     dqkv = attention_core_backward(dheads.reshape(B, L, n_head, d_k).swapaxes(1, 2), cache["core"])
-    dqkv = (
-        np.stack(dqkv).transpose(1, 3, 0, 2, 4).reshape(B, L, -1)
-    )  # (3, B, n_head, L, d_k) -> (B, L, 3d)
+    # (3, B, n_head, L, d_k) -> (B, L, 3d)
+    dqkv = np.stack(dqkv).transpose(1, 3, 0, 2, 4).reshape(B, L, -1)
     dh, dW_qkv, db_qkv = linear_backward(dqkv, cache["qkv"])
     return dh, {"W_qkv": dW_qkv, "b_qkv": db_qkv, "W_out": dW_out, "b_out": db_out}
 
@@ -1068,9 +1068,8 @@ def get_batch(tokens: Array, batch_size: int, context: int, seed: int, step: int
         f"{len(tokens)} tokens are too few: a context of {context} needs {context + 1}",
     )
     rng = np.random.default_rng((seed, step))
-    starts = np.asarray(
-        rng.integers(0, len(tokens) - context, batch_size)
-    )  # gpu.py's np copies them to the GPU
+    starts = rng.integers(0, len(tokens) - context, batch_size)
+    starts = np.asarray(starts)  # gpu.py's np copies them to the GPU
     windows = starts[:, None] + np.arange(context)  # (B, L)
     return tokens[windows], tokens[windows + 1]
 
