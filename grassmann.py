@@ -86,8 +86,8 @@ def linear_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     """From y_tk = Σ_i x_ti W_ik + b_k:  dx = dy Wᵀ,  dW = xᵀ dy,  db = Σ_t dy_t."""
     x, W = cache
     dy, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, len(W))  # (T, out), (T, in)
-    dx = np.empty_like(rows)  # in x's memory layout: faster for p, which is transposed
-    np.matmul(dy, W.T, out=dx)
+    # dx gets x's memory layout: faster for p, which is transposed.
+    dx = np.matmul(dy, W.T, out=np.empty_like(rows))
     return dx.reshape(x.shape), rows.T @ dy, dy.sum(0)
 
 

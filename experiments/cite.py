@@ -18,6 +18,7 @@ from charlm import command_line
 command_line.prepare()  # before NumPy
 
 import math
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import matplotlib.pyplot as plt
@@ -36,7 +37,7 @@ from experiments.compare import (
     train,
 )
 from experiments.figures import BLUE, FOLDER, ORANGE, RESULTS, STYLE
-from experiments.texts import read_text
+from experiments.texts import NAMES, read_text
 
 SMALL = {"n_layer": 2, "d_model": 64, "rank": 16, "batch_size": 8, "context": 64}
 SIX = {"normalize": True, "offsets": ((1, 2, 4, 8, 12, 16),) * SMALL["n_layer"]}
@@ -74,7 +75,10 @@ class Study:
         self.texts = []
         for name, pieces in TEXTS:
             source = data if name == "shakespeare" else name
-            self.texts.append(read_text(source, pieces, SMALL["context"]))
+            text = read_text(source, pieces, SMALL["context"])
+            if name == "shakespeare":
+                text = replace(text, name=NAMES[name])  # not the name of a file of it
+            self.texts.append(text)
 
     def trial(self, text, iters, name, lr, seed):
         settings = BASE | SMALL | {"iters": iters, "eval_every": iters, "lr": lr, "seed": seed}
@@ -175,7 +179,7 @@ def picture(study):
         axes.set_xlabel("test loss, nats per token")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    panels[1].legend(frameon=False, fontsize=9, loc="upper right")
+    panels[1].legend(frameon=False, fontsize=9, loc="center right")
     return figure
 
 

@@ -22,7 +22,12 @@ def first_rung():
 
 @pytest.fixture(scope="session")
 def on_gpu():
-    return pytest.importorskip("gpu", reason="no GPU", exc_type=ImportError)
+    module = pytest.importorskip("gpu", reason="no GPU", exc_type=ImportError)
+    try:
+        module.start()
+    except ImportError:
+        pytest.skip("no GPU")
+    return module
 
 
 @pytest.fixture(
